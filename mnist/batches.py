@@ -1,0 +1,93 @@
+"""Training batches: who sees which image at which step, as a pure function.
+
+In: a split on the device and the coordinates (seed, pass, step, rank). Out: this rank's micro-batches, one list per
+optimizer step. The global batch of a step depends neither on the number of processes nor on accumulation. Letters: N
+images in the split, P ranks, A micro-batches per step and rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mnist.data import Split
+from mnist.seeding import derive_seed
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward and backward pass of one rank works on.
+
+    Attributes:
+        images: uint8 (B, 28, 28).
+        labels: int64 (B,).
+        rows: the place of these images in the global batch of the step.
+        global_batch_size: images in that global batch; less than usual at the end of a pass.
+        num_samples: B, or 0 for a stand-in: a rank without images still takes part in the backward pass, weighted 0.
+    """
+
+    images: Tensor
+    labels: Tensor
+    rows: slice
+    global_batch_size: int
+    num_samples: int
+
+
+class TrainLoader:
+    """Serves the training split to one rank, in a new order each pass; nothing in it ever needs to be saved.
+
+    Not for `accelerator.prepare`: a prepared loader replays the first epoch's order after a resume (accelerate#3996).
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        *,
+        global_batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        accumulation_steps: int = 1,
+    ) -> None:
+        self.split = split
+        self.global_batch_size = global_batch_size
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.accumulation_steps = accumulation_steps
+        self.pass_steps = -(-len(split) // global_batch_size)
+
+    def order(self, pass_index: int) -> Tensor:
+        """The permutation (N,) int64 of pass `pass_index`, equal on every rank and device."""
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", pass_index))
+        return torch.randperm(len(self.split), generator=generator)
+
+    def steps(self, first: int, stop: int) -> Iterator[list[MicroBatch]]:
+        """The micro-batches of optimizer steps `first` .. `stop` - 1 of the run, across passes."""
+        while first < stop:
+            pass_index, offset = divmod(first, self.pass_steps)
+            order = self.order(pass_index).to(self.split.images.device)
+            for start in range(offset, min(self.pass_steps, offset + stop - first)):
+                yield self._micro_batches(order[start * self.global_batch_size : (start + 1) * self.global_batch_size])
+            first = (pass_index + 1) * self.pass_steps
+
+    def _micro_batches(self, indices: Tensor) -> list[MicroBatch]:
+        """This rank's share of a global batch `indices`, cut into micro-batches of near equal size."""
+        size = len(indices)
+        first, stop = self.rank * size // self.world_size, (self.rank + 1) * size // self.world_size
+        parts = self.accumulation_steps
+        cuts = [first + part * (stop - first) // parts for part in range(parts + 1)]
+        filled = [slice(a, b) for a, b in zip(cuts, cuts[1:], strict=False) if a < b]
+        return [
+            MicroBatch(
+                images=self.split.images[indices[rows]],
+                labels=self.split.labels[indices[rows]],
+                rows=rows,
+                global_batch_size=size,
+                num_samples=rows.stop - rows.start if filled else 0,
+            )
+            for rows in filled or [slice(0, 1)]
+        ]

@@ -1,0 +1,249 @@
+"""Checkpoints: complete or not there, checked before they are believed, and free of pickles.
+
+In: tensors and plain numbers from rank 0. Out: one directory per checkpoint,
+
+    checkpoints/step-00000235/
+        model.safetensors       weights and buffers
+        ema.safetensors         their moving average, where there is one
+        optimizer.safetensors   "<parameter index>.<name>" -> tensor
+        manifest.json           format, step, configuration, loop state, scores; size and sha256 of every other file
+
+written under a temporary name, flushed, closed by the manifest, then renamed. Only rank 0 touches the disk.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from mnist.config import RunError, TrainConfig, UserError, to_flat
+from mnist.files import flush_folder, write_and_flush, write_json
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+_NAME = re.compile(r"step-(\d{8})")
+
+# A resumed run is the same run: these fields must not differ ...
+FIXED_FIELDS = (
+    *("dataset", "val_size", "model", "optimizer", "momentum", "nesterov", "beta1", "beta2", "weight_decay", "loss"),
+    *("label_smoothing", "grad_clip", "ema", "seed", "global_batch_size", "stretch_epochs", "image_size", "mean", "std"),
+    *("horizontal_flip", "rotation", "translation", "scale", "shear", "elastic", "elastic_sigma"),
+)
+# ... these may, and are mentioned: they change what happens from here on.
+NOTED_FIELDS = ("epochs", "max_steps", "lr", "schedule", "warmup", "gamma", "decay_epochs", "mixed_precision")
+LENGTH_BOUND_SCHEDULES = ("cosine", "one_cycle")
+
+
+class CheckpointError(RunError):
+    """A checkpoint that cannot be written, or not be believed. The message names the path."""
+
+
+@dataclass
+class Checkpoint:
+    """The state of a run at one step, on the CPU, as tensors and plain numbers.
+
+    Attributes:
+        step: optimizer steps done.
+        tensors: file stem ("model", "ema", "optimizer") -> name -> tensor.
+        loop: `engine.TrainState` as a dictionary.
+        scheduler_step: steps that the schedule has taken (fewer than `step` where fp16 skipped some).
+        scaler: state of the fp16 gradient scaler, or None.
+        config: the configuration, flat.
+        plan: the plan, as a dictionary.
+        scores: the scores of the evaluation at this step, by split.
+    """
+
+    step: int
+    tensors: dict[str, dict[str, Tensor]]
+    loop: dict[str, Any]
+    scheduler_step: int
+    scaler: dict[str, Any] | None
+    config: dict[str, Any]
+    plan: dict[str, Any]
+    scores: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep_last: int, keep_best: int) -> Path:
+    """Writes a checkpoint into `folder` and then removes those that neither `keep_last` nor `keep_best` protects.
+
+    Raises:
+        CheckpointError: it could not be written; earlier checkpoints are untouched.
+    """
+    final = folder / f"step-{checkpoint.step:08d}"
+    temporary = folder / f".tmp-{final.name}-{os.getpid()}"
+    try:
+        if not final.exists():  # else: this step was saved before, and a step is the same every time
+            temporary.mkdir(parents=True)
+            _write(temporary, checkpoint)
+            temporary.rename(final)
+            flush_folder(folder)
+        _prune(folder, keep_last, keep_best)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{final}: not written ({error}); earlier checkpoints are intact; free some space, or fix the folder, and "
+            f"start the same command again"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return final
+
+
+def _write(folder: Path, checkpoint: Checkpoint) -> None:
+    files = {}
+    for stem, tensors in checkpoint.tensors.items():
+        content = safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()})
+        write_and_flush(folder / f"{stem}.safetensors", content)
+        files[f"{stem}.safetensors"] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    numbers = {f.name: getattr(checkpoint, f.name) for f in dataclasses.fields(checkpoint) if f.name != "tensors"}
+    manifest = {"format_version": FORMAT_VERSION, **numbers, "files": files}
+    write_json(folder / MANIFEST, manifest)  # the last file: it vouches for the others
+
+
+def _prune(folder: Path, keep_last: int, keep_best: int) -> None:
+    steps = list_steps(folder)
+    ranked = sorted((-_val_accuracy(path), -step) for step, path in steps.items() if _val_accuracy(path) >= 0)
+    keep = {*sorted(steps)[-keep_last:], *(-step for _, step in ranked[:keep_best])}
+    for step, path in steps.items():
+        if step not in keep:
+            doomed = path.rename(folder / f".tmp-old-{path.name}-{os.getpid()}")  # half a checkpoint has no final name
+            shutil.rmtree(doomed)
+
+
+def _val_accuracy(path: Path) -> float:
+    try:
+        manifest = json.loads((path / MANIFEST).read_bytes())
+        return float(manifest["scores"]["val"]["accuracy"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return -1.0
+
+
+def list_steps(folder: Path) -> dict[int, Path]:
+    """The checkpoints in `folder` by step, complete ones only as far as their names tell."""
+    if not folder.is_dir():
+        return {}
+    matches = ((_NAME.fullmatch(path.name), path) for path in folder.iterdir())
+    return {int(match[1]): path for match, path in matches if match and path.is_dir() and not path.is_symlink()}
+
+
+def load_newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest valid checkpoint in `folder`, and a line about each newer one that had to be passed over.
+
+    Raises:
+        CheckpointError: there are checkpoints and none is valid. Starting over silently would look like a resume.
+    """
+    skipped = []
+    for _, path in sorted(list_steps(folder).items(), reverse=True):
+        try:
+            return load_checkpoint(path), skipped
+        except CheckpointError as error:
+            skipped.append(str(error))
+    if skipped:
+        raise CheckpointError(f"no valid checkpoint in {folder} (start over with --resume never): " + "; ".join(skipped))
+    return None, []
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Reads a checkpoint, after its manifest has been checked against every file.
+
+    Raises:
+        CheckpointError: a file is missing, cut, changed or not listed; the message names it.
+    """
+    try:
+        manifest = json.loads((path / MANIFEST).read_bytes())
+        if manifest["format_version"] != FORMAT_VERSION:
+            raise CheckpointError(f"{path}: format {manifest['format_version']}, this program reads {FORMAT_VERSION}")
+        tensors = {}
+        for name, facts in manifest["files"].items():
+            if not re.fullmatch(r"(model|ema|optimizer)\.safetensors", name):
+                raise CheckpointError(f"{path}: the manifest lists {name!r}, which is no part of a checkpoint")
+            content = (path / name).read_bytes()
+            if len(content) != facts["size"]:
+                raise CheckpointError(f"{path / name}: {len(content):,} bytes, the manifest says {facts['size']:,}")
+            if hashlib.sha256(content).hexdigest() != facts["sha256"]:
+                raise CheckpointError(f"{path / name}: changed since it was written (its sha256 differs)")
+            tensors[name.removesuffix(".safetensors")] = safetensors.torch.load(content)
+        numbers = {f.name: manifest[f.name] for f in dataclasses.fields(Checkpoint) if f.name != "tensors"}
+        return Checkpoint(tensors=tensors, **numbers)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{error.filename}: missing") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: not readable as a checkpoint ({type(error).__name__}: {error})") from error
+
+
+def check_compatible(checkpoint: Checkpoint, config: TrainConfig, num_steps: int, world_size: int) -> list[str]:
+    """Whether `checkpoint` may continue under `config`; returns notes on what changes from here on.
+
+    Raises:
+        UserError: it would be another run. Names the fields with both values.
+    """
+    old, new = checkpoint.config, to_flat(config)
+    differing = [name for name in FIXED_FIELDS if old.get(name) != new[name]]
+    if differing:
+        listed = ", ".join(f"--{n.replace('_', '-')} was {old.get(n)}, now {new[n]}" for n in differing)
+        raise UserError(f"this run cannot continue with another configuration: {listed}; use --resume never to start over")
+    old_steps = checkpoint.plan["num_steps"]
+    if num_steps != old_steps and {old["schedule"], new["schedule"]} & set(LENGTH_BOUND_SCHEDULES):
+        raise UserError(
+            f"--epochs/--max-steps: the {new['schedule']} schedule was laid out for {old_steps} steps and cannot continue "
+            f"to {num_steps}; use --resume never to start over"
+        )
+    if num_steps < checkpoint.step:
+        raise UserError(f"--epochs/--max-steps: {num_steps} steps, but the checkpoint has already done {checkpoint.step}")
+    notes = [f"{name} {old.get(name)} -> {new[name]}" for name in NOTED_FIELDS if old.get(name) != new[name]]
+    if world_size != checkpoint.plan["world_size"]:
+        notes.append(f"processes {checkpoint.plan['world_size']} -> {world_size} (same global batches)")
+    return notes
+
+
+def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
+    """The optimizer's moments as "<parameter index>.<name>" -> tensor; all else about it is configuration."""
+    state = optimizer.state_dict()["state"]
+    return {
+        f"{index}.{name}": value.detach().cpu()
+        for index, values in state.items()
+        for name, value in values.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def restore_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Puts moments back, in the memory layout of their parameters: fused kernels take equal layouts for granted."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        index, name = key.split(".", 1)
+        parameter = parameters[int(index)]
+        if value.shape == parameter.shape and value.dim() > 0:
+            value = torch.empty_like(parameter, dtype=value.dtype, device="cpu").copy_(value)
+        state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+def export_weights(folder: Path, weights: dict[str, Tensor], config: dict[str, Any]) -> None:
+    """Plain weights and configuration, for `predict`, `evaluate` and anyone's own code: model.safetensors, config.json."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        content = safetensors.torch.save({name: tensor.contiguous() for name, tensor in weights.items()})
+        write_and_flush(folder / ".model.tmp", content)
+        (folder / ".model.tmp").replace(folder / "model.safetensors")
+        write_json(folder / "config.json", config)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: export not written ({error})") from error
+
+
+def module_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Weights and buffers of a bare module, on the CPU."""
+    return {name: tensor.detach().cpu() for name, tensor in module.state_dict().items()}

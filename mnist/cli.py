@@ -1,0 +1,152 @@
+"""The command line: argv -> `TrainConfig`.
+
+In: tokens. Out: a checked configuration, or an exit: 0 after `--help`, `--list-recipes`, `--print-config`, and 2 after a
+mistake, which rank 0 alone explains. Order of precedence: recipe < `--config` file < command line. A file is turned into
+tokens and parsed by the same rules, because YAML reads 1e-3 as a string and would slip it past the checks.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_type_hints
+
+import tyro
+import yaml
+
+from mnist.config import TrainConfig, UserError, sections, to_flat
+from mnist.console import print_error
+from mnist.recipes import RECIPES
+
+_DESCRIPTION = """Trains an MNIST digit recogniser with Accelerate: on a CPU, a GPU, or many.
+
+  accelerate launch train_ddp.py                                  the default recipe
+  accelerate launch train_ddp.py --recipe lenet5 --epochs 3       another recipe, shorter
+  torchrun --nproc-per-node 2 train_ddp.py --wandb offline        two processes"""
+
+_Flag = tyro.conf.FlagCreatePairsOff[bool]
+
+
+@dataclass(frozen=True)
+class _CommandLine:
+    train: TrainConfig = field(default_factory=TrainConfig)
+    config: Annotated[str | None, tyro.conf.arg(metavar="FILE.yaml")] = None
+    """Read options from a YAML file, as --print-config writes it; the command line overrides it."""
+    list_recipes: _Flag = False
+    """List the recipes and exit."""
+    print_config: _Flag = False
+    """Print the resolved configuration as YAML and exit."""
+
+
+def parse_command_line(argv: Sequence[str] | None = None) -> TrainConfig:
+    """Parses `argv` (default: the process's own). Needs neither torch nor anything else that is slow to import.
+
+    Raises:
+        SystemExit: 0 when something was asked to be printed, 2 at a mistake.
+    """
+    is_main = os.environ.get("RANK", "0") == "0"
+    try:
+        tokens = _normalise(sys.argv[1:] if argv is None else argv)
+        file = _last_value(tokens, "--config")
+        tokens = [*(_file_tokens(Path(file)) if file is not None else []), *tokens]
+        _check_choices(tokens)
+        recipe = _last_value(tokens, "--recipe") or "fast"
+        default = RECIPES[recipe]()
+        if "--epochs" in tokens and not {"--stretch-epochs", "--no-stretch-epochs"} & set(tokens):
+            tokens.append("--no-stretch-epochs")  # whoever counts epochs means passes over this data set
+    except UserError as error:
+        raise SystemExit(print_error(error)) from None
+    parsed = tyro.cli(
+        _CommandLine,
+        prog="train_ddp.py",
+        description=_DESCRIPTION,
+        args=tokens,
+        default=_CommandLine(default),
+        config=(tyro.conf.OmitArgPrefixes,),
+        console_outputs=is_main,
+    )
+    if parsed.list_recipes or parsed.print_config:
+        if is_main:
+            sys.stdout.write(_recipe_table() if parsed.list_recipes else to_yaml(parsed.train))
+        raise SystemExit(0)
+    return parsed.train
+
+
+def _flag_types() -> dict[str, Any]:
+    """Every flag of `TrainConfig` with its type."""
+    types = {"--recipe": str}
+    for section in sections().values():
+        types |= {"--" + name.replace("_", "-"): hint for name, hint in get_type_hints(section).items()}
+    return types
+
+
+def _normalise(argv: Sequence[str]) -> list[str]:
+    """Splits `--flag=value`, hyphenates flags, and takes `--flag=True`, which W&B sweeps write, for `--flag`."""
+    types = _flag_types()
+    tokens: list[str] = []
+    for token in argv:
+        flag, equals, value = token.partition("=")
+        if not flag.startswith("--"):
+            tokens.append(token)
+            continue
+        flag = flag.replace("_", "-")
+        if types.get(flag) is bool and value.lower() in ("true", "false"):
+            tokens.append(flag if value.lower() == "true" else "--no-" + flag[2:])
+        else:
+            tokens += [flag, value] if equals else [flag]
+    return tokens
+
+
+def _last_value(tokens: Sequence[str], flag: str) -> str | None:
+    values = [value for name, value in zip(tokens, tokens[1:], strict=False) if name == flag]
+    return values[-1] if values else None
+
+
+def _check_choices(tokens: Sequence[str]) -> None:
+    """Names the flag, the valid values and the likely meant one, which tyro does for flags but not for values."""
+    choices = {flag: [c for part in (hint, *get_args(hint)) for c in get_args(part) if isinstance(c, str)]
+               for flag, hint in _flag_types().items()}
+    choices["--recipe"] = list(RECIPES)
+    for flag, value in zip(tokens, tokens[1:], strict=False):
+        valid = choices.get(flag)
+        if valid and value not in valid and value != "None":
+            near = difflib.get_close_matches(value.lower(), valid, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise UserError(f"{flag} {value}: unknown; {hint}choose from {', '.join(valid)}")
+
+
+def _file_tokens(path: Path) -> list[str]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"--config {path}: cannot be read ({error})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"--config {path}: expected lines like 'lr: 0.001'")
+    tokens: list[str] = []
+    for name, value in content.items():
+        flag = "--" + str(name).replace("_", "-")
+        if isinstance(value, bool):
+            tokens.append(flag if value else "--no-" + flag[2:])
+        elif isinstance(value, list):
+            tokens += [flag, *map(str, value)]
+        else:
+            tokens += [flag, str(value)]
+    return tokens
+
+
+def to_yaml(config: TrainConfig) -> str:
+    """A file for `--config` that reproduces this configuration."""
+    return yaml.safe_dump(to_flat(config), sort_keys=False, allow_unicode=True)
+
+
+def _recipe_table() -> str:
+    lines = []
+    for name, recipe in RECIPES.items():
+        summary, *details = (line.strip() for line in (recipe.__doc__ or "").strip().splitlines())
+        expect = next((line for line in details if line.startswith("Expect:")), "")
+        lines += [f"{name:16} {summary}", f"{'':16} {expect}"]
+    return "\n".join(lines) + "\n"

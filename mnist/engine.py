@@ -1,0 +1,331 @@
+"""The loop: a training step, an epoch, an evaluation. It sees tensors and callables, no configuration and no recipe.
+
+In: a prepared model and optimizer, micro-batches (uint8 images (B, 28, 28), labels int64 (B,)), a loss. Out: plain
+numbers. The host waits for the device, and ranks for one another, only where a record is due and about once a second in
+between. Letters: B images, S side in pixels, P ranks, C chunks of a split.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from mnist.config import RunError
+from mnist.metrics import NUM_CLASSES, Scores, add_to_confusion
+from mnist.seeding import derive_seed
+
+EVAL_CHUNK = 1000  # images; fixed, so that every mode and world size shows a kernel the same batches
+HEARTBEAT_S = 1.0  # how often ranks compare notes, about
+
+
+class MicroBatch(Protocol):
+    """What the engine needs to know of `batches.MicroBatch`."""
+
+    images: Tensor
+    labels: Tensor
+    rows: slice
+    global_batch_size: int
+    num_samples: int
+
+
+class Images(Protocol):
+    """What the engine needs to know of `data.Split`."""
+
+    images: Tensor
+    labels: Tensor
+
+
+class DivergedError(RunError):
+    """The loss is no finite number any more."""
+
+    def __init__(self, step: int, rank: int) -> None:
+        super().__init__(f"the loss became nan or inf at step {step} on rank {rank}; try a smaller --lr or --grad-clip 1")
+        self.step = step
+        self.rank = rank
+
+
+@dataclass
+class TrainState:
+    """All that the loop remembers besides weights and optimizer, as plain numbers.
+
+    Attributes:
+        step: optimizer steps done.
+        interval: per rank the sums since the last record: loss, correct, finite steps, samples. (A record is a planned
+            event; a checkpoint written between two of them, at a signal, carries the sums along.)
+        interval_start: the step of the last record.
+        epoch_sums: loss, correct and samples since the epoch began, all ranks together.
+        best: record of the best evaluation so far.
+        evals_since_best: evaluations after it.
+        train_time_s: time in training steps, evaluation and checkpoints not counted.
+        is_stopping: a signal arrived somewhere, and all ranks have agreed to end after this step.
+    """
+
+    step: int = 0
+    interval: list[list[float]] = field(default_factory=list)
+    interval_start: int = 0
+    epoch_sums: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
+    best: dict[str, float] | None = None
+    evals_since_best: int = 0
+    train_time_s: float = 0.0
+    is_stopping: bool = False
+
+
+@dataclass(frozen=True)
+class TrainRecord:
+    """Means over the samples since the last record, over all ranks; learning rate and gradient norm of the last step."""
+
+    step: int
+    loss: float
+    accuracy: float
+    num_samples: int
+    lr: float
+    grad_norm: float
+    images_per_s: float
+
+
+class TrainStep:
+    """One optimizer step, called with this rank's micro-batches of one global batch.
+
+    Args:
+        accelerator: for backward passes, clipping and synchronisation.
+        model: prepared; images (B, 1, S, S) float32 -> logits (B, 10).
+        optimizer: prepared.
+        scheduler: not prepared; stepped once per step.
+        loss_fn: (logits, labels) -> loss of each sample (B,).
+        transform: pixels (B, 28, 28) -> network input (B, 1, S, S).
+        augment: (images, step, rows, global batch size) -> pixels (B, 28, 28).
+        grad_clip: largest total gradient norm; 0 = no clipping.
+        after_step: called with the number of steps done (moving averages live there).
+        seed: fixes dropout together with step, micro-batch and rank.
+    """
+
+    def __init__(
+        self,
+        *,
+        accelerator: Accelerator,
+        model: nn.Module,
+        optimizer: Optimizer,
+        scheduler: LRScheduler,
+        loss_fn: Callable[[Tensor, Tensor], Tensor],
+        transform: Callable[[Tensor], Tensor],
+        augment: Callable[[Tensor, int, slice, int], Tensor],
+        grad_clip: float = 0.0,
+        after_step: Callable[[int], None] | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.accelerator = accelerator
+        self.model = model
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.loss_fn = loss_fn
+        self.transform = transform
+        self.augment = augment
+        self.grad_clip = grad_clip
+        self.after_step = after_step
+        self.seed = seed
+        self.lr = math.nan
+        self.grad_norm: Tensor | float = math.nan
+        # Sums on the device, read only when a record is due: loss, correct, steps with a finite loss.
+        self.sums = torch.zeros(3, dtype=sum_dtype(accelerator.device), device=accelerator.device)
+        self.num_samples = 0
+
+    def __call__(self, micro_batches: list[MicroBatch], step: int, measure_grad_norm: bool = False) -> None:
+        """Trains on one global batch; `step` counts the steps done before it."""
+        for index, batch in enumerate(micro_batches):
+            seed_dropout(self.accelerator.device, derive_seed(self.seed, "dropout", step, index, self._rank))
+            is_last = index == len(micro_batches) - 1
+            with nullcontext() if is_last else self.accelerator.no_sync(self.model):
+                self._forward_backward(batch, step)
+        self.sums[2] += self.sums[0].isfinite()
+        if self.grad_clip or measure_grad_norm:
+            self.grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.grad_clip or math.inf)
+        self.optimizer.step()
+        self.lr = self.scheduler.get_last_lr()[0]
+        if not self.accelerator.optimizer_step_was_skipped:  # by the fp16 scaler, at an overflow
+            self.scheduler.step()
+        self.optimizer.zero_grad()
+        if self.after_step is not None:
+            self.after_step(step + 1)
+
+    def _forward_backward(self, batch: MicroBatch, step: int) -> None:
+        images = self.augment(batch.images, step, batch.rows, batch.global_batch_size)
+        logits = self.model(self.transform(images))  # (B, 10)
+        losses = self.loss_fn(logits, batch.labels)  # (B,)
+        # DDP averages gradients over the P ranks: P / G turns that into the mean over the G images of the global batch,
+        # however unevenly they are spread. A stand-in for an empty share weighs nothing.
+        weight = self.accelerator.num_processes / batch.global_batch_size if batch.num_samples else 0.0
+        self.accelerator.backward(losses.sum() * weight)
+        if batch.num_samples:
+            self.sums[0] += losses.detach().sum()
+            self.sums[1] += (logits.argmax(dim=1) == batch.labels).sum()
+            self.num_samples += batch.num_samples
+
+    @property
+    def _rank(self) -> int:
+        return self.accelerator.process_index
+
+    def load_sums(self, interval: list[list[float]]) -> None:
+        """Takes up the sums of an interrupted interval; on another number of ranks, rank 0 takes all of them."""
+        rows = interval
+        if len(interval) != self.accelerator.num_processes:
+            rows = [[sum(column) for column in zip(*interval, strict=True)]] if interval else []
+            rows += [[0.0, 0.0, max((row[2] for row in interval), default=0.0), 0.0]] * self.accelerator.num_processes
+        loss, correct, finite_steps, num_samples = rows[self._rank] if rows else (0.0, 0.0, 0.0, 0.0)
+        self.sums.copy_(torch.tensor([loss, correct, finite_steps]))
+        self.num_samples = int(num_samples)
+
+
+def train_one_epoch(
+    train_step: TrainStep,
+    steps: Iterable[list[MicroBatch]],
+    state: TrainState,
+    *,
+    pauses_at: Callable[[int], bool],
+    stop_requested: Callable[[], bool] = lambda: False,
+) -> Iterator[TrainRecord]:
+    """Runs `steps`, and hands control back with a record after each step at which `pauses_at` is true.
+
+    It ends early, with `state.is_stopping` set and the sums since the last record in `state.interval`, when
+    `stop_requested` has become true on any rank. Every rank must exhaust it.
+
+    Raises:
+        DivergedError: on all ranks, when the loss of any of them was not finite.
+    """
+    accelerator = train_step.accelerator
+    heartbeat_steps, since_heartbeat, interval_time_s, started = 1, 0, 0.0, time.perf_counter()
+    train_step.model.train()
+    for micro_batches in steps:
+        is_pause = pauses_at(state.step + 1)
+        train_step(micro_batches, state.step, measure_grad_norm=is_pause)
+        state.step += 1
+        since_heartbeat += 1
+        alone_and_asked = accelerator.num_processes == 1 and stop_requested()
+        if not (is_pause or since_heartbeat >= heartbeat_steps or alone_and_asked):
+            continue
+        rows = _compare_notes(train_step, state, stop_requested(), time.perf_counter() - started)
+        seconds = max(row[-1] for row in rows)
+        state.train_time_s += seconds
+        interval_time_s += seconds
+        heartbeat_steps = max(1, min(2 * heartbeat_steps, int(HEARTBEAT_S * since_heartbeat / max(seconds, 1e-6))))
+        if is_pause:
+            yield _make_record(train_step, state, rows, interval_time_s)
+            interval_time_s = 0.0
+            train_step.model.train()  # whoever had control may have evaluated
+        if state.is_stopping:
+            return
+        since_heartbeat, started = 0, time.perf_counter()
+
+
+def _compare_notes(train_step: TrainStep, state: TrainState, stop: bool, seconds: float) -> list[list[float]]:
+    """Gathers a row per rank (loss, correct, finite steps, samples, stop, seconds), equal on every rank.
+
+    The one place where the host waits for the device. All decisions are taken from these rows, never from local flags.
+    """
+    sums = train_step.sums
+    own = torch.tensor([train_step.num_samples, stop, seconds], dtype=sums.dtype, device=sums.device)
+    gathered = train_step.accelerator.gather(torch.cat([sums, own]))
+    rows: list[list[float]] = gathered.view(train_step.accelerator.num_processes, -1).tolist()
+    finite_steps = [int(row[2]) for row in rows]
+    if min(finite_steps) < state.step - state.interval_start:
+        rank = finite_steps.index(min(finite_steps))
+        raise DivergedError(state.interval_start + finite_steps[rank] + 1, rank)
+    state.interval = [row[:4] for row in rows]
+    state.is_stopping = any(row[4] for row in rows)
+    return rows
+
+
+def _make_record(train_step: TrainStep, state: TrainState, rows: list[list[float]], seconds: float) -> TrainRecord:
+    """Closes the interval: its sums become a record, and start again at zero."""
+    loss_sum, num_correct, _, num_samples = (sum(column) for column in list(zip(*rows, strict=True))[:4])
+    state.epoch_sums = [a + b for a, b in zip(state.epoch_sums, (loss_sum, num_correct, num_samples), strict=True)]
+    state.interval, state.interval_start = [], state.step
+    train_step.load_sums([])
+    return TrainRecord(
+        step=state.step,
+        loss=loss_sum / num_samples,
+        accuracy=num_correct / num_samples,
+        num_samples=int(num_samples),
+        lr=train_step.lr,
+        grad_norm=float(train_step.grad_norm),
+        images_per_s=num_samples / seconds,
+    )
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    split: Images,
+    *,
+    accelerator: Accelerator,
+    loss_fn: Callable[[Tensor, Tensor], Tensor],
+    transform: Callable[[Tensor], Tensor],
+    sharded: bool = False,
+) -> Scores:
+    """Scores `model` on every image of `split`, each exactly once. Every rank must call this, every rank gets the result.
+
+    Args:
+        model: the bare module: a DDP wrapper would wait for other ranks in its forward pass (accelerate#3861).
+        split: images uint8 (N, 28, 28), labels int64 (N,).
+        accelerator: to reduce over ranks.
+        loss_fn: (logits, labels) -> (B,).
+        transform: pixels -> network input.
+        sharded: every rank scores a share of the chunks; else rank 0 scores all, and the others wait.
+
+    Returns:
+        The same counts in both modes and on any number of ranks, and the same loss to the last bit: sums are kept per
+        chunk, reduced once (adding zeros is exact), and added up in the order of the chunks.
+    """
+    num_samples = len(split.labels)
+    num_chunks = math.ceil(num_samples / EVAL_CHUNK)
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+    mine = range(rank, num_chunks, world_size) if sharded else range(num_chunks if rank == 0 else 0)
+    device = split.images.device
+    losses = torch.zeros(num_chunks, dtype=sum_dtype(device), device=device)
+    confusion = torch.zeros(NUM_CLASSES**2, dtype=sum_dtype(device), device=device)
+    if sharded and world_size > 1:
+        _broadcast_buffers(model)
+    was_training = model.training
+    model.eval()
+    for chunk in mine:
+        rows = slice(chunk * EVAL_CHUNK, (chunk + 1) * EVAL_CHUNK)
+        labels = split.labels[rows]
+        logits = model(transform(split.images[rows]))
+        losses[chunk] = loss_fn(logits, labels).sum()
+        add_to_confusion(confusion, logits, labels)
+    model.train(was_training)
+    sums = accelerator.reduce(torch.cat([losses, confusion]), reduction="sum").cpu().double()
+    counts = sums[num_chunks:].round().long().view(NUM_CLASSES, NUM_CLASSES)
+    scores = Scores.from_sums(math.fsum(sums[:num_chunks].tolist()), counts)
+    assert scores.num_samples == num_samples, f"scored {scores.num_samples} of {num_samples} samples"
+    return scores
+
+
+def _broadcast_buffers(model: nn.Module) -> None:
+    """Gives every rank the buffers of rank 0: after the last step batch-norm statistics differ by one update."""
+    for buffer in model.buffers():
+        torch.distributed.broadcast(buffer, src=0)
+
+
+def seed_dropout(device: torch.device, seed: int) -> None:
+    """Seeds the global generator of `device` alone: `torch.manual_seed` visits every device and costs 0.1 ms."""
+    if device.type == "cpu":
+        torch.default_generator.manual_seed(seed)
+    elif device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+    else:
+        torch.manual_seed(seed)
+
+
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """float64 for sums, except on Apple's MPS, which has none."""
+    return torch.float32 if device.type == "mps" else torch.float64

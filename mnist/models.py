@@ -1,0 +1,218 @@
+"""The networks: float images (B, 1, S, S) -> raw logits (B, 10).
+
+Each is a plain `nn.Sequential` with named layers, so that it reads like the table in a paper, and so that pictures can
+walk through it layer by layer. Shapes in the comments are those of one image, channels x height x width.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+
+from torch import nn
+
+
+def _sequential(**layers: nn.Module) -> nn.Sequential:
+    return nn.Sequential(OrderedDict(layers))
+
+
+def convnet() -> nn.Sequential:
+    """Two convolutions and a wide linear layer; 1,007,590 parameters, 1.33 M multiply-accumulates per image.
+
+    Source: dwgan/MNIST-PyTorch.
+    """
+    return _sequential(
+        conv1=nn.Conv2d(1, 10, kernel_size=5),  # 1x28x28 -> 10x24x24
+        relu1=nn.ReLU(),
+        pool1=nn.MaxPool2d(2),  # -> 10x12x12
+        conv2=nn.Conv2d(10, 20, kernel_size=3),  # -> 20x10x10
+        relu2=nn.ReLU(),
+        flatten=nn.Flatten(),  # -> 2000
+        linear1=nn.Linear(2000, 500),
+        relu3=nn.ReLU(),
+        linear2=nn.Linear(500, 10),
+    )
+
+
+def mycnn() -> nn.Sequential:
+    """Three small blocks of convolution, batch norm, leaky ReLU, pooling; 8,110 parameters, 0.35 M.
+
+    Source: sivanWu0222/PyTorchDL.
+    """
+    return _sequential(
+        conv1=nn.Conv2d(1, 3, kernel_size=3, padding=2),  # 1x28x28 -> 3x30x30
+        norm1=nn.BatchNorm2d(3),
+        relu1=nn.LeakyReLU(0.2),
+        pool1=nn.MaxPool2d(2),  # -> 3x15x15
+        conv2=nn.Conv2d(3, 16, kernel_size=3, padding=1),  # -> 16x15x15
+        norm2=nn.BatchNorm2d(16),
+        relu2=nn.LeakyReLU(0.2),
+        pool2=nn.MaxPool2d(2),  # -> 16x7x7
+        conv3=nn.Conv2d(16, 32, kernel_size=3, padding=1),  # -> 32x7x7
+        norm3=nn.BatchNorm2d(32),
+        relu3=nn.LeakyReLU(0.2),
+        pool3=nn.MaxPool2d(2),  # -> 32x3x3
+        flatten=nn.Flatten(),  # -> 288
+        linear=nn.Linear(288, 10),
+    )
+
+
+def lenet5() -> nn.Sequential:
+    """LeNet-5 with ReLU and max pooling on 32x32 images; 61,706 parameters, 0.42 M.
+
+    As in the source's code there is no ReLU after the second convolution (its text puts one there).
+
+    Source: coursework "LeNet-5 on MNIST"; LeCun et al. 1998.
+    """
+    return _sequential(
+        conv1=nn.Conv2d(1, 6, kernel_size=5),  # 1x32x32 -> 6x28x28
+        relu1=nn.ReLU(),
+        pool1=nn.MaxPool2d(2),  # -> 6x14x14
+        conv2=nn.Conv2d(6, 16, kernel_size=5),  # -> 16x10x10
+        pool2=nn.MaxPool2d(2),  # -> 16x5x5
+        flatten=nn.Flatten(),  # -> 400
+        linear1=nn.Linear(400, 120),
+        relu3=nn.ReLU(),
+        linear2=nn.Linear(120, 84),
+        relu4=nn.ReLU(),
+        linear3=nn.Linear(84, 10),
+    )
+
+
+def lenet5_classic() -> nn.Sequential:
+    """LeNet-5 as first taught: sigmoid everywhere, average pooling; the same 61,706 parameters.
+
+    Source: the baseline of the same coursework.
+    """
+    return _sequential(
+        conv1=nn.Conv2d(1, 6, kernel_size=5),  # 1x32x32 -> 6x28x28
+        sigmoid1=nn.Sigmoid(),
+        pool1=nn.AvgPool2d(2),  # -> 6x14x14
+        conv2=nn.Conv2d(6, 16, kernel_size=5),  # -> 16x10x10
+        sigmoid2=nn.Sigmoid(),
+        pool2=nn.AvgPool2d(2),  # -> 16x5x5
+        flatten=nn.Flatten(),  # -> 400
+        linear1=nn.Linear(400, 120),
+        sigmoid3=nn.Sigmoid(),
+        linear2=nn.Linear(120, 84),
+        sigmoid4=nn.Sigmoid(),
+        linear3=nn.Linear(84, 10),
+    )
+
+
+def _perceptron(widths: Sequence[int]) -> nn.Sequential:
+    layers: dict[str, nn.Module] = {"flatten": nn.Flatten()}
+    for i, (fan_in, fan_out) in enumerate(zip(widths, widths[1:], strict=False), start=1):
+        layers[f"linear{i}"] = nn.Linear(fan_in, fan_out)
+        layers[f"relu{i}"] = nn.ReLU()
+    del layers[f"relu{len(widths) - 1}"]  # logits stay raw
+    return _sequential(**layers)
+
+
+def mlp() -> nn.Sequential:
+    """Six linear layers with ReLU between them; 640,842 parameters.
+
+    Source: "handwritten digit recognition" tutorial; its softmax belongs to the loss here.
+    """
+    return _perceptron([784, 512, 256, 256, 128, 64, 10])
+
+
+def mlp_sigmoid() -> nn.Sequential:
+    """Five linear layers with ReLU between them; 575,050 parameters.
+
+    Source: the shorter network in the same tutorial; its final sigmoid belongs to the loss here.
+    """
+    return _perceptron([784, 512, 256, 128, 64, 10])
+
+
+def yannet() -> nn.Sequential:
+    """A wide first half, then a depthwise-separable convolution; 30,306 parameters, 13.2 M.
+
+    Source: mousecpn/MachineLearning_HW_CQUT, HW2.
+    """
+    return _sequential(
+        conv1=nn.Conv2d(1, 32, kernel_size=5, padding=2),  # 1x28x28 -> 32x28x28
+        relu1=nn.ReLU(),
+        conv2=nn.Conv2d(32, 64, kernel_size=3),  # -> 64x26x26
+        norm2=nn.BatchNorm2d(64),
+        relu2=nn.ReLU(),
+        pool2=nn.MaxPool2d(2),  # -> 64x13x13
+        depthwise=nn.Conv2d(64, 64, kernel_size=3, groups=64),  # -> 64x11x11
+        pointwise=nn.Conv2d(64, 8, kernel_size=1),  # -> 8x11x11
+        relu3=nn.ReLU(),
+        flatten=nn.Flatten(),  # -> 968
+        dropout=nn.Dropout(0.2),
+        linear=nn.Linear(968, 10),
+    )
+
+
+def fastnet() -> nn.Sequential:
+    """The network of `fast`: a strided first convolution instead of a pooling keeps the big maps out of it."""
+    return _sequential(
+        conv1=nn.Conv2d(1, 24, kernel_size=5, stride=2),  # 1x28x28 -> 24x12x12
+        relu1=nn.ReLU(),
+        conv2=nn.Conv2d(24, 32, kernel_size=3),  # -> 32x10x10
+        pool2=nn.MaxPool2d(2),  # -> 32x5x5
+        relu2=nn.ReLU(),
+        flatten=nn.Flatten(),  # -> 800
+        linear1=nn.Linear(800, 128),
+        relu3=nn.ReLU(),
+        linear2=nn.Linear(128, 10),
+    )
+
+
+def deepnet() -> nn.Sequential:
+    """The network of `accurate`: five unpadded 5x5 convolutions with batch norm; the maps shrink to 8x8 by themselves.
+
+    Source: the 5x5 member of arXiv:2008.10400 (An, Lee, Park, Yang, So 2020).
+    """
+    widths = [1, 32, 64, 96, 128, 160]
+    layers: dict[str, nn.Module] = {}
+    for i, (channels_in, channels_out) in enumerate(zip(widths, widths[1:], strict=False), start=1):
+        # 1x28x28 -> 32x24x24 -> 64x20x20 -> 96x16x16 -> 128x12x12 -> 160x8x8
+        layers[f"conv{i}"] = nn.Conv2d(channels_in, channels_out, kernel_size=5, bias=False)
+        layers[f"norm{i}"] = nn.BatchNorm2d(channels_out)
+        layers[f"relu{i}"] = nn.ReLU()
+    return _sequential(**layers, flatten=nn.Flatten(), linear=nn.Linear(160 * 8 * 8, 10))
+
+
+def tinynet() -> nn.Sequential:
+    """The network of `smoke`: small enough for a few seconds on one core."""
+    return _sequential(
+        conv1=nn.Conv2d(1, 8, kernel_size=5, stride=2),  # 1x28x28 -> 8x12x12
+        relu1=nn.ReLU(),
+        conv2=nn.Conv2d(8, 16, kernel_size=3),  # -> 16x10x10
+        relu2=nn.ReLU(),
+        pool2=nn.MaxPool2d(2),  # -> 16x5x5
+        flatten=nn.Flatten(),  # -> 400
+        linear1=nn.Linear(400, 32),
+        relu3=nn.ReLU(),
+        linear2=nn.Linear(32, 10),
+    )
+
+
+MODELS: dict[str, Callable[[], nn.Sequential]] = {
+    build.__name__: build
+    for build in (
+        convnet,
+        mycnn,
+        lenet5,
+        lenet5_classic,
+        mlp,
+        mlp_sigmoid,
+        yannet,
+        fastnet,
+        deepnet,
+        tinynet,
+    )
+}
+
+
+def build_model(name: str) -> nn.Sequential:
+    """The network called `name` with fresh weights from torch's global random state (seed it first)."""
+    return MODELS[name]()
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Trainable numbers."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -1,0 +1,136 @@
+"""Optimizers and learning-rate schedules.
+
+In: parameters, the `optim` section and the run's length in optimizer steps. Out: plain torch objects. A schedule is a
+factor on the peak learning rate, a pure function of the step, so that nothing but the step needs to be remembered.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from mnist.config import OptimConfig
+
+ONE_CYCLE_START = 1 / 25  # of the peak, as torch's OneCycleLR has it
+ONE_CYCLE_END = ONE_CYCLE_START / 1e4
+
+
+def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> Optimizer:
+    """The optimizer of the recipe, as one fused kernel per step where torch has one (CPU and CUDA; not Adadelta)."""
+    betas = (config.beta1, config.beta2)
+    parameters = list(parameters)
+    fused = all(p.device.type in ("cpu", "cuda") for p in parameters)
+    match config.optimizer:
+        case "sgd":
+            return torch.optim.SGD(
+                parameters,
+                lr=config.lr,
+                momentum=config.momentum,
+                nesterov=config.nesterov,
+                weight_decay=config.weight_decay,
+                fused=fused,
+            )
+        case "adam":
+            return torch.optim.Adam(
+                parameters, lr=config.lr, betas=betas, weight_decay=config.weight_decay, fused=fused
+            )
+        case "adamw":
+            return torch.optim.AdamW(
+                parameters, lr=config.lr, betas=betas, weight_decay=config.weight_decay, fused=fused
+            )
+        case "adadelta":
+            return torch.optim.Adadelta(parameters, lr=config.lr, weight_decay=config.weight_decay)
+
+
+def lr_factor(config: OptimConfig, num_steps: int, epoch_steps: int) -> Callable[[int], float]:
+    """The schedule as a function: optimizer steps done -> factor on `config.lr` for the next one.
+
+    Args:
+        config: names the schedule.
+        num_steps: length of the run.
+        epoch_steps: steps that count as one epoch for `decay_epochs`.
+
+    Returns:
+        A function of the step in [0, num_steps]:
+        constant     1
+        step         gamma ** whole decay periods passed
+        exponential  gamma ** decay periods passed, fractions included
+        cosine       a linear rise over the warm-up, then half a cosine down to 0
+        one_cycle    half a cosine up from 1/25, half a cosine down to 4e-6 (Smith & Topin 2017; momentum stays)
+    """
+    decay_steps = config.decay_epochs * epoch_steps
+    warmup_steps = config.warmup * num_steps
+
+    def cosine(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / (warmup_steps + 1)
+        return _half_cosine(1.0, 0.0, (step - warmup_steps) / (num_steps - warmup_steps))
+
+    def one_cycle(step: int) -> float:
+        peak, last = warmup_steps - 1, num_steps - 1
+        if step < peak:
+            return _half_cosine(ONE_CYCLE_START, 1.0, step / peak)
+        return _half_cosine(1.0, ONE_CYCLE_END, (step - peak) / max(last - peak, 1.0))
+
+    return {
+        "constant": lambda step: 1.0,
+        "step": lambda step: config.gamma ** math.floor(step / decay_steps),
+        "exponential": lambda step: config.gamma ** (step / decay_steps),
+        "cosine": cosine,
+        "one_cycle": one_cycle,
+    }[config.schedule]
+
+
+def _half_cosine(start: float, end: float, fraction: float) -> float:
+    return end + (start - end) * (1 + math.cos(math.pi * min(fraction, 1.0))) / 2
+
+
+def build_scheduler(optimizer: Optimizer, config: OptimConfig, num_steps: int, epoch_steps: int) -> LambdaLR:
+    """A scheduler to be stepped once per optimizer step, on every rank alike.
+
+    It must not go through `accelerator.prepare`, which would step it once per process (accelerate#2926).
+    """
+    return LambdaLR(optimizer, lr_factor(config, num_steps, epoch_steps))
+
+
+class WeightAverage:
+    """An exponential moving average of weights and floating-point buffers; integer buffers are copied.
+
+    The decay starts low, min(decay, (1 + t) / (10 + t)) after t steps, so that short runs are not dominated by their
+    initial weights (as in TensorFlow's ExponentialMovingAverage).
+
+    Args:
+        model: the bare, prepared module; the average keeps its precision wrapper.
+        decay: the decay it settles at.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.module = copy.deepcopy(model).requires_grad_(False).eval()
+        pairs = list(zip(self.module.state_dict().values(), model.state_dict().values(), strict=True))
+        self._averages = [average for average, _ in pairs if average.is_floating_point()]
+        self._sources = [source for average, source in pairs if average.is_floating_point()]
+        self._copies = [(average, source) for average, source in pairs if not average.is_floating_point()]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Moves the average towards the model, after `step` steps."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(self._averages, self._sources, 1 - decay)
+        for average, source in self._copies:
+            average.copy_(source)
+
+
+def restore_scheduler(scheduler: LambdaLR, step: int) -> None:
+    """Puts a schedule at `step` steps; the peak learning rate stays the configured one, even if a checkpoint's differed."""
+    rates = [base * factor(step) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+    scheduler.last_epoch = step
+    scheduler._last_lr = rates
+    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate

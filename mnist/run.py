@@ -1,0 +1,408 @@
+"""What happens around the steps of a run: records, scores, checkpoints, the end.
+
+In: the pieces that `train_ddp.py` has built. Out: a run directory, and an exit code. Every method must be called by
+every rank; what only rank 0 may do is done inside.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from accelerate import Accelerator
+
+from mnist import checkpoint as ckpt
+from mnist import runtime, signals, tracking
+from mnist.config import TrainConfig, UserError, to_flat
+from mnist.console import Console
+from mnist.data import Choice, Dataset, Split
+from mnist.engine import DivergedError, TrainRecord, TrainState, TrainStep, evaluate
+from mnist.files import write_json
+from mnist.metrics import Scores
+from mnist.models import count_parameters
+from mnist.optim import WeightAverage, restore_scheduler
+from mnist.plan import Plan
+from mnist.run_dir import RunDir, open_run_dir
+
+EXIT_FINISHED, EXIT_FAILED, EXIT_PREEMPTED = 0, 1, 75
+
+
+@dataclass
+class Run:
+    """A run in progress, a context manager: however it ends, result.json says how.
+
+    Attributes:
+        config: resolved configuration.
+        plan: its algebra.
+        dataset: splits on the device.
+        choice: why it is this one.
+        accelerator, console: of this process.
+        train_step: model, optimizer and schedule.
+        average: moving average of the weights, or None.
+        started: `time.perf_counter()` at the start of the process.
+    """
+
+    config: TrainConfig
+    plan: Plan
+    dataset: Dataset
+    choice: Choice
+    accelerator: Accelerator
+    console: Console
+    train_step: TrainStep
+    average: WeightAverage | None
+    started: float
+
+    def __post_init__(self) -> None:
+        self.state = TrainState()
+        self.model = self.accelerator.unwrap_model(self.train_step.model, keep_torch_compile=False)
+        self.eval_model = self.model if self.average is None else self.average.module
+        self.scores: dict[str, Scores] = {}  # of the last evaluation
+        self.is_new_best = False
+        self.stop_reason: str | None = None
+        self.warmup_time_s = 0.0
+        self._directory: RunDir | None = None  # on rank 0
+        self._saved_step = -1
+        self._has_begun = False
+        self._upload_hint: str | None = None
+
+    # --- beginning -----------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Run:
+        opened = self._together(lambda: self._open(open_run_dir(self.config, self.dataset.name)))
+        self.path = Path(opened["path"])
+        self.previous = opened["result"]
+        self._facts = {
+            "recipe": self.config.recipe,
+            "dataset": self.dataset.name,
+            "seed": self.config.loop.seed,
+            "num_params": count_parameters(self.model),
+            "world_size": self.accelerator.num_processes,
+            "precision": self.accelerator.mixed_precision,
+            "evaluation": self.config.loop.evaluation,
+        }
+        self.tracker = tracking.Tracker(self.accelerator, None, self.dataset.name, self.console.warn)
+        return self
+
+    def _open(self, directory: RunDir) -> dict[str, Any]:
+        self._directory = directory
+        if self.config.output.resume == "never":
+            directory.set_aside()
+        return {"path": str(directory.path), "result": directory.read_result()}
+
+    def is_finished(self) -> bool:
+        """Whether an earlier start in this directory has done all that is asked for now; says so.
+
+        Raises:
+            UserError: that start diverged, and would again.
+        """
+        status, steps = self.previous.get("status"), self.previous.get("steps", 0)
+        if status == "diverged" and self.config.output.resume == "auto":
+            raise UserError(
+                f"--run-dir {self.path}: this run diverged at step {steps} and would again; start over with a smaller --lr "
+                f"and --resume never, or name an earlier checkpoint with --resume PATH"
+            )
+        if status != "finished" or self.plan.num_steps > self.previous["planned_steps"]:
+            return False
+        self.console.say(f"{self.path} is finished: {steps} steps, test accuracy {self.previous['test']['accuracy']:.2%}")
+        self.console.say("continue it with more --epochs, start over with --resume never, or name another --run-dir")
+        return True
+
+    def exit_code(self) -> int:
+        """0, or 1 if the finished run misses the gate."""
+        return self._gate(self.previous["test"]["accuracy"])
+
+    def resume(self) -> None:
+        """Takes up the newest valid checkpoint, or the one named by --resume, if there is any."""
+        found = self._together(self._find_checkpoint)
+        if found is None:
+            return
+        saved, notes = found
+        self.model.load_state_dict(saved.tensors["model"])
+        if self.average is not None:
+            self.average.module.load_state_dict(saved.tensors["ema"])
+        ckpt.restore_optimizer(self.train_step.optimizer, saved.tensors["optimizer"])
+        restore_scheduler(self.train_step.scheduler, saved.scheduler_step)
+        if self.accelerator.scaler is not None and saved.scaler is not None:
+            self.accelerator.scaler.load_state_dict(saved.scaler)
+        self.state = TrainState(**saved.loop)
+        self.state.is_stopping = False
+        self.train_step.load_sums(self.state.interval)
+        self._saved_step = self.state.step
+        self.console.say(f"resuming {self.path} at step {self.state.step}")
+        for note in notes:
+            self.console.warn(note)
+
+    def _find_checkpoint(self) -> tuple[ckpt.Checkpoint, list[str]] | None:
+        assert self._directory is not None
+        wanted, skipped = self.config.output.resume, []
+        if wanted == "never":
+            return None
+        if wanted == "auto":
+            saved, skipped = ckpt.load_newest(self._directory.checkpoints)
+        elif Path(wanted).is_dir():
+            saved = ckpt.load_checkpoint(Path(wanted))
+        else:
+            raise UserError(f"--resume {wanted}: no such directory; give auto, never or the path of a checkpoint")
+        if saved is None:
+            return None
+        notes = ckpt.check_compatible(saved, self.config, self.plan.num_steps, self.accelerator.num_processes)
+        return saved, [f"skipped a broken checkpoint: {line}" for line in skipped] + [f"from here on: {n}" for n in notes]
+
+    def begin(self) -> None:
+        """Writes down what is about to happen, starts the trackers, shows the plan, warms up."""
+        environment = runtime.describe_environment(self.accelerator)
+        mode = tracking.wandb_mode(self.config.output)
+        self.console.banner([*self._banner(environment), ("run", str(self.path)), ("W&B", mode)])
+        for line in self._warnings():
+            self.console.warn(line)
+        self._together(lambda: self._write_down(environment, mode))
+        self._has_begun = True
+        started = time.perf_counter()
+        zeros = self.dataset.train.images.new_zeros((self.plan.micro_batch_size, 28, 28))
+        runtime.warm_up(self.accelerator, self.train_step.model, self.train_step.transform(zeros))
+        self.warmup_time_s = time.perf_counter() - started
+        self.console.start_progress(self.plan.num_steps, self.state.step)
+
+    def _banner(self, environment: dict[str, Any]) -> list[tuple[str, str]]:
+        plan, sizes = self.plan, f"{len(self.dataset.train):,} train"
+        sizes += f" / {len(self.dataset.val):,} val" if self.dataset.val is not None else ""
+        world = f"{plan.world_size} process{'es' if plan.world_size > 1 else ''} ({environment['launcher']})"
+        share = f"{plan.world_size} x {plan.accumulation_steps} x {plan.micro_batch_size}"
+        optim = self.config.optim
+        return [
+            ("recipe", f"{self.config.recipe}: {optim.model}, {self._facts['num_params']:,} parameters"),
+            ("data", f"{self.dataset.name}: {sizes} / {len(self.dataset.test):,} test"),
+            ("device", f"{environment['ranks'][0]['device']}, {environment['threads_per_process']} threads, {world}"),
+            ("precision", f"{self._facts['precision'].replace('no', 'fp32')}"),
+            ("batch", f"{plan.global_batch_size} = processes x micro-batches x images {share}"),
+            ("plan", f"{plan.num_steps:,} steps, {plan.num_epochs:g} epochs, {optim.optimizer} {optim.lr:g}, {optim.schedule}"),
+        ]
+
+    def _warnings(self) -> list[str]:
+        lines = list(self.dataset.warnings)
+        if self.choice.fallback_reason is not None:
+            lines.insert(0, f"NOT MNIST: training on the 1,797 embedded digits, because {self.choice.fallback_reason}")
+        idle = runtime.idle_hardware(self.accelerator)
+        return [*lines, idle] if idle else lines
+
+    def _write_down(self, environment: dict[str, Any], mode: str) -> None:
+        assert self._directory is not None
+        write_json(self.path / "config.json", to_flat(self.config))
+        write_json(self.path / "environment.json", environment)
+        self._directory.write_result("running", **self._facts, pid=environment["pid"], host=environment["host"])
+        self.tracker = tracking.Tracker(self.accelerator, self.path, self.dataset.name, self.console.warn)
+        tags = [self.dataset.name, self.config.optim.model, self._facts["precision"], f"w{self._facts['world_size']}"]
+        run_config = {**to_flat(self.config), "environment": environment}
+        self.tracker.start_wandb(mode, self.config.output, self.path, run_config, tags)
+
+    # --- during --------------------------------------------------------------------------------------------------
+
+    def goes_on(self) -> bool:
+        """Whether another step is to be taken."""
+        return self.state.step < self.plan.num_steps and not self.state.is_stopping and self.stop_reason is None
+
+    def next_epoch_end(self) -> int:
+        """The step at which the current epoch, or the run, is over."""
+        epoch_steps = self.plan.epoch_steps
+        return min(self.plan.num_steps, (self.state.step // epoch_steps + 1) * epoch_steps)
+
+    def log(self, record: TrainRecord) -> None:
+        """Writes a training record down."""
+        speed = record.images_per_s
+        self.tracker.log(
+            "train",
+            record.step,
+            record.step / self.plan.epoch_steps,
+            loss=record.loss,
+            accuracy=record.accuracy,
+            lr=record.lr,
+            grad_norm=record.grad_norm,
+            images_per_s=round(speed, 1),
+        )
+        self.console.progress(record.step, record.loss, record.accuracy, speed)
+
+    def score(self) -> None:
+        """Evaluates on validation, or on test where nothing is held out, and decides about best and early stopping."""
+        split = "test" if self.dataset.val is None else "val"
+        scores = self._evaluate(split, self.dataset.val or self.dataset.test)
+        best = self.state.best
+        self.is_new_best = best is None or scores.accuracy > best["accuracy"]
+        if self.is_new_best or split == "test":  # without validation, "best" can only mean "last"
+            self.state.best = {"step": self.state.step, **scores.as_dict()}
+        self.state.evals_since_best = 0 if self.is_new_best else self.state.evals_since_best + 1
+        self.stop_reason = self._reason_to_stop(scores)
+        self._show(scores, split)
+
+    def _evaluate(self, name: str, split: Split) -> Scores:
+        scores = evaluate(
+            self.eval_model,
+            split,
+            accelerator=self.accelerator,
+            loss_fn=self.train_step.loss_fn,
+            transform=self.train_step.transform,
+            sharded=self.config.loop.evaluation == "sharded",
+        )
+        self.scores[name] = scores
+        self.tracker.log(name, self.state.step, self.state.step / self.plan.epoch_steps, **scores.as_dict())
+        return scores
+
+    def _reason_to_stop(self, scores: Scores) -> str | None:
+        loop = self.config.loop
+        targets = [
+            loop.target_accuracy is None or scores.accuracy >= loop.target_accuracy,
+            loop.target_loss is None or scores.loss <= loop.target_loss,
+        ]
+        if all(targets) and (loop.target_accuracy is not None or loop.target_loss is not None):
+            return "target reached"
+        if loop.patience and self.state.evals_since_best >= loop.patience:
+            return f"no better for {loop.patience} evaluations"
+        return None
+
+    def _show(self, scores: Scores, split: str) -> None:
+        loss, correct, samples = self.state.epoch_sums
+        train = (loss / samples, correct / samples) if samples else (float("nan"), float("nan"))
+        counts = f"{scores.num_correct:,}/{scores.num_samples:,}"
+        epoch = round(self.state.step / self.plan.epoch_steps, 2)
+        self.console.epoch_row(epoch, self.state.step, train, {split: (scores.loss, scores.accuracy, counts)})
+        if self.plan.epoch_ends_at(self.state.step):
+            self.state.epoch_sums = [0.0, 0.0, 0.0]
+
+    def save(self) -> None:
+        """Writes a checkpoint of this step, unless it is there."""
+        if self._saved_step == self.state.step:
+            return
+        self._together(self._write_checkpoint)
+        self._saved_step = self.state.step
+
+    def _write_checkpoint(self) -> None:
+        assert self._directory is not None
+        tensors = {
+            "model": ckpt.module_tensors(self.model),
+            "optimizer": ckpt.optimizer_tensors(self.train_step.optimizer),
+        }
+        if self.average is not None:
+            tensors["ema"] = ckpt.module_tensors(self.average.module)
+        scaler = self.accelerator.scaler
+        saved = ckpt.Checkpoint(
+            step=self.state.step,
+            tensors=tensors,
+            loop=dataclasses.asdict(self.state),
+            scheduler_step=self.train_step.scheduler.last_epoch,
+            scaler=None if scaler is None else scaler.state_dict(),
+            config=to_flat(self.config),
+            plan=dataclasses.asdict(self.plan),
+            scores={name: scores.as_dict() for name, scores in self.scores.items()},
+        )
+        output = self.config.output
+        keep_best = max(output.keep_best, 1) if self.dataset.val is not None else 0
+        ckpt.save_checkpoint(self._directory.checkpoints, saved, output.keep_last, keep_best)
+
+    def should_save(self) -> bool:
+        """Whether this step's checkpoint is due: by its cadence, or as the best on validation so far."""
+        best_step = self.state.best["step"] if self.state.best and self.dataset.val is not None else None
+        return self.plan.saves_at(self.state.step) or best_step == self.state.step or self.stop_reason is not None
+
+    # --- end -----------------------------------------------------------------------------------------------------
+
+    def finish(self) -> int:
+        """Exports weights, scores the test set, writes result.json, closes the trackers; returns the exit code."""
+        if self.state.is_stopping and self.state.step < self.plan.num_steps and self.stop_reason is None:
+            return self._end_preempted()
+        self._export("last")
+        if self.dataset.val is not None:
+            self._load_best()
+        if self.dataset.val is not None or "test" not in self.scores:
+            self._evaluate("test", self.dataset.test)
+        self._export("best")
+        test = self.scores["test"]
+        code = self._gate(test.accuracy)
+        self._close("finished", gate_passed=code == EXIT_FINISHED)
+        self._summarise(test)
+        if code:
+            self.console.warn(f"--min-accuracy {self.config.loop.min_accuracy}: missed with {test.accuracy:.4f}")
+        return code
+
+    def _end_preempted(self) -> int:
+        self.save()
+        self._close("preempted", signal=signals.signal_name())
+        self.console.summary([("preempted", f"after step {self.state.step}"), ("continue", "type the same command again")])
+        return EXIT_PREEMPTED
+
+    def _gate(self, accuracy: float) -> int:
+        gate = self.config.loop.min_accuracy
+        return EXIT_FINISHED if gate is None or accuracy >= gate else EXIT_FAILED
+
+    def _load_best(self) -> None:
+        """Puts the weights of the best validation score into the evaluated model, for its one look at the test set."""
+        assert self.state.best is not None
+        best_step = int(self.state.best["step"])
+        if best_step == self.state.step:
+            return
+
+        def read() -> dict[str, Any]:
+            assert self._directory is not None
+            saved = ckpt.load_checkpoint(ckpt.list_steps(self._directory.checkpoints)[best_step])
+            return saved.tensors["model" if self.average is None else "ema"]
+
+        self.eval_model.load_state_dict(self._together(read))
+
+    def _export(self, name: str) -> None:
+        weights = partial(ckpt.module_tensors, self.eval_model)
+        flat = to_flat(self.config)
+        self._together(lambda: ckpt.export_weights(self.path / "export" / name, weights(), flat))
+
+    def _close(self, status: str, **facts: Any) -> None:
+        """result.json and trackers; on rank 0."""
+        if self._directory is None:
+            return
+        val = self.scores["val"].as_dict() if "val" in self.scores else None
+        samples = self.state.step * len(self.dataset.train) / self.plan.pass_steps
+        self._directory.write_result(
+            status,
+            **self._facts,
+            epochs=round(self.state.step / self.plan.epoch_steps, 4),
+            steps=self.state.step,
+            planned_steps=self.plan.num_steps,
+            stop_reason=self.stop_reason,
+            test=self.scores["test"].as_dict() if "test" in self.scores else None,
+            val=val,
+            best=self.state.best,
+            train_time_s=round(self.state.train_time_s, 3),
+            warmup_time_s=round(self.warmup_time_s, 3),
+            total_time_s=round(time.perf_counter() - self.started, 3),
+            images_per_s=round(samples / self.state.train_time_s, 1) if self.state.train_time_s else None,
+            **facts,
+        )
+        best = {f"best/{key}": value for key, value in (self.state.best or {}).items()}
+        self._upload_hint = self.tracker.finish(status, {**best, "status": status})
+
+    def _summarise(self, test: Scores) -> None:
+        chosen = "weights with the best validation accuracy" if self.dataset.val is not None else "last weights"
+        rows = [
+            ("test", f"accuracy {test.accuracy:.2%} ({test.num_correct:,}/{test.num_samples:,}), loss {test.loss:.4f}, {chosen}"),
+            ("time", f"{self.state.train_time_s:.1f} s training, {time.perf_counter() - self.started:.1f} s in all"),
+            ("run", str(self.path)),
+        ]
+        if self.stop_reason:
+            rows.insert(1, ("stopped", f"{self.stop_reason} after step {self.state.step} of {self.plan.num_steps}"))
+        if self._upload_hint:
+            rows.append(("upload", self._upload_hint))
+        self.console.summary(rows)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.console.stop_progress()
+        if error is None or not self._has_begun:
+            return
+        if isinstance(error, DivergedError):
+            self.state.step = error.step
+            self._close("diverged", reason=str(error), rank=error.rank)
+        else:
+            self._close("failed", reason=f"{type(error).__name__}: {error}")
+
+    def _together(self, work: Any) -> Any:
+        return runtime.together(self.accelerator, work)

@@ -1,0 +1,118 @@
+"""The run directory: found or made, locked, and told what happened.
+
+In: the resolved configuration. Out: a folder with config.json, environment.json and result.json, held under a lock that
+the kernel releases when the process ends, however it ends. Only rank 0 comes here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+from datetime import datetime
+from pathlib import Path
+from typing import Any, TextIO
+
+from mnist.config import TrainConfig, UserError, sections, to_flat
+from mnist.files import write_json
+
+RUNS = Path("runs")
+UNFINISHED = ("running", "preempted")
+# What a run writes; `--resume never` sets it aside.
+CONTENTS = ("config.json", "environment.json", "metrics.jsonl", "result.json", "wandb_id", "checkpoints", "export")
+# Fields that say where and how loudly, not what: a run may be continued whatever they are.
+_INCIDENTAL = {f for f in sections()["output"].__dataclass_fields__} | {"data_dir", "num_threads", "timeout_s"}
+
+
+class RunDir:
+    """A locked run directory."""
+
+    def __init__(self, path: Path, lock: TextIO | None) -> None:
+        self.path = path
+        self._lock = lock
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def read_result(self) -> dict[str, Any]:
+        """What result.json says of an earlier start, {} where there is none."""
+        return _read_json(self.path / "result.json")
+
+    def write_result(self, status: str, **facts: Any) -> None:
+        """Replaces result.json; status is running, finished, preempted, failed or diverged."""
+        write_json(self.path / "result.json", {"status": status, **facts})
+
+    def set_aside(self) -> None:
+        """Moves what an earlier run left here into before-<time>/, so that a new one can start."""
+        old = [self.path / name for name in CONTENTS if (self.path / name).exists()]
+        if old:
+            folder = self.path / f"before-{datetime.now():%Y%m%d-%H%M%S-%f}"
+            folder.mkdir()
+            for path in old:
+                shutil.move(path, folder / path.name)
+
+
+def open_run_dir(config: TrainConfig, dataset: str) -> RunDir:
+    """The run directory for `config`, locked: the one asked for, an unfinished one of the same configuration, or a new one.
+
+    Raises:
+        UserError: not writable, or in use by another process (named with host and pid).
+    """
+    if config.output.run_dir is not None:
+        return _lock(Path(config.output.run_dir))
+    if config.output.resume == "auto":
+        for path in _unfinished_runs(config):
+            try:
+                return _lock(path)
+            except UserError:
+                continue  # it is being written right now
+    name = f"{config.recipe}-{dataset}-{datetime.now():%Y%m%d-%H%M%S}"
+    taken = sum(path.name.startswith(name) for path in RUNS.glob("*"))
+    return _lock(RUNS / (f"{name}-{taken + 1}" if taken else name))
+
+
+def _unfinished_runs(config: TrainConfig) -> list[Path]:
+    wanted = _essentials(to_flat(config))
+    found = []
+    for path in sorted(RUNS.glob("*/"), key=lambda p: p.stat().st_mtime, reverse=True):
+        is_unfinished = _read_json(path / "result.json").get("status") in UNFINISHED
+        if is_unfinished and _essentials(_read_json(path / "config.json")) == wanted:
+            found.append(path)
+    return found
+
+
+def _essentials(flat: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in flat.items() if name not in _INCIDENTAL}
+
+
+def _lock(path: Path) -> RunDir:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = (path / ".lock").open("a+")
+    except OSError as error:
+        raise UserError(f"--run-dir {path}: not writable ({error.strerror or error})") from error
+    try:
+        import fcntl  # not on Windows, where two runs in one directory are up to the user
+    except ImportError:
+        return RunDir(path, lock)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        lock.seek(0)
+        holder = lock.read().strip() or "another process"
+        lock.close()
+        raise UserError(f"--run-dir {path}: in use by {holder}; choose another directory, or wait") from error
+    lock.truncate(0)
+    lock.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
+    lock.flush()
+    return RunDir(path, lock)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -1,0 +1,229 @@
+"""The machine: accelerator, threads, precision, warm-up, and work that ranks do for one another.
+
+In: the `runtime` section and the launcher's environment. Out: a checked `Accelerator`; facts about the environment.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+    gather_object,
+)
+from torch import Tensor, nn
+
+from mnist.config import RunError, RuntimeConfig, UserError
+from mnist.seeding import derive_seed
+
+T = TypeVar("T")
+
+
+@contextmanager
+def open_accelerator(config: RuntimeConfig, trackers: list[str] | None = None) -> Iterator[Accelerator]:
+    """`build_accelerator`, and a tidy end: a gloo process that exits inside its process group sometimes aborts, and
+    fails the whole job."""
+    try:
+        yield build_accelerator(config, trackers)
+    finally:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def build_accelerator(config: RuntimeConfig, trackers: list[str] | None = None) -> Accelerator:
+    """Accelerate, set up so that what the launcher promised is what happens, or an error says why not.
+
+    Every rank must call this once, first. The global batch is sliced by our own loader, so gradients accumulate by
+    `no_sync` and explicit weights, and Accelerate's own accumulation is switched off.
+
+    Raises:
+        UserError: fp16 on a CPU, more processes than GPUs, or ranks that would each believe they are alone.
+    """
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cpu = config.cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true") or not _has_accelerator()
+    precision = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if cpu and precision == "fp16":
+        raise UserError("--mixed-precision fp16: needs a GPU; on a CPU choose bf16 or no")
+    if not cpu and torch.cuda.is_available() and local_world_size > torch.cuda.device_count():
+        raise UserError(
+            f"{local_world_size} processes but {torch.cuda.device_count()} GPUs on {socket.gethostname()}: start fewer "
+            f"(--num_processes / --nproc-per-node), or train on the CPU with --cpu"
+        )
+    _set_threads(config.num_threads, local_world_size)
+    _set_determinism(config.deterministic)
+    accelerator = Accelerator(
+        cpu=cpu,
+        mixed_precision=config.mixed_precision,
+        log_with=trackers,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout_s)),
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+        ],
+    )
+    promised = int(os.environ.get("WORLD_SIZE", "1"))
+    if promised != accelerator.num_processes:
+        raise UserError(
+            f"the launcher announces {promised} processes, but Accelerate sees {accelerator.num_processes}: "
+            f"each would train alone; set LOCAL_RANK and MASTER_ADDR, or use accelerate launch or torchrun"
+        )
+    return accelerator
+
+
+def _has_accelerator() -> bool:
+    return torch.cuda.is_available() or torch.backends.mps.is_available()
+
+
+def _set_threads(num_threads: int, local_world_size: int) -> None:
+    """Launchers set OMP_NUM_THREADS=1 unasked; a rank is better off with its share of the cores it may use."""
+    torch.set_num_threads(num_threads or max(1, num_usable_cores() // local_world_size))
+
+
+def num_usable_cores() -> int:
+    """Cores that this process may run on (affinity mask, where the platform has one)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _set_determinism(deterministic: bool) -> None:
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.deterministic = deterministic
+    torch.backends.cuda.matmul.allow_tf32 = not deterministic
+    torch.backends.cudnn.allow_tf32 = not deterministic
+
+
+def accumulation_steps(requested: int) -> int:
+    """--gradient-accumulation-steps, else the launcher's setting, else 1."""
+    return requested or int(os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1"))
+
+
+def seed_initial_weights(seed: int) -> None:
+    """Fixes the weights that are drawn next, alike on every rank."""
+    torch.manual_seed(derive_seed(seed, "weights"))
+
+
+def warm_up(accelerator: Accelerator, model: nn.Module, inputs: Tensor) -> None:
+    """Two forward and backward passes on zeros that leave no trace. Every rank must call this before its first step.
+
+    With three ranks or more DDP sorts its gradient buckets anew after the first backward pass, which changes the order
+    of sums: without this a resumed run would differ from the uninterrupted one in the last bits. It also takes the
+    one-off cost of choosing kernels out of the first step.
+
+    Args:
+        inputs: zeros in the shape of a micro-batch (B, 1, S, S).
+    """
+    buffers = [buffer.clone() for buffer in model.buffers()]
+    model.train()
+    for _ in range(2):
+        accelerator.backward(model(inputs).sum() * 0.0)
+    model.zero_grad()
+    for buffer, saved in zip(model.buffers(), buffers, strict=True):
+        buffer.copy_(saved)
+
+
+def together(
+    accelerator: Accelerator, work: Callable[[], T], on: Literal["main", "local_main", "all"] = "main"
+) -> T:
+    """Does `work` on some ranks; every rank must call this, and all of them succeed, or raise the same error.
+
+    Args:
+        on: "main" = rank 0, whose result every rank gets; "local_main" = one rank per node, likewise rank 0's result is
+            everyone's; "all" = every rank, each keeps its own result.
+
+    Raises:
+        UserError, RunError: the error of the first rank that failed.
+    """
+    chosen = {"main": accelerator.is_main_process, "local_main": accelerator.is_local_main_process, "all": True}[on]
+    result, error = None, None
+    try:
+        result = work() if chosen else None
+    except (UserError, RunError) as caught:
+        if accelerator.num_processes == 1:
+            raise
+        error = caught
+    if accelerator.num_processes > 1:
+        for failure in gather_object([(isinstance(error, UserError), str(error)) if error else None]):
+            if failure is not None:
+                is_usage, message = failure
+                raise (UserError if is_usage else RunError)(message) from error
+        if on != "all":
+            shared: list[Any] = [result]
+            result = broadcast_object_list(shared)[0]
+    return result  # type: ignore[return-value]  # None only where `work` returned it
+
+
+def describe_environment(accelerator: Accelerator) -> dict[str, Any]:
+    """Versions, hosts, devices, threads, commit, launcher, command line: what one needs to run it again.
+
+    Every rank must call this. No environment variables: they may hold secrets.
+    """
+    own = {"rank": accelerator.process_index, "host": socket.gethostname(), "device": device_name(accelerator)}
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: metadata.version(name) for name in ("torch", "accelerate", "safetensors", "numpy")},
+        "cuda": torch.version.cuda,
+        "ranks": gather_object([own]),
+        "threads_per_process": torch.get_num_threads(),
+        "launcher": launcher(),
+        "backend": torch.distributed.get_backend() if torch.distributed.is_initialized() else None,
+        "git_commit": _git_commit(),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+    }
+
+
+def device_name(accelerator: Accelerator) -> str:
+    """The GPU's name, or "cpu"."""
+    device = accelerator.device
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def launcher() -> str:
+    """How this process was started."""
+    if "ACCELERATE_MIXED_PRECISION" in os.environ:
+        return "accelerate launch"
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return "torchrun"
+    return "srun" if "SLURM_PROCID" in os.environ else "python"
+
+
+def idle_hardware(accelerator: Accelerator) -> str | None:
+    """A hint when GPUs of this node have nothing to do."""
+    visible = torch.cuda.device_count() if accelerator.device.type == "cuda" else 0
+    used = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if visible > used:
+        return f"{visible} GPUs visible, {used} in use: add --num_processes {visible} to accelerate launch"
+    return None
+
+
+def _git_commit() -> str | None:
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip()

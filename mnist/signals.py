@@ -1,0 +1,60 @@
+"""Signals that ask a run to end: noted here, acted upon by the loop at a step that all ranks agree on.
+
+In: SIGTERM, SIGUSR1 (SLURM, Kubernetes, launchers) and SIGINT (Ctrl-C). Out: `stop_requested()`. Standard library only,
+because it runs before torch is imported, which takes a second in which a signal may come.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import time
+from types import FrameType
+
+FORCE_AFTER_S = 2.0
+EXIT_FORCED = 130
+_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+
+_received: list[tuple[int, float]] = []  # the first signal and its time
+
+
+def install() -> None:
+    """Installs the handlers; a rank started by a launcher also gets SIGTERM when the launcher dies.
+
+    A signal that is ignored stays ignored (nohup, background jobs). Where a platform lacks one, it is left out.
+    """
+    _received.clear()
+    for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _note)
+    if _was_launched() and sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def stop_requested() -> bool:
+    """Whether a signal has asked this process to end."""
+    return bool(_received)
+
+
+def signal_name() -> str | None:
+    """The first signal that came, such as "SIGTERM"."""
+    return signal.Signals(_received[0][0]).name if _received else None
+
+
+def _was_launched() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+
+
+def _note(number: int, frame: FrameType | None) -> None:
+    # Signals arrive twice: SLURM tells every process and the launcher forwards; so a second one means nothing, except a
+    # second Ctrl-C of a person who has had time to read that the first one is being obeyed.
+    now = time.monotonic()
+    if not _received:
+        _received.append((number, now))
+        if os.environ.get("RANK", "0") == "0":
+            os.write(2, f"\n{signal.Signals(number).name}: saving and ending at the next step\n".encode())
+    elif number == signal.SIGINT and now - _received[0][1] >= FORCE_AFTER_S:
+        os._exit(EXIT_FORCED)

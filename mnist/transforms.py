@@ -1,0 +1,103 @@
+"""Batched image operations, on the device: no image is ever handled alone.
+
+In: uint8 batches (B, 28, 28). Out: float32 batches (B, 1, S, S), normalised. Letters: B images of this process's share,
+G images of the global batch, S side of the network's input in pixels.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mnist.config import ImageConfig
+from mnist.seeding import derive_seed
+
+
+class BatchTransform:
+    """uint8 or float pixels in 0..255 (B, H, W) -> float32 (B, 1, S, S), normalised.
+
+    One and the same object serves training, evaluation and prediction.
+    """
+
+    def __init__(self, config: ImageConfig) -> None:
+        self.size = config.image_size
+        self.factor = 1 / (255 * config.std)
+        self.offset = -config.mean / config.std
+
+    def __call__(self, images: Tensor) -> Tensor:
+        batch = images.unsqueeze(1).float()
+        if batch.shape[-2:] != (self.size, self.size):
+            batch = F.interpolate(batch, size=self.size, mode="bilinear", align_corners=False, antialias=True)
+        return batch.mul(self.factor).add_(self.offset)
+
+
+class Augmentation:
+    """Random flips, affine maps and elastic distortion of training images.
+
+    Parameters are drawn for the whole global batch from (seed, step), then the rows of this process's share are taken:
+    what happens to an image depends neither on the number of processes nor on accumulation, and needs no saved state.
+    """
+
+    def __init__(self, config: ImageConfig, seed: int, device: torch.device) -> None:
+        self.config = config
+        self.seed = seed
+        self.generator = torch.Generator(device)
+        self.is_affine = any((config.rotation, config.translation, config.scale, config.shear))
+        self.is_identity = not (self.is_affine or config.horizontal_flip or config.elastic)
+        self.blur = _gaussian_matrix(28, config.elastic_sigma).to(device) if config.elastic else None
+
+    def __call__(self, images: Tensor, step: int, rows: slice, global_batch_size: int) -> Tensor:
+        """Augments this process's part of a global batch.
+
+        Args:
+            images: uint8 (B, 28, 28), rows `rows` of the global batch.
+            step: optimizer step, which fixes the random numbers.
+            rows: place of `images` in the global batch.
+            global_batch_size: G.
+
+        Returns:
+            (B, 28, 28) pixels in 0..255: float32, or the uint8 input itself where nothing is to be done.
+        """
+        if self.is_identity:
+            return images
+        self.generator.manual_seed(derive_seed(self.seed, "augmentation", step))
+        device = self.generator.device
+        draws = torch.rand(global_batch_size, 6, generator=self.generator, device=device)[rows]
+        batch = images.float()
+        if self.config.horizontal_flip:
+            flipped = draws[:, 0] < self.config.horizontal_flip
+            batch = torch.where(flipped[:, None, None], batch.flip(-1), batch)
+        if not (self.is_affine or self.blur is not None):
+            return batch
+        grid = F.affine_grid(self._affine(2 * draws[:, 1:] - 1), [len(batch), 1, 28, 28], align_corners=False)
+        if self.blur is not None:
+            noise = torch.rand(global_batch_size, 2, 28, 28, generator=self.generator, device=device)[rows]
+            field = self.blur @ (2 * noise - 1) @ self.blur.T
+            grid = grid + self.config.elastic * field.permute(0, 2, 3, 1)
+        return F.grid_sample(batch.unsqueeze(1), grid, align_corners=False).squeeze(1)
+
+    def _affine(self, draws: Tensor) -> Tensor:
+        """Draws in [-1, 1], (B, 5) -> maps from output to input coordinates (B, 2, 3), in [-1, 1] units.
+
+        The inverse of scale x rotation x shear, and a shift, as torchvision's RandomAffine composes them.
+        """
+        c = self.config
+        angle = draws[:, 0] * math.radians(c.rotation)
+        zoom = 1 + draws[:, 1] * c.scale
+        shear = torch.tan(draws[:, 2] * math.radians(c.shear))
+        cos, sin = angle.cos() / zoom, angle.sin() / zoom
+        shift = draws[:, 3:] * (2 * c.translation)
+        linear = torch.stack([cos + shear * sin, sin - shear * cos, -sin, cos], dim=1).view(-1, 2, 2)
+        return torch.cat([linear, -(linear @ shift.unsqueeze(2))], dim=2)
+
+
+def _gaussian_matrix(size: int, sigma: float) -> Tensor:
+    """(size, size): applied from the left and, transposed, from the right it blurs an image, with zeros outside it."""
+    pixels = torch.arange(size, dtype=torch.float64)
+    weights = torch.exp(-((pixels[:, None] - pixels[None, :]) ** 2) / (2 * sigma**2))
+    radius = math.ceil(4 * sigma)
+    kernel = torch.exp(-(torch.arange(-radius, radius + 1, dtype=torch.float64) ** 2) / (2 * sigma**2))
+    return (weights / kernel.sum()).float()
