@@ -11,99 +11,103 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
 from functools import partial
 
 from mnist import signals
 from mnist.cli import parse_command_line
+
+STARTED = time.perf_counter()
+if __name__ == "__main__":
+    # Torch takes a second to import. A signal may come in it, and --help and mistyped flags are answered before it.
+    signals.install()
+    CONFIG = parse_command_line()
+
+from accelerate import Accelerator
+
+from mnist import data, runtime, tracking
+from mnist.batches import TrainLoader
 from mnist.config import RunError, TrainConfig, UserError, evolve
 from mnist.console import Console, print_error
+from mnist.engine import TrainStep, train_one_epoch
+from mnist.losses import build_loss
+from mnist.models import build_model
+from mnist.optim import WeightAverage, build_optimizer, build_scheduler
+from mnist.plan import build_plan
+from mnist.run import Run
+from mnist.transforms import Augmentation, BatchTransform
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """One run, from the command line to the exit code: 0 finished, 1 failed, 2 wrong usage, 75 preempted."""
-    started = time.perf_counter()
-    signals.install()
-    config = parse_command_line(argv)
+def main(config: TrainConfig) -> int:
+    """One run, from the configuration to the exit code: 0 finished, 1 failed, 2 wrong usage, 75 preempted.
+
+    Every rank calls it.
+    """
     try:
-        return train(config, started)
+        with runtime.open_accelerator(config.runtime, tracking.trackers(config.output)) as accelerator:
+            return train(config, accelerator)
     except (UserError, RunError) as error:
         if config.output.debug:
             raise
         return print_error(error)
 
 
-def train(config: TrainConfig, started: float) -> int:
-    """One run, from the configuration to the exit code. Every rank calls it; `started` is when the process was."""
-    # Torch takes a second to import. Nothing above needs it, so that --help and a mistyped flag are answered at once.
-    import torch
+def train(config: TrainConfig, accelerator: Accelerator) -> int:
+    """Builds everything, resumes, trains, finishes."""
+    console = Console(accelerator.is_main_process, config.output.quiet)
+    together = partial(runtime.together, accelerator)  # some ranks work; all get the result, or raise the error
 
-    from mnist import data, runtime, tracking
-    from mnist.batches import TrainLoader
-    from mnist.engine import TrainStep, train_one_epoch
-    from mnist.losses import build_loss
-    from mnist.models import build_model
-    from mnist.optim import WeightAverage, build_optimizer, build_scheduler
-    from mnist.plan import build_plan
-    from mnist.run import Run
-    from mnist.transforms import Augmentation, BatchTransform
+    choice = together(lambda: data.choose(config.data))
+    config = evolve(config, dataset=choice.name)
+    together(lambda: data.fetch(choice.name, config.data.data_dir), on="local_main")
+    dataset = together(lambda: data.read(choice.name, config.data), on="all").to(accelerator.device)
 
-    with runtime.open_accelerator(config.runtime, tracking.trackers(config.output)) as accelerator:
-        console = Console(accelerator.is_main_process, config.output.quiet)
-        together = partial(runtime.together, accelerator)  # some ranks work, all get the result or raise the error
+    accumulation_steps = runtime.accumulation_steps(config.loop.gradient_accumulation_steps)
+    plan = build_plan(config, len(dataset.train), accelerator.num_processes, accumulation_steps)
+    train_loader = TrainLoader(
+        dataset.train,
+        global_batch_size=plan.global_batch_size,
+        seed=config.loop.seed,
+        rank=accelerator.process_index,
+        world_size=plan.world_size,
+        accumulation_steps=plan.accumulation_steps,
+    )
 
-        choice = together(lambda: data.choose(config.data))
-        config = evolve(config, dataset=choice.name)
-        together(lambda: data.fetch(choice.name, config.data.data_dir), on="local_main")
-        dataset = together(lambda: data.read(choice.name, config.data), on="all").to(accelerator.device)
+    runtime.seed_initial_weights(config.loop.seed)
+    model = build_model(config.optim.model)
+    optimizer = build_optimizer(model.parameters(), config.optim)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    scheduler = build_scheduler(optimizer, config.optim, plan.num_steps, plan.epoch_steps)
+    average = WeightAverage(accelerator.unwrap_model(model), config.optim.ema) if config.optim.ema else None
+    train_step = TrainStep(
+        accelerator=accelerator,
+        model=model,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        loss_fn=build_loss(config.optim.loss, config.optim.label_smoothing),
+        transform=BatchTransform(config.image),
+        augment=Augmentation(config.image, config.loop.seed, accelerator.device),
+        grad_clip=config.optim.grad_clip,
+        after_step=average.update if average else None,
+        seed=config.loop.seed,
+    )
 
-        accumulation_steps = runtime.accumulation_steps(config.loop.gradient_accumulation_steps)
-        plan = build_plan(config, len(dataset.train), accelerator.num_processes, accumulation_steps)
-        train_loader = TrainLoader(
-            dataset.train,
-            global_batch_size=plan.global_batch_size,
-            seed=config.loop.seed,
-            rank=accelerator.process_index,
-            world_size=plan.world_size,
-            accumulation_steps=plan.accumulation_steps,
-        )
-
-        runtime.seed_initial_weights(config.loop.seed)
-        model = build_model(config.optim.model).to(accelerator.device, memory_format=torch.channels_last)
-        optimizer = build_optimizer(model.parameters(), config.optim)
-        model, optimizer = accelerator.prepare(model, optimizer)
-        scheduler = build_scheduler(optimizer, config.optim, plan.num_steps, plan.epoch_steps)
-        average = WeightAverage(accelerator.unwrap_model(model), config.optim.ema) if config.optim.ema else None
-        train_step = TrainStep(
-            accelerator=accelerator,
-            model=model,
-            optimizer=optimizer,
-            scheduler=scheduler,
-            loss_fn=build_loss(config.optim.loss, config.optim.label_smoothing),
-            transform=BatchTransform(config.image),
-            augment=Augmentation(config.image, config.loop.seed, accelerator.device),
-            grad_clip=config.optim.grad_clip,
-            after_step=average.update if average else None,
-            seed=config.loop.seed,
-        )
-
-        with Run(config, plan, dataset, choice, accelerator, console, train_step, average, started) as run:
-            if run.is_finished():
-                return run.exit_code()
-            run.resume()
-            run.begin()
-            while run.goes_on():
-                steps = train_loader.steps(run.state.step, run.next_epoch_end())
-                for record in train_one_epoch(
-                    train_step, steps, run.state, pauses_at=plan.pauses_at, stop_requested=signals.stop_requested
-                ):
-                    run.log(record)
-                    if plan.evaluates_at(record.step):
-                        run.score()
-                    if run.should_save():
-                        run.save()
-            return run.finish()
+    with Run(config, plan, dataset, choice, accelerator, console, train_step, average, STARTED) as run:
+        if run.is_finished():
+            return run.exit_code()
+        run.resume()
+        run.begin()
+        while run.goes_on():
+            steps = train_loader.steps(run.state.step, run.next_epoch_end())
+            for record in train_one_epoch(
+                train_step, steps, run.state, pauses_at=plan.pauses_at, stop_requested=signals.stop_requested
+            ):
+                run.log(record)
+                if plan.evaluates_at(record.step):
+                    run.score()
+                if run.should_save():
+                    run.save()
+        return run.finish()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(CONFIG))

@@ -9,12 +9,30 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from mnist.data import Split
 from mnist.seeding import derive_seed
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images uint8 (N, 28, 28), 0 = paper, 255 = ink; labels int64 (N,), 0..9. Both on one device."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, rows: slice) -> Split:
+        return Split(self.images[rows], self.labels[rows])
+
+    def to(self, device: torch.device) -> Split:
+        """The split on `device`. MNIST whole is 55 MB, so it lives there for the run."""
+        return Split(self.images.to(device), self.labels.to(device))
 
 
 @dataclass(frozen=True)
@@ -80,7 +98,7 @@ class TrainLoader:
         first, stop = self.rank * size // self.world_size, (self.rank + 1) * size // self.world_size
         parts = self.accumulation_steps
         cuts = [first + part * (stop - first) // parts for part in range(parts + 1)]
-        filled = [slice(a, b) for a, b in zip(cuts, cuts[1:], strict=False) if a < b]
+        filled = [slice(a, b) for a, b in pairwise(cuts) if a < b]
         return [
             MicroBatch(
                 images=self.split.images[indices[rows]],

@@ -39,7 +39,17 @@ _NAME = re.compile(r"step-(\d{8})")
 # A resumed run is the same run: these fields must not differ ...
 FIXED_FIELDS = (
     *("dataset", "val_size", "model", "optimizer", "momentum", "nesterov", "beta1", "beta2", "weight_decay", "loss"),
-    *("label_smoothing", "grad_clip", "ema", "seed", "global_batch_size", "stretch_epochs", "image_size", "mean", "std"),
+    *(
+        "label_smoothing",
+        "grad_clip",
+        "ema",
+        "seed",
+        "global_batch_size",
+        "stretch_epochs",
+        "image_size",
+        "mean",
+        "std",
+    ),
     *("horizontal_flip", "rotation", "translation", "scale", "shear", "elastic", "elastic_sigma"),
 )
 # ... these may, and are mentioned: they change what happens from here on.
@@ -144,14 +154,16 @@ def load_newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     Raises:
         CheckpointError: there are checkpoints and none is valid. Starting over silently would look like a resume.
     """
-    skipped = []
+    skipped: list[str] = []
     for _, path in sorted(list_steps(folder).items(), reverse=True):
         try:
             return load_checkpoint(path), skipped
         except CheckpointError as error:
             skipped.append(str(error))
     if skipped:
-        raise CheckpointError(f"no valid checkpoint in {folder} (start over with --resume never): " + "; ".join(skipped))
+        raise CheckpointError(
+            f"no valid checkpoint in {folder} (start over with --resume never): " + "; ".join(skipped)
+        )
     return None, []
 
 
@@ -193,7 +205,9 @@ def check_compatible(checkpoint: Checkpoint, config: TrainConfig, num_steps: int
     differing = [name for name in FIXED_FIELDS if old.get(name) != new[name]]
     if differing:
         listed = ", ".join(f"--{n.replace('_', '-')} was {old.get(n)}, now {new[n]}" for n in differing)
-        raise UserError(f"this run cannot continue with another configuration: {listed}; use --resume never to start over")
+        raise UserError(
+            f"this run cannot continue with another configuration: {listed}; use --resume never to start over"
+        )
     old_steps = checkpoint.plan["num_steps"]
     if num_steps != old_steps and {old["schedule"], new["schedule"]} & set(LENGTH_BOUND_SCHEDULES):
         raise UserError(
@@ -201,7 +215,7 @@ def check_compatible(checkpoint: Checkpoint, config: TrainConfig, num_steps: int
             f"to {num_steps}; use --resume never to start over"
         )
     if num_steps < checkpoint.step:
-        raise UserError(f"--epochs/--max-steps: {num_steps} steps, but the checkpoint has already done {checkpoint.step}")
+        raise UserError(f"--epochs/--max-steps: {num_steps} steps, but the checkpoint has done {checkpoint.step}")
     notes = [f"{name} {old.get(name)} -> {new[name]}" for name in NOTED_FIELDS if old.get(name) != new[name]]
     if world_size != checkpoint.plan["world_size"]:
         notes.append(f"processes {checkpoint.plan['world_size']} -> {world_size} (same global batches)")
@@ -223,17 +237,17 @@ def restore_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
     """Puts moments back, in the memory layout of their parameters: fused kernels take equal layouts for granted."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
+    for key, saved in tensors.items():
         index, name = key.split(".", 1)
         parameter = parameters[int(index)]
-        if value.shape == parameter.shape and value.dim() > 0:
-            value = torch.empty_like(parameter, dtype=value.dtype, device="cpu").copy_(value)
+        is_moment = saved.shape == parameter.shape and saved.dim() > 0
+        value = torch.empty_like(parameter, dtype=saved.dtype, device="cpu").copy_(saved) if is_moment else saved
         state.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
 def export_weights(folder: Path, weights: dict[str, Tensor], config: dict[str, Any]) -> None:
-    """Plain weights and configuration, for `predict`, `evaluate` and anyone's own code: model.safetensors, config.json."""
+    """Plain weights and configuration, for `predict`, `evaluate` and anyone's own code."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         content = safetensors.torch.save({name: tensor.contiguous() for name, tensor in weights.items()})

@@ -1,7 +1,7 @@
 """The command line: argv -> `TrainConfig`.
 
-In: tokens. Out: a checked configuration, or an exit: 0 after `--help`, `--list-recipes`, `--print-config`, and 2 after a
-mistake, which rank 0 alone explains. Order of precedence: recipe < `--config` file < command line. A file is turned into
+In: tokens. Out: a checked configuration, or an exit: 0 after `--help`, `--list-recipes`, `--print-config`, and 2 after
+a mistake, which rank 0 alone explains. Precedence: recipe < `--config` file < command line. A file is turned into
 tokens and parsed by the same rules, because YAML reads 1e-3 as a string and would slip it past the checks.
 """
 
@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
 
@@ -102,16 +103,18 @@ def _normalise(argv: Sequence[str]) -> list[str]:
 
 
 def _last_value(tokens: Sequence[str], flag: str) -> str | None:
-    values = [value for name, value in zip(tokens, tokens[1:], strict=False) if name == flag]
+    values = [value for name, value in pairwise(tokens) if name == flag]
     return values[-1] if values else None
 
 
 def _check_choices(tokens: Sequence[str]) -> None:
     """Names the flag, the valid values and the likely meant one, which tyro does for flags but not for values."""
-    choices = {flag: [c for part in (hint, *get_args(hint)) for c in get_args(part) if isinstance(c, str)]
-               for flag, hint in _flag_types().items()}
+    choices = {
+        flag: [c for part in (hint, *get_args(hint)) for c in get_args(part) if isinstance(c, str)]
+        for flag, hint in _flag_types().items()
+    }
     choices["--recipe"] = list(RECIPES)
-    for flag, value in zip(tokens, tokens[1:], strict=False):
+    for flag, value in pairwise(tokens):
         valid = choices.get(flag)
         if valid and value not in valid and value != "None":
             near = difflib.get_close_matches(value.lower(), valid, n=1, cutoff=0.5)

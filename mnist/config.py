@@ -1,7 +1,7 @@
 """The configuration of a run: frozen dataclasses, one level of sections, checked when they are made.
 
-In: values from a recipe, a file or the command line. Out: a `TrainConfig` that cannot be wrong in itself. The text under
-a field is its help text on the command line. Standard library only, so that `--help` never waits for torch.
+In: values from a recipe, a file or the command line. Out: a `TrainConfig` that cannot be wrong in itself. The text
+under a field is its help text on the command line. Standard library only, so that `--help` never waits for torch.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class UserError(ValueError):
 
 
 class RunError(RuntimeError):
-    """Something that ends a run and can be explained in one line: a full disk, a loss of nan. Shown without traceback."""
+    """Something that ends a run and fits in one line: a full disk, a loss of nan. Shown without a traceback."""
 
 
 def _require(condition: bool, message: str) -> None:
@@ -285,10 +285,10 @@ class TrainConfig:
         )
 
 
-def sections() -> dict[str, type]:
+def sections() -> dict[str, type[Any]]:
     """The sections of `TrainConfig` by name, in order."""
     hints = get_type_hints(TrainConfig)
-    return {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
+    return {name: hint for name, hint in hints.items() if isinstance(hint, type) and dataclasses.is_dataclass(hint)}
 
 
 def evolve(config: TrainConfig, **changes: Any) -> TrainConfig:

@@ -79,10 +79,15 @@ class Console:
             self._last_line_s = time.monotonic()
             self.say(f"step {step}/{self._num_steps}  {text}")
 
-    def epoch_row(self, epoch: float, step: int, train: tuple[float, float], scores: dict[str, tuple[float, float, str]]) -> None:
+    def epoch_row(
+        self, epoch: float, step: int, train: tuple[float, float], scores: dict[str, tuple[float, float, str]]
+    ) -> None:
         """A line at each evaluation: (loss, accuracy) of training since the epoch began, (loss, accuracy, counts) scored."""
         self._last_line_s = time.monotonic()
-        parts = [f"epoch {epoch:g}  step {step}/{self._num_steps}", f"train loss {train[0]:.4f} accuracy {train[1]:.2%}"]
+        parts = [
+            f"epoch {epoch:g}  step {step}/{self._num_steps}",
+            f"train loss {train[0]:.4f} accuracy {train[1]:.2%}",
+        ]
         parts += [f"{name} loss {s[0]:.4f} accuracy {s[1]:.2%} ({s[2]})" for name, s in scores.items()]
         self.say("  |  ".join(parts))
 

@@ -1,7 +1,7 @@
 """From files to splits in memory: find, download, verify, read; and the digits that are always there.
 
-In: the `data` section. Out: `Dataset`, three splits of uint8 images and int64 labels. Deciding (`choose`) is for rank 0,
-fetching (`fetch`) for one process per node, reading (`read`) for everyone; the entry says who calls when.
+In: the `data` section. Out: `Dataset`, three splits of uint8 images and int64 labels. Deciding (`choose`) is for rank
+0, fetching (`fetch`) for one process per node, reading (`read`) for everyone; the entry says who calls when.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mnist.batches import Split
 from mnist.config import DataConfig, UserError
 from mnist.download import download
 from mnist.idx import IMAGES_MAGIC, LABELS_MAGIC, read_idx
@@ -62,24 +63,6 @@ class Choice:
 
     name: str
     fallback_reason: str | None = None
-
-
-@dataclass(frozen=True)
-class Split:
-    """Images uint8 (N, 28, 28), 0 = paper, 255 = ink; labels int64 (N,), 0..9. Both on one device."""
-
-    images: Tensor
-    labels: Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, rows: slice) -> Split:
-        return Split(self.images[rows], self.labels[rows])
-
-    def to(self, device: torch.device) -> Split:
-        """The split on `device`. MNIST whole is 55 MB, so it lives there for the run."""
-        return Split(self.images.to(device), self.labels.to(device))
 
 
 @dataclass(frozen=True)
@@ -134,8 +117,8 @@ def fetch(name: str, data_dir: str) -> None:
         folder = Path(data_dir, source.torchvision_class, "raw")
         raise UserError(
             f"--dataset {name}: not in {folder} and the download failed ({error}); either name the folder that holds "
-            f"{source.torchvision_class}/raw with --data-dir or $MNIST_DATA_DIR, or copy the four *-ubyte[.gz] files to "
-            f"{folder}, or train on the embedded digits with --dataset digits"
+            f"{source.torchvision_class}/raw with --data-dir or $MNIST_DATA_DIR, or copy the four *-ubyte[.gz] files "
+            f"to {folder}, or train on the embedded digits with --dataset digits"
         ) from error
 
 
@@ -165,7 +148,9 @@ def read(name: str, config: DataConfig) -> Dataset:
         raise UserError(f"--val-size {config.val_size}: must be below the {len(train):,} training images of {name}")
     num_train = len(train) - config.val_size
     pinned = SOURCES[name].sha256
-    changed = [file for file, ours, theirs in zip(sum(FILES.values(), ()), pinned, hashes, strict=False) if ours != theirs]
+    changed = [
+        file for file, ours, theirs in zip(sum(FILES.values(), ()), pinned, hashes, strict=False) if ours != theirs
+    ]
     return Dataset(
         name=name,
         train=train[:num_train],
@@ -188,7 +173,9 @@ def _read_files(source: Source, data_dir: str) -> tuple[Split, Split, list[str]]
         if images.shape[1:] != (28, 28):
             raise UserError(f"{images_path}: images of {images.shape[1]}x{images.shape[2]} pixels, expected 28x28")
         if len(images) != len(labels):
-            raise UserError(f"{labels_path}: {len(labels):,} labels for the {len(images):,} images of {images_path.name}")
+            raise UserError(
+                f"{labels_path}: {len(labels):,} labels for the {len(images):,} images of {images_path.name}"
+            )
         if int(labels.max()) > 9:
             raise UserError(f"{labels_path}: label {int(labels.max())}, expected 0 to 9")
         splits.append(Split(images, labels.long()))

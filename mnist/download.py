@@ -1,7 +1,7 @@
 """Downloads a data set by torchvision's own code (mirrors, checksums), made safe: one process, bounded, all or nothing.
 
-In: a data set's torchvision class name, and the folder it belongs in. Out: `<data_dir>/<name>/raw/*-ubyte`, complete, or
-an `OSError` and nothing. Other processes see the files only once they are whole.
+In: a data set's torchvision class name, and the folder it belongs in. Out: `<data_dir>/<name>/raw/*-ubyte`, complete,
+or an `OSError` and nothing. Other processes see the files only once they are whole.
 """
 
 from __future__ import annotations
@@ -60,8 +60,10 @@ def _download_unless_there(class_name: str, data_dir: Path) -> None:
 
 
 def _download_within_time(class_name: str, staging: Path) -> None:
-    """torchvision opens URLs without a time-out and names can take long to resolve: so it works in a thread that is
-    left behind when too little comes in."""
+    """Runs torchvision's download in a thread, which is left behind when too little comes in.
+
+    It opens URLs without a time-out, and names can take long to resolve.
+    """
     errors: list[Exception] = []
 
     def work() -> None:

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 
+from mnist.batches import MicroBatch, Split
 from mnist.config import RunError
 from mnist.metrics import NUM_CLASSES, Scores, add_to_confusion
 from mnist.seeding import derive_seed
@@ -28,28 +28,11 @@ EVAL_CHUNK = 1000  # images; fixed, so that every mode and world size shows a ke
 HEARTBEAT_S = 1.0  # how often ranks compare notes, about
 
 
-class MicroBatch(Protocol):
-    """What the engine needs to know of `batches.MicroBatch`."""
-
-    images: Tensor
-    labels: Tensor
-    rows: slice
-    global_batch_size: int
-    num_samples: int
-
-
-class Images(Protocol):
-    """What the engine needs to know of `data.Split`."""
-
-    images: Tensor
-    labels: Tensor
-
-
 class DivergedError(RunError):
     """The loss is no finite number any more."""
 
     def __init__(self, step: int, rank: int) -> None:
-        super().__init__(f"the loss became nan or inf at step {step} on rank {rank}; try a smaller --lr or --grad-clip 1")
+        super().__init__(f"the loss is nan or inf at step {step} on rank {rank}; try a smaller --lr, or --grad-clip 1")
         self.step = step
         self.rank = rank
 
@@ -115,7 +98,7 @@ class TrainStep:
         accelerator: Accelerator,
         model: nn.Module,
         optimizer: Optimizer,
-        scheduler: LRScheduler,
+        scheduler: LambdaLR,
         loss_fn: Callable[[Tensor, Tensor], Tensor],
         transform: Callable[[Tensor], Tensor],
         augment: Callable[[Tensor, int, slice, int], Tensor],
@@ -133,16 +116,17 @@ class TrainStep:
         self.grad_clip = grad_clip
         self.after_step = after_step
         self.seed = seed
-        self.lr = math.nan
-        self.grad_norm: Tensor | float = math.nan
+        self.rank: int = accelerator.process_index
+        self.lr: float | Tensor = math.nan
+        self.grad_norm: float | Tensor = math.nan
         # Sums on the device, read only when a record is due: loss, correct, steps with a finite loss.
         self.sums = torch.zeros(3, dtype=sum_dtype(accelerator.device), device=accelerator.device)
         self.num_samples = 0
 
-    def __call__(self, micro_batches: list[MicroBatch], step: int, measure_grad_norm: bool = False) -> None:
+    def __call__(self, micro_batches: Sequence[MicroBatch], step: int, measure_grad_norm: bool = False) -> None:
         """Trains on one global batch; `step` counts the steps done before it."""
         for index, batch in enumerate(micro_batches):
-            seed_dropout(self.accelerator.device, derive_seed(self.seed, "dropout", step, index, self._rank))
+            seed_dropout(self.accelerator.device, derive_seed(self.seed, "dropout", step, index, self.rank))
             is_last = index == len(micro_batches) - 1
             with nullcontext() if is_last else self.accelerator.no_sync(self.model):
                 self._forward_backward(batch, step)
@@ -170,24 +154,20 @@ class TrainStep:
             self.sums[1] += (logits.argmax(dim=1) == batch.labels).sum()
             self.num_samples += batch.num_samples
 
-    @property
-    def _rank(self) -> int:
-        return self.accelerator.process_index
-
     def load_sums(self, interval: list[list[float]]) -> None:
         """Takes up the sums of an interrupted interval; on another number of ranks, rank 0 takes all of them."""
         rows = interval
         if len(interval) != self.accelerator.num_processes:
             rows = [[sum(column) for column in zip(*interval, strict=True)]] if interval else []
             rows += [[0.0, 0.0, max((row[2] for row in interval), default=0.0), 0.0]] * self.accelerator.num_processes
-        loss, correct, finite_steps, num_samples = rows[self._rank] if rows else (0.0, 0.0, 0.0, 0.0)
+        loss, correct, finite_steps, num_samples = rows[self.rank] if rows else (0.0, 0.0, 0.0, 0.0)
         self.sums.copy_(torch.tensor([loss, correct, finite_steps]))
         self.num_samples = int(num_samples)
 
 
 def train_one_epoch(
     train_step: TrainStep,
-    steps: Iterable[list[MicroBatch]],
+    steps: Iterable[Sequence[MicroBatch]],
     state: TrainState,
     *,
     pauses_at: Callable[[int], bool],
@@ -255,7 +235,7 @@ def _make_record(train_step: TrainStep, state: TrainState, rows: list[list[float
         loss=loss_sum / num_samples,
         accuracy=num_correct / num_samples,
         num_samples=int(num_samples),
-        lr=train_step.lr,
+        lr=float(train_step.lr),
         grad_norm=float(train_step.grad_norm),
         images_per_s=num_samples / seconds,
     )
@@ -264,14 +244,14 @@ def _make_record(train_step: TrainStep, state: TrainState, rows: list[list[float
 @torch.inference_mode()
 def evaluate(
     model: nn.Module,
-    split: Images,
+    split: Split,
     *,
     accelerator: Accelerator,
     loss_fn: Callable[[Tensor, Tensor], Tensor],
     transform: Callable[[Tensor], Tensor],
     sharded: bool = False,
 ) -> Scores:
-    """Scores `model` on every image of `split`, each exactly once. Every rank must call this, every rank gets the result.
+    """Scores `model` on every image of `split`, each exactly once. Every rank must call this; all get the result.
 
     Args:
         model: the bare module: a DDP wrapper would wait for other ranks in its forward pass (accelerate#3861).

@@ -26,7 +26,7 @@ def nll(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def mse_softmax(logits: Tensor, labels: Tensor) -> Tensor:
-    """Squared error between softmax(logits) and one-hot labels, mean over the classes (as torch's mse_loss takes it)."""
+    """Squared error between softmax(logits) and one-hot labels, mean over the classes."""
     return _squared_error(logits.softmax(dim=1), labels)
 
 

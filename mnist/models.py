@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
+import torch
 from torch import nn
 
 
@@ -102,7 +104,7 @@ def lenet5_classic() -> nn.Sequential:
 
 def _perceptron(widths: Sequence[int]) -> nn.Sequential:
     layers: dict[str, nn.Module] = {"flatten": nn.Flatten()}
-    for i, (fan_in, fan_out) in enumerate(zip(widths, widths[1:], strict=False), start=1):
+    for i, (fan_in, fan_out) in enumerate(pairwise(widths), start=1):
         layers[f"linear{i}"] = nn.Linear(fan_in, fan_out)
         layers[f"relu{i}"] = nn.ReLU()
     del layers[f"relu{len(widths) - 1}"]  # logits stay raw
@@ -168,7 +170,7 @@ def deepnet() -> nn.Sequential:
     """
     widths = [1, 32, 64, 96, 128, 160]
     layers: dict[str, nn.Module] = {}
-    for i, (channels_in, channels_out) in enumerate(zip(widths, widths[1:], strict=False), start=1):
+    for i, (channels_in, channels_out) in enumerate(pairwise(widths), start=1):
         # 1x28x28 -> 32x24x24 -> 64x20x20 -> 96x16x16 -> 128x12x12 -> 160x8x8
         layers[f"conv{i}"] = nn.Conv2d(channels_in, channels_out, kernel_size=5, bias=False)
         layers[f"norm{i}"] = nn.BatchNorm2d(channels_out)
@@ -209,8 +211,11 @@ MODELS: dict[str, Callable[[], nn.Sequential]] = {
 
 
 def build_model(name: str) -> nn.Sequential:
-    """The network called `name` with fresh weights from torch's global random state (seed it first)."""
-    return MODELS[name]()
+    """The network called `name` with fresh weights from torch's global random state (seed it first).
+
+    Its weights lie in memory with channels last, which convolutions are faster with, on CPUs and GPUs.
+    """
+    return MODELS[name]().to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 
 def count_parameters(model: nn.Module) -> int:

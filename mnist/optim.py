@@ -79,7 +79,7 @@ def lr_factor(config: OptimConfig, num_steps: int, epoch_steps: int) -> Callable
         return _half_cosine(1.0, ONE_CYCLE_END, (step - peak) / max(last - peak, 1.0))
 
     return {
-        "constant": lambda step: 1.0,
+        "constant": lambda _: 1.0,
         "step": lambda step: config.gamma ** math.floor(step / decay_steps),
         "exponential": lambda step: config.gamma ** (step / decay_steps),
         "cosine": cosine,
@@ -128,7 +128,7 @@ class WeightAverage:
 
 
 def restore_scheduler(scheduler: LambdaLR, step: int) -> None:
-    """Puts a schedule at `step` steps; the peak learning rate stays the configured one, even if a checkpoint's differed."""
+    """Puts a schedule at `step` steps; the peak stays the configured one, even if a checkpoint's differed."""
     rates = [base * factor(step) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
     scheduler.last_epoch = step
     scheduler._last_lr = rates

@@ -1,7 +1,7 @@
 """The algebra of a run, settled before its first step: batches, length, and at which steps what happens.
 
-In: the `loop` section, the size of the training set, the number of processes. Out: a `Plan`. Letters: N training images,
-P processes, A accumulated micro-batches. A step is an optimizer step.
+In: the `loop` section, the size of the training set, the number of processes. Out: a `Plan`. Letters: N training
+images, P processes, A accumulated micro-batches. A step is an optimizer step.
 """
 
 from __future__ import annotations

@@ -144,8 +144,9 @@ def accurate() -> TrainConfig:
     return TrainConfig(
         recipe="accurate",
         image=ImageConfig(rotation=12.0, translation=0.12, scale=0.1, shear=10.0, elastic=1.0, elastic_sigma=4.0),
-        optim=OptimConfig(model="deepnet", optimizer="adamw", lr=2e-3, weight_decay=0.01, schedule="one_cycle",
-                          warmup=0.3, ema=0.999),
+        optim=OptimConfig(
+            model="deepnet", optimizer="adamw", lr=2e-3, weight_decay=0.01, schedule="one_cycle", warmup=0.3, ema=0.999
+        ),
         loop=LoopConfig(epochs=20, global_batch_size=256),
     )
 

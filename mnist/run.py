@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from accelerate import Accelerator
 
@@ -72,7 +72,7 @@ class Run:
 
     # --- beginning -----------------------------------------------------------------------------------------------
 
-    def __enter__(self) -> Run:
+    def __enter__(self) -> Self:
         opened = self._together(lambda: self._open(open_run_dir(self.config, self.dataset.name)))
         self.path = Path(opened["path"])
         self.previous = opened["result"]
@@ -108,7 +108,9 @@ class Run:
             )
         if status != "finished" or self.plan.num_steps > self.previous["planned_steps"]:
             return False
-        self.console.say(f"{self.path} is finished: {steps} steps, test accuracy {self.previous['test']['accuracy']:.2%}")
+        self.console.say(
+            f"{self.path} is finished: {steps} steps, test accuracy {self.previous['test']['accuracy']:.2%}"
+        )
         self.console.say("continue it with more --epochs, start over with --resume never, or name another --run-dir")
         return True
 
@@ -139,7 +141,8 @@ class Run:
 
     def _find_checkpoint(self) -> tuple[ckpt.Checkpoint, list[str]] | None:
         assert self._directory is not None
-        wanted, skipped = self.config.output.resume, []
+        wanted = self.config.output.resume
+        skipped: list[str] = []
         if wanted == "never":
             return None
         if wanted == "auto":
@@ -151,7 +154,9 @@ class Run:
         if saved is None:
             return None
         notes = ckpt.check_compatible(saved, self.config, self.plan.num_steps, self.accelerator.num_processes)
-        return saved, [f"skipped a broken checkpoint: {line}" for line in skipped] + [f"from here on: {n}" for n in notes]
+        return saved, [f"skipped a broken checkpoint: {line}" for line in skipped] + [
+            f"from here on: {n}" for n in notes
+        ]
 
     def begin(self) -> None:
         """Writes down what is about to happen, starts the trackers, shows the plan, warms up."""
@@ -180,7 +185,10 @@ class Run:
             ("device", f"{environment['ranks'][0]['device']}, {environment['threads_per_process']} threads, {world}"),
             ("precision", f"{self._facts['precision'].replace('no', 'fp32')}"),
             ("batch", f"{plan.global_batch_size} = processes x micro-batches x images {share}"),
-            ("plan", f"{plan.num_steps:,} steps, {plan.num_epochs:g} epochs, {optim.optimizer} {optim.lr:g}, {optim.schedule}"),
+            (
+                "plan",
+                f"{plan.num_steps:,} steps, {plan.num_epochs:g} epochs, {optim.optimizer} {optim.lr:g}, {optim.schedule}",
+            ),
         ]
 
     def _warnings(self) -> list[str]:
@@ -330,7 +338,9 @@ class Run:
     def _end_preempted(self) -> int:
         self.save()
         self._close("preempted", signal=signals.signal_name())
-        self.console.summary([("preempted", f"after step {self.state.step}"), ("continue", "type the same command again")])
+        self.console.summary(
+            [("preempted", f"after step {self.state.step}"), ("continue", "type the same command again")]
+        )
         return EXIT_PREEMPTED
 
     def _gate(self, accuracy: float) -> int:
@@ -384,7 +394,10 @@ class Run:
     def _summarise(self, test: Scores) -> None:
         chosen = "weights with the best validation accuracy" if self.dataset.val is not None else "last weights"
         rows = [
-            ("test", f"accuracy {test.accuracy:.2%} ({test.num_correct:,}/{test.num_samples:,}), loss {test.loss:.4f}, {chosen}"),
+            (
+                "test",
+                f"accuracy {test.accuracy:.2%} ({test.num_correct:,}/{test.num_samples:,}), loss {test.loss:.4f}, {chosen}",
+            ),
             ("time", f"{self.state.train_time_s:.1f} s training, {time.perf_counter() - self.started:.1f} s in all"),
             ("run", str(self.path)),
         ]
@@ -394,7 +407,9 @@ class Run:
             rows.append(("upload", self._upload_hint))
         self.console.summary(rows)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.console.stop_progress()
         if error is None or not self._has_begun:
             return

@@ -6,6 +6,7 @@ the kernel releases when the process ends, however it ends. Only rank 0 comes he
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -13,6 +14,11 @@ import socket
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TextIO
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    pass
 
 from mnist.config import TrainConfig, UserError, sections, to_flat
 from mnist.files import write_json
@@ -22,7 +28,7 @@ UNFINISHED = ("running", "preempted")
 # What a run writes; `--resume never` sets it aside.
 CONTENTS = ("config.json", "environment.json", "metrics.jsonl", "result.json", "wandb_id", "checkpoints", "export")
 # Fields that say where and how loudly, not what: a run may be continued whatever they are.
-_INCIDENTAL = {f for f in sections()["output"].__dataclass_fields__} | {"data_dir", "num_threads", "timeout_s"}
+_INCIDENTAL = {f.name for f in dataclasses.fields(sections()["output"])} | {"data_dir", "num_threads", "timeout_s"}
 
 
 class RunDir:
@@ -34,6 +40,7 @@ class RunDir:
 
     @property
     def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
         return self.path / "checkpoints"
 
     def read_result(self) -> dict[str, Any]:
@@ -55,7 +62,7 @@ class RunDir:
 
 
 def open_run_dir(config: TrainConfig, dataset: str) -> RunDir:
-    """The run directory for `config`, locked: the one asked for, an unfinished one of the same configuration, or a new one.
+    """The run directory, locked: the one asked for, an unfinished one of the same configuration, or a new one.
 
     Raises:
         UserError: not writable, or in use by another process (named with host and pid).
@@ -93,9 +100,7 @@ def _lock(path: Path) -> RunDir:
         lock = (path / ".lock").open("a+")
     except OSError as error:
         raise UserError(f"--run-dir {path}: not writable ({error.strerror or error})") from error
-    try:
-        import fcntl  # not on Windows, where two runs in one directory are up to the user
-    except ImportError:
+    if os.name != "posix":  # on Windows two runs in one directory are the user's own affair
         return RunDir(path, lock)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

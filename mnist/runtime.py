@@ -10,7 +10,8 @@ import platform
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from importlib import metadata
@@ -35,17 +36,28 @@ T = TypeVar("T")
 
 
 @contextmanager
-def open_accelerator(config: RuntimeConfig, trackers: list[str] | None = None) -> Iterator[Accelerator]:
-    """`build_accelerator`, and a tidy end: a gloo process that exits inside its process group sometimes aborts, and
-    fails the whole job."""
+def open_accelerator(config: RuntimeConfig, trackers: Sequence[str] = ()) -> Iterator[Accelerator]:
+    """`build_accelerator`, and a tidy end of the process group, after errors too.
+
+    A gloo process that exits inside its group sometimes aborts, and fails the whole job. And whoever holds a DDP model
+    longer than the group can hang: freeing the model then frees the group as well, and waits for gloo's threads with
+    Python's global lock held, for which one of them may be waiting. So the models go first.
+    """
+    accelerator = None
     try:
-        yield build_accelerator(config, trackers)
+        accelerator = build_accelerator(config, trackers)
+        yield accelerator
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)  # their variables hold the model
+        raise
     finally:
+        if accelerator is not None:
+            accelerator.free_memory()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
 
-def build_accelerator(config: RuntimeConfig, trackers: list[str] | None = None) -> Accelerator:
+def build_accelerator(config: RuntimeConfig, trackers: Sequence[str] = ()) -> Accelerator:
     """Accelerate, set up so that what the launcher promised is what happens, or an error says why not.
 
     Every rank must call this once, first. The global batch is sliced by our own loader, so gradients accumulate by
@@ -69,7 +81,7 @@ def build_accelerator(config: RuntimeConfig, trackers: list[str] | None = None) 
     accelerator = Accelerator(
         cpu=cpu,
         mixed_precision=config.mixed_precision,
-        log_with=trackers,
+        log_with=list(trackers),
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         kwargs_handlers=[
             InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout_s)),
@@ -126,6 +138,8 @@ def warm_up(accelerator: Accelerator, model: nn.Module, inputs: Tensor) -> None:
     one-off cost of choosing kernels out of the first step.
 
     Args:
+        accelerator: for the backward pass.
+        model: prepared.
         inputs: zeros in the shape of a micro-batch (B, 1, S, S).
     """
     buffers = [buffer.clone() for buffer in model.buffers()]
@@ -137,12 +151,12 @@ def warm_up(accelerator: Accelerator, model: nn.Module, inputs: Tensor) -> None:
         buffer.copy_(saved)
 
 
-def together(
-    accelerator: Accelerator, work: Callable[[], T], on: Literal["main", "local_main", "all"] = "main"
-) -> T:
+def together(accelerator: Accelerator, work: Callable[[], T], on: Literal["main", "local_main", "all"] = "main") -> T:
     """Does `work` on some ranks; every rank must call this, and all of them succeed, or raise the same error.
 
     Args:
+        accelerator: knows the ranks.
+        work: must not communicate with other ranks.
         on: "main" = rank 0, whose result every rank gets; "local_main" = one rank per node, likewise rank 0's result is
             everyone's; "all" = every rank, each keeps its own result.
 

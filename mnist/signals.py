@@ -48,7 +48,7 @@ def _was_launched() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
 
 
-def _note(number: int, frame: FrameType | None) -> None:
+def _note(number: int, _frame: FrameType | None) -> None:
     # Signals arrive twice: SLURM tells every process and the launcher forwards; so a second one means nothing, except a
     # second Ctrl-C of a person who has had time to read that the first one is being obeyed.
     now = time.monotonic()

@@ -65,11 +65,13 @@ class Tracker:
         self._jsonl = JsonlFile(run_dir / "metrics.jsonl") if run_dir is not None else None
         self._wandb: Any = None
 
-    def start_wandb(self, mode: str, config: OutputConfig, run_dir: Path, run_config: dict[str, Any], tags: list[str]) -> None:
+    def start_wandb(
+        self, mode: str, config: OutputConfig, run_dir: Path, run_config: dict[str, Any], tags: list[str]
+    ) -> None:
         """Starts, or continues, the one W&B run of this job; rank 0 only. Without an answer the run goes on offline."""
         if self._jsonl is None or mode == "disabled":
             return
-        if mode == "online" and not _answers(run_dir):
+        if mode == "online" and not _answers():
             self._warn(f"W&B does not answer within {PROBE_TIMEOUT_S} s: this run is tracked offline")
             mode = "offline"
         arguments = _init_arguments(config, run_dir, run_config, tags)
@@ -128,12 +130,9 @@ def _wandb_key(split: str, name: str) -> str:
     return f"perf/{name}" if name.startswith(("images_per_s", "memory", "epoch_time")) else f"{split}/{name}"
 
 
-def _init_arguments(
-    config: OutputConfig, run_dir: Path, run_config: dict[str, Any], tags: list[str]
-) -> dict[str, Any]:
+def _init_arguments(config: OutputConfig, run_dir: Path, run_config: dict[str, Any], tags: list[str]) -> dict[str, Any]:
     """Arguments of `wandb.init`. What the user left open stays open where the environment has a word in it."""
-    import wandb  # half a second, and only rank 0 pays it
-
+    wandb = importlib.import_module("wandb")  # half a second, which only a rank 0 that uses it pays
     defaults = {
         "name": (config.wandb_name, "WANDB_NAME", run_dir.name),
         "group": (config.wandb_group, "WANDB_RUN_GROUP", f"{run_config['recipe']}-{run_config['dataset']}"),
@@ -161,11 +160,9 @@ def _run_id(run_dir: Path) -> str:
     return path.read_text().strip()
 
 
-def _answers(run_dir: Path) -> bool:
+def _answers() -> bool:
     """Whether W&B's server takes a TCP connection at all; its own client would wait much longer for the same answer."""
-    import wandb
-
-    url = urlsplit(wandb.Settings().base_url)
+    url = urlsplit(importlib.import_module("wandb").Settings().base_url)
     try:
         socket.create_connection((url.hostname or "", url.port or 443), timeout=PROBE_TIMEOUT_S).close()
     except OSError:

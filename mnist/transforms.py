@@ -28,6 +28,7 @@ class BatchTransform:
         self.offset = -config.mean / config.std
 
     def __call__(self, images: Tensor) -> Tensor:
+        """(B, H, W) uint8 or float pixels in 0..255 -> (B, 1, S, S) float32."""
         batch = images.unsqueeze(1).float()
         if batch.shape[-2:] != (self.size, self.size):
             batch = F.interpolate(batch, size=self.size, mode="bilinear", align_corners=False, antialias=True)
