@@ -98,7 +98,7 @@ def choose(config: DataConfig) -> Choice:
     try:
         fetch("mnist", config.data_dir)
     except UserError as error:
-        return Choice("digits", fallback_reason=str(error).split("; ")[0])
+        return Choice("digits", fallback_reason=str(error).partition("; ")[0].removeprefix("--dataset mnist: "))
     return Choice("mnist")
 
 

@@ -90,7 +90,8 @@ def _download_within_time(class_name: str, staging: Path) -> None:
     finally:
         socket.setdefaulttimeout(previous)
     if errors:
-        raise OSError(" ".join(str(errors[0]).split())) from errors[0]
+        last_reason = " ".join(str(errors[0]).split()).rpartition("got: ")[2]  # torchvision lists one per mirror
+        raise OSError(last_reason) from errors[0]
 
 
 def _bytes_below(folder: Path) -> int:

@@ -149,17 +149,23 @@ def yannet() -> nn.Sequential:
 
 
 def fastnet() -> nn.Sequential:
-    """The network of `fast`: a strided first convolution instead of a pooling keeps the big maps out of it."""
+    """The network of `fast`; 17,882 parameters, 0.38 M.
+
+    A strided first convolution keeps large maps out of it, and few channels keep it small enough for two CPU cores.
+    """
     return _sequential(
-        conv1=nn.Conv2d(1, 24, kernel_size=5, stride=2),  # 1x28x28 -> 24x12x12
+        conv1=nn.Conv2d(1, 16, kernel_size=5, stride=2, bias=False),  # 1x28x28 -> 16x12x12
+        norm1=nn.BatchNorm2d(16),
         relu1=nn.ReLU(),
-        conv2=nn.Conv2d(24, 32, kernel_size=3),  # -> 32x10x10
-        pool2=nn.MaxPool2d(2),  # -> 32x5x5
+        conv2=nn.Conv2d(16, 16, kernel_size=3, bias=False),  # -> 16x10x10
+        pool2=nn.MaxPool2d(2),  # -> 16x5x5
+        norm2=nn.BatchNorm2d(16),
         relu2=nn.ReLU(),
-        flatten=nn.Flatten(),  # -> 800
-        linear1=nn.Linear(800, 128),
+        conv3=nn.Conv2d(16, 64, kernel_size=3, bias=False),  # -> 64x3x3
+        norm3=nn.BatchNorm2d(64),
         relu3=nn.ReLU(),
-        linear2=nn.Linear(128, 10),
+        flatten=nn.Flatten(),  # -> 576
+        linear=nn.Linear(576, 10),
     )
 
 

@@ -38,10 +38,12 @@ class Plan:
     eval_steps: int
     checkpoint_steps: int
 
-    @property
-    def num_epochs(self) -> float:
-        """Length of the run in epochs of `epoch_steps`."""
-        return self.num_steps / self.epoch_steps
+    def describe_length(self) -> str:
+        """The length of the run in words."""
+        passes = self.num_steps / self.pass_steps
+        if self.epoch_steps != self.pass_steps:
+            return f"{self.num_steps:,} steps, as many as on MNIST ({passes:.1f} passes)"
+        return f"{self.num_steps:,} steps, {passes:g} epoch{'s' if passes != 1 else ''}"
 
     @property
     def micro_batch_size(self) -> int:

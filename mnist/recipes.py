@@ -119,18 +119,25 @@ def yannet() -> TrainConfig:
 
 
 def fast() -> TrainConfig:
-    """At least 99 % after one epoch, in a few seconds on two CPU cores.
+    """More than 99 % after one epoch, in two to three seconds of training on two CPU cores.
 
-    Source: own; grown from tuomaso/train_mnist_fast.
-    Differs: a strided first convolution.
-    Expect: 99.0 %.
+    Source: own, found by a search on a validation split (docs/lab.md); the one-cycle idea from tuomaso/train_mnist_fast.
+    Differs: strided, batch-normalised, with label smoothing, which alone is worth 0.2 points.
+    Expect: 99.19 %.
     """
     return TrainConfig(
         recipe="fast",
         optim=OptimConfig(
-            model="fastnet", optimizer="adam", lr=1e-2, beta1=0.7, beta2=0.9, schedule="one_cycle", warmup=0.3
+            model="fastnet",
+            optimizer="adamw",
+            lr=0.02,
+            beta2=0.99,
+            weight_decay=0.05,
+            schedule="one_cycle",
+            warmup=0.3,
+            label_smoothing=0.1,
         ),
-        loop=LoopConfig(epochs=1, global_batch_size=256),
+        loop=LoopConfig(epochs=1, global_batch_size=128, log_every=50),
     )
 
 

@@ -23,6 +23,7 @@ from mnist.console import Console
 from mnist.data import Choice, Dataset, Split
 from mnist.engine import DivergedError, TrainRecord, TrainState, TrainStep, evaluate
 from mnist.files import write_json
+from mnist.losses import build_loss
 from mnist.metrics import Scores
 from mnist.models import count_parameters
 from mnist.optim import WeightAverage, restore_scheduler
@@ -61,6 +62,7 @@ class Run:
         self.state = TrainState()
         self.model = self.accelerator.unwrap_model(self.train_step.model, keep_torch_compile=False)
         self.eval_model = self.model if self.average is None else self.average.module
+        self.eval_loss = build_loss(self.config.optim.loss)  # without smoothing, which is a means of training
         self.scores: dict[str, Scores] = {}  # of the last evaluation
         self.is_new_best = False
         self.stop_reason: str | None = None
@@ -185,16 +187,13 @@ class Run:
             ("device", f"{environment['ranks'][0]['device']}, {environment['threads_per_process']} threads, {world}"),
             ("precision", f"{self._facts['precision'].replace('no', 'fp32')}"),
             ("batch", f"{plan.global_batch_size} = processes x micro-batches x images {share}"),
-            (
-                "plan",
-                f"{plan.num_steps:,} steps, {plan.num_epochs:g} epochs, {optim.optimizer} {optim.lr:g}, {optim.schedule}",
-            ),
+            ("plan", f"{plan.describe_length()}; {optim.optimizer} {optim.lr:g}, {optim.schedule}"),
         ]
 
     def _warnings(self) -> list[str]:
         lines = list(self.dataset.warnings)
         if self.choice.fallback_reason is not None:
-            lines.insert(0, f"NOT MNIST: training on the 1,797 embedded digits, because {self.choice.fallback_reason}")
+            lines.insert(0, f"NOT MNIST: training on the 1,797 embedded digits, because it is {self.choice.fallback_reason}")
         idle = runtime.idle_hardware(self.accelerator)
         return [*lines, idle] if idle else lines
 
@@ -251,7 +250,7 @@ class Run:
             self.eval_model,
             split,
             accelerator=self.accelerator,
-            loss_fn=self.train_step.loss_fn,
+            loss_fn=self.eval_loss,
             transform=self.train_step.transform,
             sharded=self.config.loop.evaluation == "sharded",
         )
