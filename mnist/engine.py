@@ -161,7 +161,7 @@ class TrainStep:
             rows = [[sum(column) for column in zip(*interval, strict=True)]] if interval else []
             rows += [[0.0, 0.0, max((row[2] for row in interval), default=0.0), 0.0]] * self.accelerator.num_processes
         loss, correct, finite_steps, num_samples = rows[self.rank] if rows else (0.0, 0.0, 0.0, 0.0)
-        self.sums.copy_(torch.tensor([loss, correct, finite_steps]))
+        self.sums.copy_(torch.tensor([loss, correct, finite_steps], dtype=self.sums.dtype))
         self.num_samples = int(num_samples)
 
 

@@ -81,7 +81,7 @@ def build_accelerator(config: RuntimeConfig, trackers: Sequence[str] = ()) -> Ac
     accelerator = Accelerator(
         cpu=cpu,
         mixed_precision=config.mixed_precision,
-        log_with=list(trackers),
+        log_with=list(trackers) or None,
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         kwargs_handlers=[
             InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout_s)),

@@ -1,0 +1,160 @@
+import inspect
+import re
+from typing import get_args
+
+import pytest
+import torch
+from torch import nn
+
+from mnist.config import Model
+from mnist.models import MODELS, build_model, count_parameters
+from mnist.runtime import seed_initial_weights
+
+PARAMETERS = {
+    "convnet": 1_007_590,
+    "mycnn": 8_110,
+    "lenet5": 61_706,
+    "lenet5_classic": 61_706,
+    "mlp": 640_842,
+    "mlp_sigmoid": 575_050,
+    "yannet": 30_306,
+}
+MILLION_MACS = {"convnet": 1.33, "mycnn": 0.35, "lenet5": 0.42, "lenet5_classic": 0.42, "yannet": 13.2}
+SIDES = {"lenet5": 32, "lenet5_classic": 32}
+
+
+def images(name, batch_size=2):
+    side = SIDES.get(name, 28)
+    return torch.randn(batch_size, 1, side, side, generator=torch.Generator().manual_seed(0))
+
+
+def layer_outputs(name):
+    model = build_model(name).eval()
+    outputs, x = {}, images(name)
+    for layer_name, layer in model.named_children():
+        x = layer(x)
+        outputs[layer_name] = x
+    return model, outputs
+
+
+def commented_shapes(name):
+    lines = inspect.getsource(MODELS[name]).splitlines()
+    found = (re.search(r"^\s+(\w+)=nn\..*# .*-> ([\dx]+)$", line) for line in lines)
+    return {match[1]: tuple(map(int, match[2].split("x"))) for match in found if match}
+
+
+def multiply_accumulates(name):
+    model, outputs = layer_outputs(name)
+    total = 0
+    for layer_name, layer in model.named_children():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            total += outputs[layer_name][0].numel() * layer.weight[0].numel()
+    return total
+
+
+def test_the_configuration_lists_the_same_models():
+    assert list(MODELS) == list(get_args(Model))
+
+
+@pytest.mark.parametrize(("name", "expected"), PARAMETERS.items())
+def test_a_network_has_as_many_parameters_as_its_source(name, expected):
+    assert count_parameters(build_model(name)) == expected
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if "parameters" in MODELS[name].__doc__])
+def test_a_docstring_states_the_number_of_parameters(name):
+    assert f"{count_parameters(build_model(name)):,} parameters" in MODELS[name].__doc__
+
+
+@pytest.mark.parametrize(("name", "millions"), MILLION_MACS.items())
+def test_a_network_costs_as_many_multiply_accumulates_as_its_source(name, millions):
+    assert multiply_accumulates(name) / 1e6 == pytest.approx(millions, rel=0.015)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_are_raw_and_one_row_per_image(name):
+    logits = build_model(name).eval()(images(name))
+    assert logits.shape == (2, 10)
+    assert logits.dtype == torch.float32
+    assert isinstance(list(build_model(name))[-1], nn.Linear)
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if commented_shapes(name)])
+def test_the_shapes_in_the_comments_are_the_shapes(name):
+    _, outputs = layer_outputs(name)
+    expected = commented_shapes(name)
+    assert {layer: tuple(outputs[layer].shape[1:]) for layer in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "shape"),
+    [
+        ("convnet", "pool1", (10, 12, 12)),
+        ("convnet", "relu2", (20, 10, 10)),
+        ("convnet", "flatten", (2000,)),
+        ("mycnn", "pool1", (3, 15, 15)),
+        ("mycnn", "pool2", (16, 7, 7)),
+        ("mycnn", "pool3", (32, 3, 3)),
+        ("mycnn", "flatten", (288,)),
+        ("lenet5", "flatten", (400,)),
+        ("lenet5_classic", "flatten", (400,)),
+        ("yannet", "pool2", (64, 13, 13)),
+        ("yannet", "relu3", (8, 11, 11)),
+        ("yannet", "flatten", (968,)),
+        ("deepnet", "relu1", (32, 24, 24)),
+        ("deepnet", "relu5", (160, 8, 8)),
+    ],
+)
+def test_feature_maps_have_the_shape_of_the_source(name, layer, shape):
+    _, outputs = layer_outputs(name)
+    assert tuple(outputs[layer].shape[1:]) == shape
+
+
+@pytest.mark.parametrize(
+    ("name", "widths"),
+    [("mlp", [784, 512, 256, 256, 128, 64, 10]), ("mlp_sigmoid", [784, 512, 256, 128, 64, 10])],
+)
+def test_perceptrons_have_the_widths_of_the_source(name, widths):
+    linear = [layer for layer in build_model(name) if isinstance(layer, nn.Linear)]
+    assert [linear[0].in_features, *(layer.out_features for layer in linear)] == widths
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "count"),
+    [
+        ("lenet5", nn.ReLU, 3),
+        ("lenet5", nn.MaxPool2d, 2),
+        ("lenet5_classic", nn.Sigmoid, 4),
+        ("lenet5_classic", nn.AvgPool2d, 2),
+        ("mycnn", nn.LeakyReLU, 3),
+        ("yannet", nn.Dropout, 1),
+        ("mlp", nn.ReLU, 5),
+    ],
+)
+def test_networks_differ_where_their_sources_do(name, kind, count):
+    assert sum(isinstance(layer, kind) for layer in build_model(name)) == count
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_initial_weights_follow_from_the_seed(name):
+    seed_initial_weights(1)
+    first = build_model(name).state_dict()
+    seed_initial_weights(1)
+    again = build_model(name).state_dict()
+    seed_initial_weights(2)
+    other = build_model(name).state_dict()
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    assert not all(torch.equal(first[key], other[key]) for key in first)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_parameter_takes_part(name):
+    model = build_model(name)
+    model(images(name)).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if not name.startswith("mlp")])
+def test_convolutions_lie_in_memory_with_channels_last(name):
+    weights = [layer.weight for layer in build_model(name) if isinstance(layer, nn.Conv2d)]
+    assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
