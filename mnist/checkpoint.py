@@ -119,13 +119,20 @@ def _write(folder: Path, checkpoint: Checkpoint) -> None:
         files[f"{stem}.safetensors"] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     numbers = {f.name: getattr(checkpoint, f.name) for f in dataclasses.fields(checkpoint) if f.name != "tensors"}
     manifest = {"format_version": FORMAT_VERSION, **numbers, "files": files}
-    write_json(folder / MANIFEST, manifest)  # the last file: it vouches for the others
+    manifest["sha256"] = _digest(manifest)
+    write_json(folder / MANIFEST, manifest)  # the last file: it vouches for the others, and for itself
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    body = {name: value for name, value in manifest.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
 def _prune(folder: Path, keep_last: int, keep_best: int) -> None:
     steps = list_steps(folder)
-    ranked = sorted((-_val_accuracy(path), -step) for step, path in steps.items() if _val_accuracy(path) >= 0)
-    keep = {*sorted(steps)[-keep_last:], *(-step for _, step in ranked[:keep_best])}
+    scores = {step: _val_accuracy(path) for step, path in steps.items()}
+    ranked = sorted((step for step in steps if scores[step] >= 0), key=lambda step: (-scores[step], step))
+    keep = {*sorted(steps)[-keep_last:], *ranked[:keep_best]}
     for step, path in steps.items():
         if step not in keep:
             doomed = path.rename(folder / f".tmp-old-{path.name}-{os.getpid()}")  # half a checkpoint has no final name
@@ -177,6 +184,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
         manifest = json.loads((path / MANIFEST).read_bytes())
         if manifest["format_version"] != FORMAT_VERSION:
             raise CheckpointError(f"{path}: format {manifest['format_version']}, this program reads {FORMAT_VERSION}")
+        if manifest["sha256"] != _digest(manifest):
+            raise CheckpointError(f"{path / MANIFEST}: changed since it was written (its sha256 differs)")
         tensors = {}
         for name, facts in manifest["files"].items():
             if not re.fullmatch(r"(model|ema|optimizer)\.safetensors", name):

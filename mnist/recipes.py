@@ -162,8 +162,8 @@ def smoke() -> TrainConfig:
     """A few seconds on one core, without network or accounts: for CI. Exit code 1 below 92 %.
 
     Source: own; the embedded digits.
-    Differs: -
-    Expect: 94 %.
+    Differs: one thread, because in steps as small as these a second one mostly waits.
+    Expect: 95 % of the digits (not of MNIST).
     """
     return evolve(
         TrainConfig(
@@ -173,6 +173,7 @@ def smoke() -> TrainConfig:
             loop=LoopConfig(epochs=15, global_batch_size=64, stretch_epochs=False, min_accuracy=0.92),
         ),
         wandb="disabled",
+        num_threads=1,
     )
 
 

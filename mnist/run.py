@@ -193,7 +193,9 @@ class Run:
     def _warnings(self) -> list[str]:
         lines = list(self.dataset.warnings)
         if self.choice.fallback_reason is not None:
-            lines.insert(0, f"NOT MNIST: training on the 1,797 embedded digits, because it is {self.choice.fallback_reason}")
+            lines.insert(
+                0, f"NOT MNIST: training on the 1,797 embedded digits, because it is {self.choice.fallback_reason}"
+            )
         idle = runtime.idle_hardware(self.accelerator)
         return [*lines, idle] if idle else lines
 

@@ -33,7 +33,7 @@ def run_ranks(work: Callable[..., Any], world_size: int, *args: Any) -> list[Any
     port = free_port()
     pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
     ranks = [
-        context.Process(target=_rank, args=(work, args, rank, world_size, port, pipes[rank][1]))
+        context.Process(target=_rank, args=(lambda: work(*args), rank, world_size, port, pipes[rank][1]))
         for rank in range(world_size)
     ]
     for rank in ranks:
@@ -60,9 +60,7 @@ def run_ranks(work: Callable[..., Any], world_size: int, *args: Any) -> list[Any
             rank.join()
 
 
-def _rank(
-    work: Callable[..., Any], args: tuple[Any, ...], rank: int, world_size: int, port: int, out: Connection
-) -> None:
+def _rank(work: Callable[[], Any], rank: int, world_size: int, port: int, out: Connection) -> None:
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -76,7 +74,7 @@ def _rank(
     PartialState._reset_state()
     torch.set_num_threads(1)
     try:
-        out.send_bytes(pickle.dumps((False, work(*args))))  # by value: send() would share memory
+        out.send_bytes(pickle.dumps((False, work())))  # by value: send() would share memory
     except BaseException:
         out.send_bytes(pickle.dumps((True, f"rank {rank}: {traceback.format_exc()}")))
     sys.stdout.flush()

@@ -120,5 +120,5 @@ def test_what_cannot_be_opened_is_refused_by_its_name(raw):
 def test_a_broken_file_outside_any_data_folder_is_refused_as_well(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("alone").write_bytes(b"junk")
-    with pytest.raises(UserError, match="^alone: "):
+    with pytest.raises(UserError, match=r"^alone: "):
         read_idx(Path("alone"), IMAGES_MAGIC)

@@ -17,13 +17,17 @@ from mnist.batches import TrainLoader
 from mnist.cli import parse_command_line
 from tests.ranks import run_ranks
 
-SMALL = [*("--recipe", "smoke", "--epochs", "3", "--log-every", "10", "--min-accuracy", "0.5")]  # 3 x 23 steps of 64
+SMALL = [
+    *("--recipe", "smoke", "--epochs", "3", "--log-every", "10"),  # 3 x 23 steps of 64
+    *("--num-threads", "1", "--min-accuracy", "0.5"),
+]
 # Everything that has a state or draws random numbers, in few steps.
 EVERYTHING = [
     *("--dataset", "digits", "--val-size", "1317", "--recipe", "yannet", "--epochs", "4", "--global-batch-size", "24"),
     *("--optimizer", "adamw", "--lr", "1e-3", "--schedule", "one_cycle", "--warmup", "0.3", "--ema", "0.9"),
     *("--rotation", "10", "--translation", "0.1", "--elastic", "0.5", "--grad-clip", "1"),
-    *("--gradient-accumulation-steps", "2", "--checkpoint-every", "4", "--log-every", "3", "--wandb", "disabled"),
+    *("--gradient-accumulation-steps", "2", "--checkpoint-every", "4", "--log-every", "3"),
+    *("--num-threads", "1", "--wandb", "disabled"),
 ]
 
 

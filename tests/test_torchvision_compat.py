@@ -17,7 +17,9 @@ def test_a_fresh_process_can_import_what_is_used():
         "print(import_torchvision('datasets').MNIST.__name__, import_torchvision('transforms').Resize.__name__)\n"
         "print(import_torchvision('utils').make_grid.__name__, import_torchvision().__name__)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100, check=True
+    )
     assert (done.stdout.split(), done.stderr) == (["MNIST", "Resize", "make_grid", "torchvision"], "")
 
 

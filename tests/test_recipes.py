@@ -1,0 +1,116 @@
+import pytest
+
+from mnist.config import LoopConfig, RuntimeConfig, TrainConfig, from_flat, to_flat
+from mnist.models import MODELS, build_model
+from mnist.optim import build_optimizer
+from mnist.recipes import RECIPES
+
+MNIST_TRAIN_SIZE = 60_000
+OF_THE_SOURCES = ["convnet", "mycnn", "lenet5", "lenet5_original", "lenet5_classic", "mlp", "mlp_sigmoid", "yannet"]
+MADE_HERE = ["fast", "accurate", "smoke"]
+PLAIN = {"mean": 0.0, "std": 1.0}
+LENET5 = {
+    "image_size": 32,
+    "loss": "cross_entropy",
+    "optimizer": "adam",
+    "lr": 1e-3,
+    "global_batch_size": 64,
+    "epochs": 5,
+}
+OF_EVERY_SOURCE = {
+    "image_size": 28,
+    "mean": 0.1307,
+    "std": 0.3081,
+    "horizontal_flip": 0.0,
+    "rotation": 0.0,
+    "translation": 0.0,
+    "scale": 0.0,
+    "elastic": 0.0,
+    "schedule": "constant",
+    "momentum": 0.0,
+    "weight_decay": 0.0,
+    "label_smoothing": 0.0,
+    "ema": 0.0,
+    "val_size": 0,
+}
+
+
+def test_the_table_holds_the_sources_and_our_own():
+    assert sorted(RECIPES) == sorted(OF_THE_SOURCES + MADE_HERE)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_a_complete_configuration_under_its_own_name(name):
+    config = RECIPES[name]()
+    assert isinstance(config, TrainConfig)
+    assert config.recipe == name
+    assert RECIPES[name]() == config
+    assert from_flat(to_flat(config)) == config
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_can_be_built(name):
+    config = RECIPES[name]()
+    model = build_model(config.optim.model)
+    assert build_optimizer(model.parameters(), config.optim).param_groups[0]["lr"] == config.optim.lr
+    assert config.loop.global_batch_size <= MNIST_TRAIN_SIZE
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_docstring_says_what_whence_how_it_differs_and_what_to_expect(name):
+    summary, *details = [line.strip() for line in RECIPES[name].__doc__.strip().splitlines()]
+    fields = dict(line.split(": ", 1) for line in details if line.startswith(("Source: ", "Differs: ", "Expect: ")))
+    assert summary.endswith(".")
+    assert set(fields) == {"Source", "Differs", "Expect"}
+    assert all(text.strip() for text in fields.values())
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_what_belongs_to_the_launcher_or_the_user_is_left_to_them(name):
+    config = RECIPES[name]()
+    assert config.runtime == RuntimeConfig()
+    assert config.data.data_dir == TrainConfig().data.data_dir
+    assert (config.output.run_dir, config.output.resume) == (None, "auto")
+    assert (config.loop.seed, config.loop.max_steps) == (LoopConfig().seed, LoopConfig().max_steps)
+    assert config.loop.gradient_accumulation_steps == 0
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name != "smoke"])
+def test_recipes_train_on_mnist_unless_they_cannot_have_it(name):
+    config = RECIPES[name]()
+    assert config.data.dataset == "auto"
+    assert config.loop.stretch_epochs
+    assert config.output.wandb == "auto"
+
+
+def test_the_smoke_recipe_needs_no_network_and_has_a_gate():
+    config = RECIPES["smoke"]()
+    assert (config.data.dataset, config.output.wandb, config.loop.min_accuracy) == ("digits", "disabled", 0.92)
+    assert not config.loop.stretch_epochs
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("convnet", {"loss": "nll", "optimizer": "adam", "lr": 1e-4, "global_batch_size": 512, "epochs": 20}),
+        ("mycnn", {"loss": "cross_entropy", "optimizer": "adam", "global_batch_size": 128} | PLAIN),
+        ("lenet5", LENET5),
+        ("lenet5_original", LENET5 | {"model": "lenet5", "horizontal_flip": 0.5}),
+        ("lenet5_classic", LENET5),
+        ("mlp", {"loss": "mse_softmax", "optimizer": "adam", "lr": 1e-3, "global_batch_size": 512} | PLAIN),
+        ("mlp_sigmoid", {"loss": "mse_sigmoid", "optimizer": "adam", "lr": 1e-3, "global_batch_size": 512} | PLAIN),
+        ("yannet", {"loss": "nll", "optimizer": "sgd", "global_batch_size": 64, "epochs": 3} | PLAIN),
+    ],
+)
+def test_a_recipe_follows_its_source(name, expected):
+    expected = OF_EVERY_SOURCE | {"model": name} | expected
+    flat = to_flat(RECIPES[name]())
+    assert {field: flat[field] for field in expected} == expected
+
+
+def test_the_fast_recipe_is_one_epoch():
+    assert RECIPES["fast"]().loop.epochs == 1
+
+
+def test_every_network_has_a_recipe():
+    assert {recipe().optim.model for recipe in RECIPES.values()} == set(MODELS)
