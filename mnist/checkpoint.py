@@ -220,7 +220,7 @@ def check_compatible(checkpoint: Checkpoint, config: TrainConfig, num_steps: int
     old_steps = checkpoint.plan["num_steps"]
     if num_steps != old_steps and {old["schedule"], new["schedule"]} & set(LENGTH_BOUND_SCHEDULES):
         raise UserError(
-            f"--epochs/--max-steps: the {new['schedule']} schedule was laid out for {old_steps} steps and cannot continue "
+            f"--epochs/--max-steps: the {new['schedule']} schedule was laid out for {old_steps} steps and cannot go on "
             f"to {num_steps}; use --resume never to start over"
         )
     if num_steps < checkpoint.step:

@@ -82,7 +82,14 @@ class Console:
     def epoch_row(
         self, epoch: float, step: int, train: tuple[float, float], scores: dict[str, tuple[float, float, str]]
     ) -> None:
-        """A line at each evaluation: (loss, accuracy) of training since the epoch began, (loss, accuracy, counts) scored."""
+        """A line at each evaluation.
+
+        Args:
+            epoch: where the run is.
+            step: likewise, in steps.
+            train: loss and accuracy of training since the epoch began.
+            scores: loss, accuracy and counts of each split scored.
+        """
         self._last_line_s = time.monotonic()
         parts = [
             f"epoch {epoch:g}  step {step}/{self._num_steps}",

@@ -65,7 +65,7 @@ class TrainState:
 
 @dataclass(frozen=True)
 class TrainRecord:
-    """Means over the samples since the last record, over all ranks; learning rate and gradient norm of the last step."""
+    """Means over the samples of all ranks since the last record; learning rate and gradient norm of the last step."""
 
     step: int
     loss: float

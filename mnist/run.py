@@ -84,7 +84,7 @@ class Run:
             "seed": self.config.loop.seed,
             "num_params": count_parameters(self.model),
             "world_size": self.accelerator.num_processes,
-            "precision": self.accelerator.mixed_precision,
+            "precision": {"no": "fp32"}.get(self.accelerator.mixed_precision, self.accelerator.mixed_precision),
             "evaluation": self.config.loop.evaluation,
         }
         self.tracker = tracking.Tracker(self.accelerator, None, self.dataset.name, self.console.warn)
@@ -105,8 +105,8 @@ class Run:
         status, steps = self.previous.get("status"), self.previous.get("steps", 0)
         if status == "diverged" and self.config.output.resume == "auto":
             raise UserError(
-                f"--run-dir {self.path}: this run diverged at step {steps} and would again; start over with a smaller --lr "
-                f"and --resume never, or name an earlier checkpoint with --resume PATH"
+                f"--run-dir {self.path}: this run diverged at step {steps} and would again; start over with a smaller "
+                f"--lr and --resume never, or name an earlier checkpoint with --resume PATH"
             )
         if status != "finished" or self.plan.num_steps > self.previous["planned_steps"]:
             return False
@@ -185,7 +185,7 @@ class Run:
             ("recipe", f"{self.config.recipe}: {optim.model}, {self._facts['num_params']:,} parameters"),
             ("data", f"{self.dataset.name}: {sizes} / {len(self.dataset.test):,} test"),
             ("device", f"{environment['ranks'][0]['device']}, {environment['threads_per_process']} threads, {world}"),
-            ("precision", f"{self._facts['precision'].replace('no', 'fp32')}"),
+            ("precision", self._facts["precision"]),
             ("batch", f"{plan.global_batch_size} = processes x micro-batches x images {share}"),
             ("plan", f"{plan.describe_length()}; {optim.optimizer} {optim.lr:g}, {optim.schedule}"),
         ]
@@ -394,11 +394,9 @@ class Run:
 
     def _summarise(self, test: Scores) -> None:
         chosen = "weights with the best validation accuracy" if self.dataset.val is not None else "last weights"
+        counts = f"{test.num_correct:,}/{test.num_samples:,}"
         rows = [
-            (
-                "test",
-                f"accuracy {test.accuracy:.2%} ({test.num_correct:,}/{test.num_samples:,}), loss {test.loss:.4f}, {chosen}",
-            ),
+            ("test", f"accuracy {test.accuracy:.2%} ({counts}), loss {test.loss:.4f}, {chosen}"),
             ("time", f"{self.state.train_time_s:.1f} s training, {time.perf_counter() - self.started:.1f} s in all"),
             ("run", str(self.path)),
         ]

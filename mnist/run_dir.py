@@ -6,6 +6,7 @@ the kernel releases when the process ends, however it ends. Only rank 0 comes he
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -15,10 +16,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TextIO
 
-try:
+with contextlib.suppress(ImportError):  # Windows has none
     import fcntl
-except ImportError:  # Windows
-    pass
 
 from mnist.config import TrainConfig, UserError, sections, to_flat
 from mnist.files import write_json

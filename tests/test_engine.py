@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from mnist.batches import Split, TrainLoader
-from mnist.config import ImageConfig, OptimConfig, RuntimeConfig
+from mnist.config import DataConfig, ImageConfig, OptimConfig, RuntimeConfig
 from mnist.data import read
-from mnist.config import DataConfig
 from mnist.engine import DivergedError, TrainState, TrainStep, evaluate, train_one_epoch
 from mnist.losses import build_loss
 from mnist.models import build_model

@@ -284,4 +284,4 @@ def test_the_launchers_precision_holds_unless_a_flag_is_given(tmp_path: Path, mo
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     for name, extra in (("launcher", []), ("flag", ["--mixed-precision", "no"])):
         run_ranks(run, 1, tmp_path / name, *SMALL, "--epochs", "1", "--min-accuracy", "0.1", *extra)
-    assert [result(tmp_path / name)["precision"] for name in ("launcher", "flag")] == ["bf16", "no"]
+    assert [result(tmp_path / name)["precision"] for name in ("launcher", "flag")] == ["bf16", "fp32"]

@@ -1,0 +1,168 @@
+"""The commands that people type, with real launchers and real processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.processes import ACCELERATE, CONFIGURED, PYTHON, TORCHRUN, finish, members, started, train
+
+pytestmark = pytest.mark.launch
+
+SMOKE = ["--recipe", "smoke", "--epochs", "6", "--min-accuracy", "0.5"]
+NO_NETWORK = {
+    "MNIST_MIRROR": "http://127.0.0.1:9/",
+    "http_proxy": "http://127.0.0.1:9",
+    "https_proxy": "http://127.0.0.1:9",
+}
+LONG = ["--dataset", "digits", "--recipe", "convnet", "--epochs", "2000", "--num-threads", "1", "--log-every", "50"]
+
+
+def result(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "result.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("launcher", "world_size", "evaluation"),
+    [
+        (PYTHON, 1, "sharded"),
+        (ACCELERATE, 1, "rank0"),
+        (CONFIGURED, 1, "rank0"),
+        ([*TORCHRUN, "--nproc-per-node", "2"], 2, "sharded"),
+        ([*CONFIGURED, "--num_processes", "3"], 3, "rank0"),
+    ],
+)
+def test_every_launcher_ends_with_the_right_world_size(
+    tmp_path: Path, launcher: list[str], world_size: int, evaluation: str
+) -> None:
+    done = finish(train(*SMOKE, "--run-dir", "run", "--evaluation", evaluation, launcher=launcher), tmp_path)
+    assert done.code == 0, done.err
+    found = result(tmp_path / "run")
+    assert (found["status"], found["world_size"], found["test"]["num_samples"]) == ("finished", world_size, 360)
+    assert done.err.count("test  accuracy") == 1, "one rank speaks"
+    assert "\x1b" not in done.err
+    assert "\r" not in done.err
+
+
+def test_without_network_and_data_the_digits_are_trained_and_nobody_can_miss_it(tmp_path: Path) -> None:
+    done = finish(train("--num-threads", "1", "--run-dir", "run", "--min-accuracy", "0.92"), tmp_path, **NO_NETWORK)
+    assert done.code == 0, done.err
+    assert "NOT MNIST: training on the 1,797 embedded digits" in done.err
+    assert result(tmp_path / "run")["dataset"] == "digits"
+    assert result(tmp_path / "run")["steps"] == 469
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["dataset"] == "digits"
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert {json.loads(line)["dataset"] for line in lines} == {"digits"}
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize(
+    "launcher", [PYTHON, [*TORCHRUN, "--nproc-per-node", "2"], CONFIGURED], ids=["python", "torchrun", "accelerate"]
+)
+def test_missing_mnist_is_one_message_on_every_launcher(tmp_path: Path, launcher: list[str]) -> None:
+    done = finish(train("--dataset", "mnist", launcher=launcher), tmp_path, timeout=30, **NO_NETWORK)
+    assert done.code != 0
+    assert done.err.count("error: --dataset mnist: not in data/MNIST/raw") == 1
+    assert "--dataset digits" in done.err
+    assert not re.search(r"mnist/\w+\.py", done.err), "no frame of ours"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--recipe", "lenet"], ["--recipe lenet", "did you mean lenet5?", "convnet"]),
+        (["--dataset", "mnits"], ["--dataset mnits", "did you mean mnist?", "digits"]),
+        (["--epoch", "3"], ["--epoch", "--epochs"]),
+        (["--lr", "fast"], ["--lr", "could not convert string to float"]),
+        (["--epochs", "0"], ["--epochs 0: must be 1 or more"]),
+    ],
+)
+def test_a_mistyped_flag_or_value_is_explained_without_torch(
+    tmp_path: Path, arguments: list[str], words: list[str]
+) -> None:
+    done = finish([PYTHON[0], "-X", "importtime", *train(*arguments)[1:]], tmp_path)
+    assert done.code == 2
+    assert all(word in done.err for word in words), done.err
+    assert not re.search(r"\| +(torch|numpy|wandb)$", done.err, re.MULTILINE)
+
+
+def wait_until(condition: Any, timeout: float = 60) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "never happened"
+        time.sleep(0.05)
+
+
+def has_records(folder: Path) -> bool:
+    path = folder / "metrics.jsonl"
+    return path.exists() and path.stat().st_size > 0
+
+
+@pytest.mark.parametrize("launcher", [PYTHON, [*TORCHRUN, "--nproc-per-node", "2"]], ids=["python", "torchrun"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_launcher_saves_and_is_resumable(tmp_path: Path, launcher: list[str], number: int) -> None:
+    with started(train(*LONG, "--run-dir", "run", launcher=launcher), tmp_path) as process:
+        wait_until(lambda: has_records(tmp_path / "run"))
+        os.kill(process.pid, number)
+        process.wait(timeout=20)
+        assert members(process.pid) == []
+    found = result(tmp_path / "run")
+    assert found["status"] == "preempted"
+    assert process.returncode == (75 if launcher is PYTHON else 1)
+    checkpoints = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert checkpoints[-1] == f"step-{found['steps']:08d}"
+
+
+def test_a_killed_launcher_leaves_no_orphan(tmp_path: Path) -> None:
+    with started(train(*LONG, "--run-dir", "run", launcher=ACCELERATE), tmp_path) as process:
+        wait_until(lambda: has_records(tmp_path / "run"))
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait(timeout=5)
+        wait_until(lambda: members(process.pid) == [], timeout=15)
+    assert result(tmp_path / "run")["status"] == "preempted"
+
+
+def test_a_second_run_in_the_same_directory_is_refused_with_the_name_of_the_first(tmp_path: Path) -> None:
+    with started(train(*LONG, "--run-dir", "run"), tmp_path) as process:
+        wait_until(lambda: has_records(tmp_path / "run"))
+        second = finish(train(*LONG, "--run-dir", "run"), tmp_path)
+        assert second.code == 2
+        assert f"in use by pid {process.pid} on " in second.err
+        process.terminate()
+        process.wait(timeout=20)
+
+
+@pytest.mark.skipif("MNIST_DATA_DIR" not in os.environ, reason="MNIST_DATA_DIR does not name a folder with MNIST")
+def test_the_default_command_reaches_99_percent_on_mnist(tmp_path: Path) -> None:
+    done = finish(train("--dataset", "mnist", "--min-accuracy", "0.99", "--run-dir", "run"), tmp_path)
+    assert done.code == 0, done.err
+    assert result(tmp_path / "run")["test"]["num_samples"] == 10_000
+
+
+@pytest.mark.skipif("MNIST_DATA_DIR" not in os.environ, reason="MNIST_DATA_DIR does not name a folder with MNIST")
+def test_the_accurate_recipe_takes_its_steps_on_a_cpu_too(tmp_path: Path) -> None:
+    done = finish(
+        train(
+            "--recipe",
+            "accurate",
+            "--max-steps",
+            "3",
+            "--run-dir",
+            "run",
+            "--global-batch-size",
+            "64",
+            "--val-size",
+            "59000",
+        ),
+        tmp_path,
+    )
+    assert done.code == 0, done.err
+    assert result(tmp_path / "run")["steps"] == 3

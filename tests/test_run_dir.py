@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from mnist.config import TrainConfig, UserError, evolve, to_flat
+from mnist.run_dir import open_run_dir
+
+
+def config_in(folder: Path) -> TrainConfig:
+    return evolve(TrainConfig(), run_dir=str(folder))
+
+
+def test_a_directory_is_made_and_remembers_its_result(tmp_path: Path) -> None:
+    run = open_run_dir(config_in(tmp_path / "a" / "b"), "mnist")
+    assert run.read_result() == {}
+    run.write_result("running", steps=3)
+    assert run.read_result() == {"status": "running", "steps": 3}
+    assert sorted(path.name for path in run.path.iterdir()) == [".lock", "result.json"]
+
+
+def test_two_runs_cannot_share_a_directory_and_the_second_learns_who_is_there(tmp_path: Path) -> None:
+    first = open_run_dir(config_in(tmp_path), "mnist")
+    with pytest.raises(UserError, match=f"in use by pid {os.getpid()} on "):
+        open_run_dir(config_in(tmp_path), "mnist")
+    assert first._lock is not None
+    first._lock.close()  # as the kernel does when a process ends
+    assert open_run_dir(config_in(tmp_path), "mnist").path == tmp_path
+
+
+def test_a_path_below_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file/run: not writable"):
+        open_run_dir(config_in(tmp_path / "file" / "run"), "mnist")
+
+
+def leave_run(name: str, status: str, config: TrainConfig) -> Path:
+    folder = Path("runs", name)
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_text(json.dumps({"status": status}))
+    (folder / "config.json").write_text(json.dumps(to_flat(config)))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("status", "changes", "is_continued"),
+    [
+        ("running", {}, True),
+        ("preempted", {"quiet": True, "num_threads": 3, "data_dir": "elsewhere"}, True),
+        ("preempted", {"lr": 0.5}, False),
+        ("finished", {}, False),
+        ("failed", {}, False),
+        ("diverged", {}, False),
+    ],
+)
+def test_the_same_command_continues_an_unfinished_run_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: str, changes: dict[str, object], is_continued: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    left = leave_run("old", status, evolve(TrainConfig(), **changes))
+    assert (open_run_dir(TrainConfig(), "mnist").path == left) is is_continued
+
+
+def test_a_run_that_is_being_written_is_not_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    leave_run("old", "running", TrainConfig())
+    first = open_run_dir(TrainConfig(), "mnist")
+    second = open_run_dir(TrainConfig(), "mnist")
+    assert first.path == Path("runs/old")
+    assert second.path.name.startswith("fast-mnist-")
+
+
+def test_two_new_runs_in_one_second_get_two_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    runs = [open_run_dir(TrainConfig(), "mnist") for _ in range(3)]
+    assert len({run.path for run in runs}) == 3
+
+
+def test_starting_over_keeps_what_was_there(tmp_path: Path) -> None:
+    run = open_run_dir(config_in(tmp_path), "mnist")
+    (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    (tmp_path / "notes.txt").write_text("mine")
+    run.set_aside()
+    (before,) = tmp_path.glob("before-*")
+    assert sorted(path.name for path in before.iterdir()) == ["checkpoints", "metrics.jsonl"]
+    assert (tmp_path / "notes.txt").exists()
+    run.set_aside()
+    assert len(list(tmp_path.glob("before-*"))) == 1

@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from mnist import runtime
+from mnist.config import RunError, RuntimeConfig, UserError
+from tests.ranks import run_ranks
+
+
+def test_fp16_on_a_cpu_is_refused() -> None:
+    with pytest.raises(UserError, match="--mixed-precision fp16: needs a GPU"):
+        runtime.build_accelerator(RuntimeConfig(cpu=True, mixed_precision="fp16"))
+
+
+def test_fp16_from_the_launcher_is_refused_likewise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(UserError, match="fp16: needs a GPU"):
+        runtime.build_accelerator(RuntimeConfig(cpu=True))
+
+
+def test_ranks_that_would_each_be_alone_are_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setattr(runtime, "Accelerator", lambda **_: type("Lonely", (), {"num_processes": 1})())
+    with pytest.raises(UserError, match="announces 2 processes, but Accelerate sees 1"):
+        runtime.build_accelerator(RuntimeConfig(cpu=True))
+
+
+@pytest.mark.parametrize(("requested", "local_world_size", "expected"), [(3, 1, 3), (0, 1, None), (0, 1000, 1)])
+def test_threads_are_the_share_of_a_process_whatever_the_launcher_says(
+    monkeypatch: pytest.MonkeyPatch, requested: int, local_world_size: int, expected: int | None
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local_world_size))
+    runtime.build_accelerator(RuntimeConfig(cpu=True, num_threads=requested))
+    assert asked == [expected or runtime.num_usable_cores()]
+
+
+@pytest.mark.parametrize(("requested", "launcher", "expected"), [(0, None, 1), (0, "4", 4), (2, "4", 2)])
+def test_accumulation_is_the_launchers_unless_asked_for(
+    monkeypatch: pytest.MonkeyPatch, requested: int, launcher: str | None, expected: int
+) -> None:
+    if launcher is not None:
+        monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", launcher)
+    assert runtime.accumulation_steps(requested) == expected
+
+
+def work_together(on: str) -> object:
+    accelerator = runtime.build_accelerator(RuntimeConfig(cpu=True, num_threads=1))
+    return runtime.together(accelerator, lambda: accelerator.process_index, on=on)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("on", "results"), [("main", [0, 0]), ("local_main", [0, 0]), ("all", [0, 1])])
+def test_together_gives_every_rank_its_result(on: str, results: list[int]) -> None:
+    assert run_ranks(work_together, 2, on) == results
+
+
+@pytest.mark.parametrize("kind", [UserError, RunError])
+@pytest.mark.parametrize(("on", "failing_rank"), [("main", 0), ("all", 1)])
+def test_an_error_on_one_rank_is_raised_on_all(kind: type[Exception], on: str, failing_rank: int) -> None:
+    def fail_together() -> str:
+        accelerator = runtime.build_accelerator(RuntimeConfig(cpu=True, num_threads=1))
+
+        def work() -> None:
+            if accelerator.process_index == failing_rank:
+                raise kind("no space")
+
+        with pytest.raises(kind, match="no space") as caught:
+            runtime.together(accelerator, work, on=on)  # type: ignore[arg-type]
+        return type(caught.value).__name__
+
+    assert run_ranks(fail_together, 2) == [kind.__name__] * 2
+
+
+def test_the_environment_report_knows_every_rank_and_keeps_secrets() -> None:
+    def report() -> dict[str, object]:
+        os.environ["WANDB_API_KEY"] = "very-secret"
+        return runtime.describe_environment(runtime.build_accelerator(RuntimeConfig(cpu=True, num_threads=1)))
+
+    first, second = run_ranks(report, 2)
+    assert [rank["rank"] for rank in first["ranks"]] == [0, 1]
+    assert first["ranks"] == second["ranks"]
+    assert first["packages"]["torch"] == torch.__version__
+    assert "very-secret" not in str(first)
+
+
+def test_weights_drawn_after_seeding_are_the_same_everywhere() -> None:
+    def draw(seed: int) -> float:
+        runtime.seed_initial_weights(seed)
+        return float(torch.rand(1))
+
+    assert draw(3) == draw(3) != draw(4)

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mnist import signals
+
+ROOT = Path(__file__).parents[1]
+WAITING = """
+import sys, time
+from mnist import signals
+signals.install()
+print("ready", flush=True)
+while not signals.stop_requested():
+    time.sleep(0.01)
+print(signals.signal_name(), flush=True)
+time.sleep(30)
+"""
+
+
+def start(program: str, **environment: str) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_a_signal_is_noted_and_named_once_by_rank_0(name: str) -> None:
+    for rank, expected in (("0", 1), ("1", 0)):
+        with start(WAITING, RANK=rank) as process:
+            process.send_signal(getattr(signal, name))
+            assert process.stdout is not None
+            assert process.stdout.readline() == f"{name}\n"
+            process.send_signal(getattr(signal, name))  # again at once, as launchers do: nothing happens
+            time.sleep(0.1)
+            assert process.poll() is None
+            process.kill()
+            assert process.stderr is not None
+            assert process.stderr.read().count("saving and ending") == expected
+
+
+def test_only_a_later_second_ctrl_c_ends_at_once() -> None:
+    with start(WAITING) as process:
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+        assert process.poll() is None
+        time.sleep(signals.FORCE_AFTER_S)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=5) == signals.EXIT_FORCED
+
+
+def test_what_was_ignored_stays_ignored() -> None:
+    program = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n" + WAITING
+    with start(program) as process:
+        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "SIGTERM\n"
+        process.kill()
+
+
+def test_a_rank_gets_sigterm_when_its_launcher_dies() -> None:
+    parent = f"""
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", {WAITING!r}], stdout=sys.stdout)
+time.sleep(30)
+"""
+    with start(parent, TORCHELASTIC_RUN_ID="x") as process:  # "ready" comes from the child
+        process.kill()
+        assert process.stdout is not None
+        assert process.stdout.readline() == "SIGTERM\n"
+        os.kill(int(subprocess.check_output(["pgrep", "-n", "-f", "stop_requested"], text=True)), signal.SIGKILL)

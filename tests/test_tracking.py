@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mnist import tracking
+from mnist.config import OutputConfig
+from mnist.tracking import JsonlFile, wandb_mode
+from tests.processes import TORCHRUN, finish, train
+
+SMOKE = ["--recipe", "smoke", "--epochs", "2", "--min-accuracy", "0.1", "--num-threads", "1", "--run-dir", "run"]
+
+
+@pytest.fixture(autouse=True)
+def no_wandb_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+
+
+@pytest.mark.parametrize(
+    ("flag", "environment", "expected"),
+    [
+        ("auto", {}, "offline"),
+        ("auto", {"WANDB_API_KEY": "k"}, "online"),
+        ("auto", {"WANDB_MODE": "disabled", "WANDB_API_KEY": "k"}, "disabled"),
+        ("auto", {"WANDB_MODE": "offline", "WANDB_API_KEY": "k"}, "offline"),
+        ("disabled", {"WANDB_API_KEY": "k"}, "disabled"),
+        ("offline", {"WANDB_MODE": "online", "WANDB_API_KEY": "k"}, "offline"),
+        ("online", {}, "offline"),
+        ("online", {"WANDB_MODE": "offline", "WANDB_API_KEY": "k"}, "online"),
+    ],
+)
+def test_the_mode_follows_flag_then_environment_then_key(
+    monkeypatch: pytest.MonkeyPatch, flag: str, environment: dict[str, str], expected: str
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert wandb_mode(OutputConfig(wandb=flag)) == expected  # type: ignore[arg-type]
+
+
+def test_a_key_in_netrc_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "netrc").write_text("machine wandb.example.org login user password key\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert wandb_mode(OutputConfig()) == "offline"
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
+    assert wandb_mode(OutputConfig()) == "online"
+
+
+def record(step: int, split: str = "train") -> dict[str, Any]:
+    return {"step": step, "split": split, "loss": 0.5}
+
+
+def test_records_are_appended_once_and_a_torn_line_is_cut(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    first = JsonlFile(path)
+    assert [first.append(record(step)) for step in (10, 20)] == [True, True]
+    with path.open("a") as file:
+        file.write('{"step": 30, "spl')
+    second = JsonlFile(path)
+    assert [second.append(record(step)) for step in (10, 20, 30)] == [False, False, True]
+    assert second.append(record(20, "test"))
+    steps = [(line["step"], line["split"]) for line in map(json.loads, path.read_text().splitlines())]
+    assert steps == [(10, "train"), (20, "train"), (30, "train"), (20, "test")]
+
+
+def inspect(folder: Path, *arguments: str) -> list[dict[str, Any]]:
+    """The records of the one offline run below `folder`, read back by W&B's own tool."""
+    (path,) = folder.glob("wandb/offline-run-*/*.wandb")
+    done = subprocess.run(
+        [sys.executable, "-m", "wandb", "leet", "inspect", *arguments, "--json", str(path)],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    return [json.loads(line) for line in done.stdout.splitlines() if line.strip()]
+
+
+@pytest.mark.launch
+def test_two_ranks_leave_one_offline_run_without_a_prompt(tmp_path: Path) -> None:
+    command = train(*SMOKE, "--wandb", "auto", launcher=[*TORCHRUN, "--nproc-per-node", "2"])
+    done = finish(command, tmp_path, WANDB_MODE="offline", NETRC=os.devnull)
+    assert done.code == 0, done.err
+    assert "wandb sync run/wandb/offline-run-" in done.err
+    (summary,) = inspect(tmp_path / "run", "--summary")
+    text = json.dumps(summary)
+    accuracy = json.loads((tmp_path / "run" / "result.json").read_text())["test"]["accuracy"]
+    assert "test/accuracy" in text
+    assert str(accuracy) in text
+    assert "global_batch_size" in text
+
+
+def hold_connections(listener: socket.socket) -> None:
+    kept = []
+    while True:
+        try:
+            kept.append(listener.accept()[0])
+        except OSError:
+            return
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("accepts", [False, True], ids=["dead address", "accepts and never answers"])
+def test_a_server_that_does_not_answer_costs_a_warning(tmp_path: Path, accepts: bool) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+        if accepts:
+            listener.listen(50)
+            threading.Thread(target=hold_connections, args=(listener,), daemon=True).start()
+        done = finish(
+            train(*SMOKE, "--wandb", "online"),
+            tmp_path,
+            WANDB_BASE_URL=f"http://127.0.0.1:{port}",
+            WANDB_API_KEY="0" * 40,
+        )
+        listener.shutdown(socket.SHUT_RDWR) if accepts else None
+    assert done.code == 0, done.err
+    assert "warning" in done.err
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "finished"
+    assert (tmp_path / "run" / "metrics.jsonl").read_text().count("\n") >= 2
+    assert list(tmp_path.glob("run/wandb/offline-run-*/*.wandb")), "it went on offline"
+
+
+class Recorder:
+    """A tracker that fails from a given call on."""
+
+    def __init__(self, fails_from: int) -> None:
+        self.calls = 0
+        self.fails_from = fails_from
+
+    def log(self, values: dict[str, Any]) -> None:
+        self.calls += 1
+        if self.calls >= self.fails_from:
+            raise ConnectionError("gone")
+
+
+def test_a_tracker_that_fails_is_left_alone_and_the_file_goes_on(tmp_path: Path) -> None:
+    warnings: list[str] = []
+    recorder = Recorder(fails_from=2)
+    tracker = tracking.Tracker(recorder, tmp_path, "digits", warnings.append)  # type: ignore[arg-type]
+    tracker._wandb = recorder
+    for step in range(1, 6):
+        tracker.log("train", step, 0.0, loss=1.0)
+    assert recorder.calls == 2
+    assert len(warnings) == 1
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 5
+    assert tracker.finish("finished", {}) is None
+
+
+def test_other_ranks_write_nothing(tmp_path: Path) -> None:
+    tracker = tracking.Tracker(Recorder(1), None, "digits", lambda line: None)  # type: ignore[arg-type]
+    tracker.log("train", 1, 0.0, loss=1.0)
+    assert tracker.finish("finished", {}) is None
+    assert not list(tmp_path.iterdir())
