@@ -12,6 +12,8 @@ import pytest
 from mnist import signals
 
 ROOT = Path(__file__).parents[1]
+# A test runner in the background has SIGINT ignored, and its children inherit that.
+DEFAULTS = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
 WAITING = """
 import sys, time
 from mnist import signals
@@ -32,7 +34,6 @@ def start(program: str, **environment: str) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
@@ -42,7 +43,7 @@ def start(program: str, **environment: str) -> subprocess.Popen[str]:
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
 def test_a_signal_is_noted_and_named_once_by_rank_0(name: str) -> None:
     for rank, expected in (("0", 1), ("1", 0)):
-        with start(WAITING, RANK=rank) as process:
+        with start(DEFAULTS + WAITING, RANK=rank) as process:
             process.send_signal(getattr(signal, name))
             assert process.stdout is not None
             assert process.stdout.readline() == f"{name}\n"
@@ -55,7 +56,7 @@ def test_a_signal_is_noted_and_named_once_by_rank_0(name: str) -> None:
 
 
 def test_only_a_later_second_ctrl_c_ends_at_once() -> None:
-    with start(WAITING) as process:
+    with start(DEFAULTS + WAITING) as process:
         process.send_signal(signal.SIGINT)
         time.sleep(0.3)
         process.send_signal(signal.SIGINT)
