@@ -60,6 +60,7 @@ def train(config: TrainConfig, accelerator: Accelerator) -> int:
     config = evolve(config, dataset=choice.name)
     together(lambda: data.fetch(choice.name, config.data.data_dir), on="local_main")
     dataset = together(lambda: data.read(choice.name, config.data), on="all").to(accelerator.device)
+    runtime.require_agreement(accelerator, data_files=dataset.fingerprint, seed=config.loop.seed, recipe=config.recipe)
 
     accumulation_steps = runtime.accumulation_steps(config.loop.gradient_accumulation_steps)
     plan = build_plan(config, len(dataset.train), accelerator.num_processes, accumulation_steps)

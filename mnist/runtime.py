@@ -182,6 +182,21 @@ def together(accelerator: Accelerator, work: Callable[[], T], on: Literal["main"
     return result  # type: ignore[return-value]  # None only where `work` returned it
 
 
+def require_agreement(accelerator: Accelerator, **facts: object) -> None:
+    """Compares facts across ranks; every rank must call this.
+
+    Raises:
+        UserError: on all ranks, if any rank's fact differs from rank 0's. Names both.
+    """
+    if accelerator.num_processes == 1:
+        return
+    first, *others = gather_object([facts])
+    for rank, other in enumerate(others, start=1):
+        for name in facts:
+            if other[name] != first[name]:
+                raise UserError(f"ranks 0 and {rank} differ in {name.replace('_', ' ')}: {first[name]}, {other[name]}")
+
+
 def describe_environment(accelerator: Accelerator) -> dict[str, Any]:
     """Versions, hosts, devices, threads, commit, launcher, command line: what one needs to run it again.
 

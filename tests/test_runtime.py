@@ -76,6 +76,17 @@ def test_an_error_on_one_rank_is_raised_on_all(kind: type[Exception], on: str, f
     assert run_ranks(fail_together, 2) == [kind.__name__] * 2
 
 
+def test_ranks_with_other_data_are_stopped() -> None:
+    def compare() -> str:
+        accelerator = runtime.build_accelerator(RuntimeConfig(cpu=True, num_threads=1))
+        runtime.require_agreement(accelerator, seed=0)
+        with pytest.raises(UserError) as caught:
+            runtime.require_agreement(accelerator, seed=0, data_files=f"sha-{accelerator.process_index // 2}")
+        return str(caught.value)
+
+    assert run_ranks(compare, 3) == ["ranks 0 and 2 differ in data files: sha-0, sha-1"] * 3
+
+
 def test_the_environment_report_knows_every_rank_and_keeps_secrets() -> None:
     def report() -> dict[str, object]:
         os.environ["WANDB_API_KEY"] = "very-secret"
