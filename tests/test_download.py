@@ -150,6 +150,13 @@ def test_the_next_mirror_serves_what_the_first_one_lacks(tmp_path, mnist, server
     assert files_below(tmp_path / "MNIST" / "raw") == CONTENTS
 
 
+def test_a_mirror_that_never_answers_is_passed_over(tmp_path, mnist, silent_url, monkeypatch):
+    monkeypatch.setenv("MNIST_MIRROR", silent_url)
+    monkeypatch.setattr(module, "SOCKET_TIMEOUT_S", 0.2)
+    download("MNIST", tmp_path)
+    assert files_below(tmp_path / "MNIST" / "raw") == CONTENTS
+
+
 def tamper(server):
     server.files[f"/{NAMES[3]}.gz"] = gzip.compress(CONTENTS[NAMES[3]][:-1] + b"\7")
 

@@ -135,6 +135,12 @@ def test_networks_differ_where_their_sources_do(name, kind, count):
     assert sum(isinstance(layer, kind) for layer in build_model(name)) == count
 
 
+def test_slopes_and_dropout_are_those_of_the_source():
+    slopes = {layer.negative_slope for layer in build_model("mycnn") if isinstance(layer, nn.LeakyReLU)}
+    rates = [layer.p for layer in build_model("yannet") if isinstance(layer, nn.Dropout)]
+    assert (slopes, rates) == ({0.2}, [0.2])
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_initial_weights_follow_from_the_seed(name):
     seed_initial_weights(1)

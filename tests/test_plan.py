@@ -71,6 +71,20 @@ def test_the_micro_batch_is_the_largest_share(world_size, accumulation_steps, mi
     assert plan_of(world_size=world_size, accumulation_steps=accumulation_steps).micro_batch_size == micro_batch_size
 
 
+@pytest.mark.parametrize(
+    ("num_train", "changes", "words"),
+    [
+        (MNIST, {}, "470 steps, 2 epochs"),
+        (MNIST, {"epochs": 1}, "235 steps, 1 epoch"),
+        (MNIST, {"epochs": 10}, "2,350 steps, 10 epochs"),
+        (DIGITS, {"stretch_epochs": False}, "12 steps, 2 epochs"),
+        (DIGITS, {}, "470 steps, as many as on MNIST (78.3 passes)"),
+    ],
+)
+def test_the_length_is_told_in_words(num_train, changes, words):
+    assert plan_of(num_train, **changes).describe_length() == words
+
+
 SHORT = {"num_train": 20, "global_batch_size": 5, "epochs": 2, "stretch_epochs": False}
 
 
