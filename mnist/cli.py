@@ -7,7 +7,9 @@ tokens and parsed by the same rules, because YAML reads 1e-3 as a string and wou
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -51,25 +53,23 @@ def parse_command_line(argv: Sequence[str] | None = None) -> TrainConfig:
     """
     is_main = os.environ.get("RANK", "0") == "0"
     try:
-        tokens = _normalise(sys.argv[1:] if argv is None else argv)
-        file = _last_value(tokens, "--config")
-        tokens = [*(_file_tokens(Path(file)) if file is not None else []), *tokens]
+        typed = _normalise(sys.argv[1:] if argv is None else argv)
+        file = _last_value(typed, "--config")
+        tokens = [*_count_passes(_file_tokens(Path(file)) if file is not None else []), *_count_passes(typed)]
         _check_choices(tokens)
-        recipe = _last_value(tokens, "--recipe") or "fast"
-        default = RECIPES[recipe]()
-        if "--epochs" in tokens and not {"--stretch-epochs", "--no-stretch-epochs"} & set(tokens):
-            tokens.append("--no-stretch-epochs")  # whoever counts epochs means passes over this data set
+        default = RECIPES[_last_value(tokens, "--recipe") or "fast"]()
     except UserError as error:
         raise SystemExit(print_error(error)) from None
-    parsed = tyro.cli(
-        _CommandLine,
-        prog="train_ddp.py",
-        description=_DESCRIPTION,
-        args=tokens,
-        default=_CommandLine(default),
-        config=(tyro.conf.OmitArgPrefixes,),
-        console_outputs=is_main,
-    )
+    with contextlib.nullcontext() if is_main else contextlib.redirect_stderr(io.StringIO()):
+        parsed = tyro.cli(
+            _CommandLine,
+            prog="train_ddp.py",
+            description=_DESCRIPTION,
+            args=tokens,
+            default=_CommandLine(default),
+            config=(tyro.conf.OmitArgPrefixes,),
+            console_outputs=is_main,
+        )
     if parsed.list_recipes or parsed.print_config:
         if is_main:
             sys.stdout.write(_recipe_table() if parsed.list_recipes else to_yaml(parsed.train))
@@ -102,6 +102,12 @@ def _normalise(argv: Sequence[str]) -> list[str]:
     return tokens
 
 
+def _count_passes(tokens: list[str]) -> list[str]:
+    """Whoever counts epochs means passes over the data set at hand, unless the same place says otherwise."""
+    says_otherwise = {"--stretch-epochs", "--no-stretch-epochs"} & set(tokens)
+    return [*tokens, "--no-stretch-epochs"] if "--epochs" in tokens and not says_otherwise else tokens
+
+
 def _last_value(tokens: Sequence[str], flag: str) -> str | None:
     values = [value for name, value in pairwise(tokens) if name == flag]
     return values[-1] if values else None
@@ -116,7 +122,8 @@ def _check_choices(tokens: Sequence[str]) -> None:
     choices["--recipe"] = list(RECIPES)
     for flag, value in pairwise(tokens):
         valid = choices.get(flag)
-        if valid and value not in valid and value != "None":
+        is_none = value == "None" and type(None) in get_args(_flag_types()[flag]) if valid else False
+        if valid and value not in valid and not is_none:
             near = difflib.get_close_matches(value.lower(), valid, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]}? " if near else ""
             raise UserError(f"{flag} {value}: unknown; {hint}choose from {', '.join(valid)}")
@@ -129,11 +136,14 @@ def _file_tokens(path: Path) -> list[str]:
         raise UserError(f"--config {path}: cannot be read ({error})") from error
     if not isinstance(content, dict):
         raise UserError(f"--config {path}: expected lines like 'lr: 0.001'")
+    types = _flag_types()
     tokens: list[str] = []
     for name, value in content.items():
         flag = "--" + str(name).replace("_", "-")
-        if isinstance(value, bool):
+        if isinstance(value, bool) and types.get(flag) is bool:
             tokens.append(flag if value else "--no-" + flag[2:])
+        elif isinstance(value, bool):
+            tokens += [flag, "yes" if value else "no"]  # as it was written: YAML takes a bare no for false
         elif isinstance(value, list):
             tokens += [flag, *map(str, value)]
         else:

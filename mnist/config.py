@@ -7,6 +7,7 @@ under a field is its help text on the command line. Standard library only, so th
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_type_hints
@@ -36,14 +37,16 @@ def _require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
-def _check_choices(section: Any) -> None:
-    """The command line checks `Literal` fields itself; this keeps code that builds a config by hand as honest."""
+def _check_types(section: Any) -> None:
+    """Choices are among the valid ones and numbers finite, for code that builds a configuration by hand too."""
     for name, hint in get_type_hints(type(section)).items():
         choices = [choice for part in (hint, *get_args(hint)) for choice in get_args(part) if isinstance(choice, str)]
         value = getattr(section, name)
         if choices and value is not None and value not in choices:
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{flag} {value}: unknown; choose from {', '.join(choices)}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be a finite number")
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class DataConfig:
     """Images held out from the end of the training set to choose the best checkpoint; 0 = score test each epoch."""
 
     def __post_init__(self) -> None:
-        _check_choices(self)
+        _check_types(self)
         _require(self.val_size >= 0, f"--val-size {self.val_size}: must be 0 or more")
 
 
@@ -88,6 +91,7 @@ class ImageConfig:
     """Smoothness of the elastic distortion: the Gaussian's standard deviation in pixels."""
 
     def __post_init__(self) -> None:
+        _check_types(self)
         _require(8 <= self.image_size <= 256, f"--image-size {self.image_size}: must lie in 8..256")
         _require(self.std > 0, f"--std {self.std}: must be above 0")
         _require(0 <= self.horizontal_flip <= 1, f"--horizontal-flip {self.horizontal_flip}: must lie in [0, 1]")
@@ -137,7 +141,7 @@ class OptimConfig:
     """Decay of the moving average of weights that is evaluated and exported; 0 = the weights themselves."""
 
     def __post_init__(self) -> None:
-        _check_choices(self)
+        _check_types(self)
         _require(self.lr > 0, f"--lr {self.lr}: must be above 0")
         _require(0 <= self.momentum < 1, f"--momentum {self.momentum}: must lie in [0, 1)")
         _require(not self.nesterov or self.momentum > 0, "--nesterov: needs --momentum above 0")
@@ -188,7 +192,7 @@ class LoopConfig:
     """A gate: exit code 1 when the final test accuracy, a fraction, lies below."""
 
     def __post_init__(self) -> None:
-        _check_choices(self)
+        _check_types(self)
         for name in ("epochs", "global_batch_size"):
             value = getattr(self, name)
             _require(value > 0, f"--{name.replace('_', '-')} {value}: must be 1 or more")
@@ -220,7 +224,7 @@ class RuntimeConfig:
     """Seconds that a rank waits for another one before the job is given up."""
 
     def __post_init__(self) -> None:
-        _check_choices(self)
+        _check_types(self)
         _require(self.num_threads >= 0, f"--num-threads {self.num_threads}: must be 0 (automatic) or more")
         _require(self.timeout_s > 0, f"--timeout-s {self.timeout_s}: must be above 0")
 
@@ -257,7 +261,7 @@ class OutputConfig:
     """Show the whole traceback of an error that is otherwise one line."""
 
     def __post_init__(self) -> None:
-        _check_choices(self)
+        _check_types(self)
         _require(bool(self.resume), "--resume: give auto, never or the path of a checkpoint")
         _require(self.run_dir is None or bool(self.run_dir), "--run-dir: must not be empty")
         _require(self.checkpoint_every >= 0, f"--checkpoint-every {self.checkpoint_every}: must be 0 or more")

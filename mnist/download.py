@@ -1,4 +1,4 @@
-"""Downloads a data set by torchvision's own code (mirrors, checksums), made safe: one process, bounded, all or nothing.
+"""Downloads a data set with torchvision's code (mirrors, checksums), made safe: one process, bounded, all or nothing.
 
 In: a data set's torchvision class name, and the folder it belongs in. Out: `<data_dir>/<name>/raw/*-ubyte`, complete,
 or an `OSError` and nothing. Other processes see the files only once they are whole.
@@ -6,9 +6,11 @@ or an `OSError` and nothing. Other processes see the files only once they are wh
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import socket
+import sys
 import threading
 import time
 from pathlib import Path
@@ -21,28 +23,33 @@ MIRROR_VARIABLE = "MNIST_MIRROR"  # a base URL to try first, for clusters with a
 SOCKET_TIMEOUT_S = 8.0
 GIVE_UP_AFTER_S = 20.0  # ... unless data comes in at
 MIN_BYTES_PER_S = 50_000
+LOCK_TIMEOUT_S = 600.0  # whoever holds the lock gives up by itself, long before that
 
 
 def download(class_name: str, data_dir: Path) -> None:
     """Fetches the four files of `torchvision.datasets.<class_name>` into `data_dir`; one process per node calls this.
 
-    The files arrive in `<data_dir>/.download-<pid>` and are renamed into place one by one when all four are complete. A
-    second job on the same folder waits for the first and then finds its files.
+    The files arrive in `<data_dir>/.download-<pid>` and are renamed into place when all four are complete. A second job
+    on the same folder waits for the first and then finds its files.
 
     Raises:
         OSError: no network, no answer in time, wrong checksums, or `data_dir` not writable.
     """
+    is_new = not data_dir.exists()
     data_dir.mkdir(parents=True, exist_ok=True)
     lock = data_dir / ".download.lock"
     try:
-        with FileLock(lock, timeout=GIVE_UP_AFTER_S):
-            _download_unless_there(class_name, data_dir)
+        with FileLock(lock, timeout=LOCK_TIMEOUT_S):
+            try:
+                _download_unless_there(class_name, data_dir)
+            finally:
+                lock.unlink()
     except Timeout as error:
         raise OSError(f"another process holds {lock}") from error
     finally:
-        lock.unlink(missing_ok=True)  # whoever waits for it has it open; at worst two fetch the same files
-        if not any(data_dir.iterdir()):
-            data_dir.rmdir()
+        if is_new:
+            with contextlib.suppress(OSError):  # it goes only if it is empty
+                data_dir.rmdir()
 
 
 def _download_unless_there(class_name: str, data_dir: Path) -> None:
@@ -53,45 +60,57 @@ def _download_unless_there(class_name: str, data_dir: Path) -> None:
     try:
         _download_within_time(class_name, staging)
         raw.mkdir(parents=True, exist_ok=True)
-        for path in (staging / class_name / "raw").glob("*-ubyte"):
+        for path in staging.glob("*-ubyte"):
             path.replace(raw / path.name)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
 def _download_within_time(class_name: str, staging: Path) -> None:
-    """Runs torchvision's download in a thread, which is left behind when too little comes in.
-
-    It opens URLs without a time-out, and names can take long to resolve.
-    """
+    """Downloads in a thread, which is left to end by itself when too little comes in (names can take long)."""
     errors: list[Exception] = []
+    given_up = threading.Event()
 
     def work() -> None:
+        previous = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(SOCKET_TIMEOUT_S)  # torchvision opens URLs without one
         try:
-            dataset = getattr(import_torchvision("datasets"), class_name)
-            mirror = os.environ.get(MIRROR_VARIABLE)
-            mirrors = [mirror.rstrip("/") + "/"] if mirror else []
-            fetcher = type(class_name, (dataset,), {"mirrors": mirrors + dataset.mirrors})
-            fetcher(staging, train=True, download=True)
+            _fetch_files(class_name, staging, given_up)
         except Exception as error:  # handed over to the caller below, whatever it is
             errors.append(error)
+        finally:
+            socket.setdefaulttimeout(previous)
 
-    previous = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(SOCKET_TIMEOUT_S)
     start = time.monotonic()
     thread = threading.Thread(target=work, daemon=True, name="download")
-    try:
-        thread.start()
-        while thread.is_alive():
-            thread.join(timeout=0.1)
-            elapsed = time.monotonic() - start
-            if elapsed > GIVE_UP_AFTER_S and _bytes_below(staging) < elapsed * MIN_BYTES_PER_S:
-                raise OSError(f"no answer from the servers within {GIVE_UP_AFTER_S:.0f} s")
-    finally:
-        socket.setdefaulttimeout(previous)
+    thread.start()
+    while thread.is_alive():
+        thread.join(timeout=0.1)
+        elapsed = time.monotonic() - start
+        if elapsed > GIVE_UP_AFTER_S and _bytes_below(staging) < elapsed * MIN_BYTES_PER_S:
+            given_up.set()
+            raise OSError(f"no answer from the servers within {GIVE_UP_AFTER_S:.0f} s")
     if errors:
-        last_reason = " ".join(str(errors[0]).split()).rpartition("got: ")[2]  # torchvision lists one per mirror
-        raise OSError(last_reason) from errors[0]
+        raise OSError(" ".join(str(errors[0]).split())) from errors[0]
+
+
+def _fetch_files(class_name: str, staging: Path, given_up: threading.Event) -> None:
+    """The four files, unpacked, from the first mirror that has them; one that failed is not asked again."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # no bars in log files
+    dataset = getattr(import_torchvision("datasets"), class_name)
+    utils = import_torchvision("datasets.utils")
+    own = os.environ.get(MIRROR_VARIABLE)
+    mirrors = [*([own.rstrip("/") + "/"] if own else []), *dataset.mirrors]
+    for name, md5 in dataset.resources:
+        while not given_up.is_set():
+            try:
+                utils.download_and_extract_archive(mirrors[0] + name, str(staging), filename=name, md5=md5)
+                break
+            except (OSError, RuntimeError) as error:
+                failed = mirrors.pop(0)
+                if not mirrors:
+                    raise OSError(f"{failed}: {error}") from error
 
 
 def _bytes_below(folder: Path) -> int:

@@ -61,4 +61,4 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def _remedy(path: Path) -> str:
-    return f"remove it to have it downloaded again, or name another --data-dir than {path.parents[2]}"
+    return f"remove {path.name} to have it downloaded again, or name another folder with --data-dir"

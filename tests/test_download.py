@@ -257,7 +257,7 @@ def test_two_jobs_at_once_fetch_each_file_once(tmp_path, mnist, server):
 
 
 def test_a_job_that_waits_too_long_gives_up_and_leaves_the_lock_to_its_holder(tmp_path, mnist, server, monkeypatch):
-    monkeypatch.setattr(module, "GIVE_UP_AFTER_S", 0.2)
+    monkeypatch.setattr(module, "LOCK_TIMEOUT_S", 0.2)
     lock = tmp_path / ".download.lock"
     with lock.open("w") as holder:
         fcntl.flock(holder, fcntl.LOCK_EX)
