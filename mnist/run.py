@@ -64,7 +64,6 @@ class Run:
         self.eval_model = self.model if self.average is None else self.average.module
         self.eval_loss = build_loss(self.config.optim.loss)  # without smoothing, which is a means of training
         self.scores: dict[str, Scores] = {}  # of the last evaluation
-        self.is_new_best = False
         self.stop_reason: str | None = None
         self.warmup_time_s = 0.0
         self._directory: RunDir | None = None  # on rank 0
@@ -103,7 +102,9 @@ class Run:
             UserError: that start diverged, and would again.
         """
         status, steps = self.previous.get("status"), self.previous.get("steps", 0)
-        if status == "diverged" and self.config.output.resume == "auto":
+        if self.config.output.resume != "auto":
+            return False
+        if status == "diverged":
             raise UserError(
                 f"--run-dir {self.path}: this run diverged at step {steps} and would again; start over with a smaller "
                 f"--lr and --resume never, or name an earlier checkpoint with --resume PATH"
@@ -151,6 +152,8 @@ class Run:
             saved, skipped = ckpt.load_newest(self._directory.checkpoints)
         elif Path(wanted).is_dir():
             saved = ckpt.load_checkpoint(Path(wanted))
+            steps = ckpt.list_steps(self._directory.checkpoints)
+            self._directory.rewind(saved.step, [path for step, path in steps.items() if step > saved.step])
         else:
             raise UserError(f"--resume {wanted}: no such directory; give auto, never or the path of a checkpoint")
         if saved is None:
@@ -240,12 +243,14 @@ class Run:
         split = "test" if self.dataset.val is None else "val"
         scores = self._evaluate(split, self.dataset.val or self.dataset.test)
         best = self.state.best
-        self.is_new_best = best is None or scores.accuracy > best["accuracy"]
-        if self.is_new_best or split == "test":  # without validation, "best" can only mean "last"
+        is_new_best = best is None or scores.accuracy > best["accuracy"]
+        if is_new_best or split == "test":  # without validation, "best" can only mean "last"
             self.state.best = {"step": self.state.step, **scores.as_dict()}
-        self.state.evals_since_best = 0 if self.is_new_best else self.state.evals_since_best + 1
+        self.state.evals_since_best = 0 if is_new_best else self.state.evals_since_best + 1
         self.stop_reason = self._reason_to_stop(scores)
         self._show(scores, split)
+        if self.plan.epoch_ends_at(self.state.step):
+            self.state.epoch_sums = [0.0, 0.0, 0.0]
 
     def _evaluate(self, name: str, split: Split) -> Scores:
         scores = evaluate(
@@ -278,8 +283,6 @@ class Run:
         counts = f"{scores.num_correct:,}/{scores.num_samples:,}"
         epoch = round(self.state.step / self.plan.epoch_steps, 2)
         self.console.epoch_row(epoch, self.state.step, train, {split: (scores.loss, scores.accuracy, counts)})
-        if self.plan.epoch_ends_at(self.state.step):
-            self.state.epoch_sums = [0.0, 0.0, 0.0]
 
     def save(self) -> None:
         """Writes a checkpoint of this step, unless it is there."""

@@ -20,7 +20,7 @@ with contextlib.suppress(ImportError):  # Windows has none
     import fcntl
 
 from mnist.config import TrainConfig, UserError, sections, to_flat
-from mnist.files import write_json
+from mnist.files import write_atomically, write_json
 
 RUNS = Path("runs")
 UNFINISHED = ("running", "preempted")
@@ -52,11 +52,30 @@ class RunDir:
 
     def set_aside(self) -> None:
         """Moves what an earlier run left here into before-<time>/, so that a new one can start."""
-        old = [self.path / name for name in CONTENTS if (self.path / name).exists()]
-        if old:
+        self._move_aside([self.path / name for name in CONTENTS if (self.path / name).exists()])
+
+    def rewind(self, step: int, later: list[Path]) -> None:
+        """Moves what belongs to later steps into before-<time>/, so that the run can take another way from `step` on.
+
+        W&B cannot take points back: the run gets a new id there.
+
+        Args:
+            step: records up to this step stay.
+            later: checkpoints of later steps.
+        """
+        metrics = self.path / "metrics.jsonl"
+        lines = metrics.read_bytes().splitlines(keepends=True) if metrics.exists() else []
+        kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= step]
+        if not later and kept == lines:
+            return
+        self._move_aside([path for path in (*later, metrics, self.path / "wandb_id") if path.exists()])
+        write_atomically(metrics, b"".join(kept))
+
+    def _move_aside(self, paths: list[Path]) -> None:
+        if paths:
             folder = self.path / f"before-{datetime.now():%Y%m%d-%H%M%S-%f}"
             folder.mkdir()
-            for path in old:
+            for path in paths:
                 shutil.move(path, folder / path.name)
 
 

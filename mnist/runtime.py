@@ -161,16 +161,19 @@ def together(accelerator: Accelerator, work: Callable[[], T], on: Literal["main"
             everyone's; "all" = every rank, each keeps its own result.
 
     Raises:
-        UserError, RunError: the error of the first rank that failed.
+        UserError, RunError: the error of the first rank that failed; an OSError becomes a RunError.
     """
     chosen = {"main": accelerator.is_main_process, "local_main": accelerator.is_local_main_process, "all": True}[on]
-    result, error = None, None
+    result: T | None = None
+    error: UserError | RunError | None = None
     try:
         result = work() if chosen else None
     except (UserError, RunError) as caught:
-        if accelerator.num_processes == 1:
-            raise
         error = caught
+    except OSError as caught:  # a full disk, a folder that is gone
+        error = RunError(f"{caught.filename or 'a file'}: {caught.strerror or caught}")
+    if error is not None and accelerator.num_processes == 1:
+        raise error
     if accelerator.num_processes > 1:
         for failure in gather_object([(isinstance(error, UserError), str(error)) if error else None]):
             if failure is not None:

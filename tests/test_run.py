@@ -231,6 +231,19 @@ def test_resume_never_sets_the_old_run_aside(tmp_path: Path) -> None:
     assert len(metrics(tmp_path)) == len(metrics(before))
 
 
+def test_a_run_can_go_back_and_take_another_way(tmp_path: Path) -> None:
+    arguments = [*SMALL, "--schedule", "constant"]
+    run_ranks(run, 1, tmp_path, *arguments, "--keep-last", "3")
+    old = metrics(tmp_path)
+    earlier = str(tmp_path / "checkpoints" / "step-00000023")
+    assert run_ranks(run, 1, tmp_path, *arguments, "--lr", "1e-3", "--resume", earlier) == [0]
+    new = metrics(tmp_path)
+    assert [(r["step"], r["split"]) for r in new] == [(r["step"], r["split"]) for r in old]
+    assert [a == b for a, b in zip(new, old, strict=True)] == [record["step"] <= 23 for record in old]
+    (before,) = tmp_path.glob("before-*")
+    assert sorted(path.name for path in before.iterdir()) == ["metrics.jsonl", "step-00000046", "step-00000069"]
+
+
 def test_without_a_run_dir_the_same_command_continues_what_was_interrupted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
