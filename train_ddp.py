@@ -24,7 +24,7 @@ if __name__ == "__main__":
 
 from accelerate import Accelerator
 
-from mnist import data, runtime, tracking
+from mnist import data, faults, runtime, tracking
 from mnist.batches import TrainLoader
 from mnist.config import RunError, TrainConfig, UserError, evolve
 from mnist.console import Console, print_error
@@ -99,8 +99,9 @@ def train(config: TrainConfig, accelerator: Accelerator) -> int:
         run.begin()
         while run.goes_on():
             steps = train_loader.steps(run.state.step, run.next_epoch_end())
+            steps = faults.inject(steps, run.state.step, accelerator.process_index)
             for record in train_one_epoch(
-                train_step, steps, run.state, pauses_at=plan.pauses_at, stop_requested=signals.stop_requested
+                train_step, steps, run.state, pauses_at=plan.pauses_at, heartbeat=run.heartbeat
             ):
                 run.log(record)
                 if plan.evaluates_at(record.step):

@@ -32,6 +32,10 @@ class RunError(RuntimeError):
     """Something that ends a run and fits in one line: a full disk, a loss of nan. Shown without a traceback."""
 
 
+class RankError(RunError):
+    """A `RunError` that only this rank knows of: it speaks, although it may not be rank 0."""
+
+
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise UserError(message)

@@ -15,7 +15,7 @@ from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from mnist.config import RunError, UserError
+from mnist.config import RankError, RunError, UserError
 
 PLAIN_EVERY_S = 10.0
 
@@ -118,8 +118,8 @@ class Console:
 
 
 def print_error(error: UserError | RunError) -> int:
-    """One line on standard error, from rank 0 (or the only process); returns the exit code that belongs to it."""
-    if os.environ.get("RANK", "0") == "0":
+    """One line on standard error, from rank 0 (or whoever knows); returns the exit code that belongs to it."""
+    if os.environ.get("RANK", "0") == "0" or isinstance(error, RankError):
         sys.stderr.write("error: " + " ".join(str(error).split()) + "\n")
         sys.stderr.flush()
     return 2 if isinstance(error, UserError) else 1

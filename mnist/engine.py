@@ -171,12 +171,12 @@ def train_one_epoch(
     state: TrainState,
     *,
     pauses_at: Callable[[int], bool],
-    stop_requested: Callable[[], bool] = lambda: False,
+    heartbeat: Callable[[], bool] = lambda: False,
 ) -> Iterator[TrainRecord]:
     """Runs `steps`, and hands control back with a record after each step at which `pauses_at` is true.
 
     It ends early, with `state.is_stopping` set and the sums since the last record in `state.interval`, when
-    `stop_requested` has become true on any rank. Every rank must exhaust it.
+    `heartbeat`, which is called about once a second, has said so on any rank. Every rank must exhaust it.
 
     Raises:
         DivergedError: on all ranks, when the loss of any of them was not finite.
@@ -189,10 +189,10 @@ def train_one_epoch(
         train_step(micro_batches, state.step, measure_grad_norm=is_pause)
         state.step += 1
         since_heartbeat += 1
-        alone_and_asked = accelerator.num_processes == 1 and stop_requested()
+        alone_and_asked = accelerator.num_processes == 1 and heartbeat()
         if not (is_pause or since_heartbeat >= heartbeat_steps or alone_and_asked):
             continue
-        rows = _compare_notes(train_step, state, stop_requested(), time.perf_counter() - started)
+        rows = _compare_notes(train_step, state, heartbeat(), time.perf_counter() - started)
         seconds = max(row[-1] for row in rows)
         state.train_time_s += seconds
         interval_time_s += seconds

@@ -18,10 +18,11 @@ from accelerate import Accelerator
 
 from mnist import checkpoint as ckpt
 from mnist import runtime, signals, tracking
-from mnist.config import TrainConfig, UserError, to_flat
+from mnist.config import RankError, TrainConfig, UserError, to_flat
 from mnist.console import Console
 from mnist.data import Choice, Dataset, Split
 from mnist.engine import DivergedError, TrainRecord, TrainState, TrainStep, evaluate
+from mnist.faults import Watchdog
 from mnist.files import write_json
 from mnist.losses import build_loss
 from mnist.metrics import Scores
@@ -69,6 +70,7 @@ class Run:
         self._directory: RunDir | None = None  # on rank 0
         self._saved_step = -1
         self._has_begun = False
+        self._watchdog = Watchdog(self.config.runtime.timeout_s)
         self._upload_hint: str | None = None
 
     # --- beginning -----------------------------------------------------------------------------------------------
@@ -172,6 +174,7 @@ class Run:
             self.console.warn(line)
         self._together(lambda: self._write_down(environment, mode))
         self._has_begun = True
+        self._watchdog.sign_of_life()
         started = time.perf_counter()
         zeros = self.dataset.train.images.new_zeros((self.plan.micro_batch_size, 28, 28))
         runtime.warm_up(self.accelerator, self.train_step.model, self.train_step.transform(zeros))
@@ -206,13 +209,18 @@ class Run:
         assert self._directory is not None
         write_json(self.path / "config.json", to_flat(self.config))
         write_json(self.path / "environment.json", environment)
-        self._directory.write_result("running", **self._facts, pid=environment["pid"], host=environment["host"])
+        self._directory.write_result("running", **self._facts, **environment["ranks"][0])
         self.tracker = tracking.Tracker(self.accelerator, self.path, self.dataset.name, self.console.warn)
         tags = [self.dataset.name, self.config.optim.model, self._facts["precision"], f"w{self._facts['world_size']}"]
         run_config = {**to_flat(self.config), "environment": environment}
         self.tracker.start_wandb(mode, self.config.output, self.path, run_config, tags)
 
     # --- during --------------------------------------------------------------------------------------------------
+
+    def heartbeat(self) -> bool:
+        """Shows that this rank is alive; says whether a signal has asked it to end."""
+        self._watchdog.sign_of_life()
+        return signals.stop_requested()
 
     def goes_on(self) -> bool:
         """Whether another step is to be taken."""
@@ -413,13 +421,18 @@ class Run:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.console.stop_progress()
+        self._watchdog.rest()
         if error is None or not self._has_begun:
             return
+        where = f"rank {self.accelerator.process_index} after step {self.state.step}"
         if isinstance(error, DivergedError):
             self.state.step = error.step
             self._close("diverged", reason=str(error), rank=error.rank)
-        else:
-            self._close("failed", reason=f"{type(error).__name__}: {error}")
+            return
+        self._close("failed", reason=f"{type(error).__name__}: {error}", where=where)
+        if runtime.is_lost_contact(error):
+            raise RankError(f"{where}: lost another rank, which has died or does not answer") from error
+        error.add_note(f"on {where}")
 
     def _together(self, work: Any) -> Any:
         return runtime.together(self.accelerator, work)

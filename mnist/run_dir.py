@@ -102,7 +102,8 @@ def _unfinished_runs(config: TrainConfig) -> list[Path]:
     wanted = _essentials(to_flat(config))
     found = []
     for path in sorted(RUNS.glob("*/"), key=lambda p: p.stat().st_mtime, reverse=True):
-        is_unfinished = _read_json(path / "result.json").get("status") in UNFINISHED
+        status = _read_json(path / "result.json").get("status")
+        is_unfinished = status in UNFINISHED or (status == "failed" and any((path / "checkpoints").glob("step-*")))
         if is_unfinished and _essentials(_read_json(path / "config.json")) == wanted:
             found.append(path)
     return found

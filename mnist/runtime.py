@@ -185,6 +185,19 @@ def together(accelerator: Accelerator, work: Callable[[], T], on: Literal["main"
     return result  # type: ignore[return-value]  # None only where `work` returned it
 
 
+def is_lost_contact(error: BaseException) -> bool:
+    """Whether `error` is what a rank sees when another one has died or does not answer."""
+    words = (
+        "Connection closed by peer",
+        "Connection reset by peer",
+        "Broken pipe",
+        "Timed out waiting",
+        "NCCL",
+        "gloo",
+    )
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
 def require_agreement(accelerator: Accelerator, **facts: object) -> None:
     """Compares facts across ranks; every rank must call this.
 
@@ -205,10 +218,13 @@ def describe_environment(accelerator: Accelerator) -> dict[str, Any]:
 
     Every rank must call this. No environment variables: they may hold secrets.
     """
-    own = {"rank": accelerator.process_index, "host": socket.gethostname(), "device": device_name(accelerator)}
-    return {
+    own = {
+        "rank": accelerator.process_index,
         "host": socket.gethostname(),
         "pid": os.getpid(),
+        "device": device_name(accelerator),
+    }
+    return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: metadata.version(name) for name in ("torch", "accelerate", "safetensors", "numpy")},

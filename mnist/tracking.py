@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 from accelerate import Accelerator
 
-from mnist.config import OutputConfig
+from mnist.config import OutputConfig, RunError
 
 PROJECT = "mnist-ddp"
 INIT_TIMEOUT_S = 5  # W&B waits 10 s on top of it, and 90 s by default
@@ -195,5 +195,8 @@ class JsonlFile:
         if record["step"] <= self._last_step.get(record["split"], -1):
             return False
         self._last_step[record["split"]] = record["step"]
-        self._file.write(json.dumps(record) + "\n")
+        try:
+            self._file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise RunError(f"{self._file.name}: not written ({error.strerror}); free some space there") from error
         return True

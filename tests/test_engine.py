@@ -148,7 +148,7 @@ def stop_on_rank(rank_to_stop: int, at_step: int) -> tuple[int, bool, list[list[
         loader.steps(0, 500),
         state,
         pauses_at=lambda s: s % 100 == 0,
-        stop_requested=lambda: mine and state.step >= at_step,
+        heartbeat=lambda: mine and state.step >= at_step,
     )
     list(epoch)
     return state.step, state.is_stopping, state.interval

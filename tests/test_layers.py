@@ -9,13 +9,13 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
-    {"config", "files", "seeding", "signals", "torchvision_compat"},
+    {"config", "faults", "files", "seeding", "signals", "torchvision_compat"},
     {"batches", "console", "download", "idx", "losses", "metrics", "models", "optim", "plan", "recipes", "transforms"},
     {"checkpoint", "data", "engine", "run_dir", "runtime", "tracking"},
     {"cli", "run"},
     {"train_ddp"},
 ]
-STANDARD_LIBRARY_ONLY = {"config", "files", "seeding", "signals"}
+STANDARD_LIBRARY_ONLY = {"config", "faults", "files", "seeding", "signals"}
 LAYER_OF = {module: layer for layer, modules in enumerate(LAYERS) for module in modules}
 FILES = [ROOT / "train_ddp.py", *sorted((ROOT / "mnist").glob("*.py"))]
 
