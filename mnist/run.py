@@ -432,6 +432,12 @@ class Run:
         self._close("failed", reason=f"{type(error).__name__}: {error}", where=where)
         if runtime.is_lost_contact(error):
             raise RankError(f"{where}: lost another rank, which has died or does not answer") from error
+        if runtime.is_out_of_memory(error):
+            parts = 2 * self.plan.accumulation_steps
+            raise RankError(
+                f"{where}: out of memory; try --gradient-accumulation-steps {parts} (same results), or a smaller "
+                f"--global-batch-size than {self.plan.global_batch_size}"
+            ) from error
         error.add_note(f"on {where}")
 
     def _together(self, work: Any) -> Any:

@@ -198,6 +198,11 @@ def is_lost_contact(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a GPU, or a CPU, had no memory left for a tensor."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
 def require_agreement(accelerator: Accelerator, **facts: object) -> None:
     """Compares facts across ranks; every rank must call this.
 

@@ -1,4 +1,4 @@
-"""What machines do to runs: real processes, real signals, real limits. docs/reliability.md lists which test shows what."""
+"""What machines do to runs: real processes, real signals, real limits. The map is docs/reliability.md."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def test_a_signal_to_one_rank_ends_both_after_one_checkpoint(tmp_path: Path, num
 def test_a_second_ctrl_c_ends_a_run_that_does_not_listen(tmp_path: Path) -> None:
     command = train("--recipe", "smoke", "--epochs", "50", "--run-dir", "run")
     with started(command, tmp_path, MNIST_FAULT="hang rank=0 step=30") as process:
-        wait_until(lambda: (tmp_path / "run" / "metrics.jsonl").exists())
+        wait_until((tmp_path / "run" / "metrics.jsonl").exists)
         time.sleep(1)
         os.kill(process.pid, signal.SIGINT)
         time.sleep(signals.FORCE_AFTER_S + 0.2)
