@@ -31,6 +31,7 @@ from torch.optim import Optimizer
 
 from mnist.config import RunError, TrainConfig, UserError, to_flat
 from mnist.files import flush_folder, write_and_flush, write_json
+from mnist.plan import Plan
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -45,7 +46,6 @@ FIXED_FIELDS = (
         "ema",
         "seed",
         "global_batch_size",
-        "stretch_epochs",
         "image_size",
         "mean",
         "std",
@@ -53,7 +53,7 @@ FIXED_FIELDS = (
     *("horizontal_flip", "rotation", "translation", "scale", "shear", "elastic", "elastic_sigma"),
 )
 # ... these may, and are mentioned: they change what happens from here on.
-NOTED_FIELDS = ("epochs", "max_steps", "lr", "schedule", "warmup", "gamma", "decay_epochs", "mixed_precision")
+NOTED_FIELDS = ("epochs", "max_steps", "lr", "schedule", "warmup", "gamma", "decay_epochs")
 LENGTH_BOUND_SCHEDULES = ("cosine", "one_cycle")
 
 
@@ -69,20 +69,20 @@ class Checkpoint:
         step: optimizer steps done.
         tensors: file stem ("model", "ema", "optimizer") -> name -> tensor.
         loop: `engine.TrainState` as a dictionary.
-        scheduler_step: steps that the schedule has taken (fewer than `step` where fp16 skipped some).
         scaler: state of the fp16 gradient scaler, or None.
         config: the configuration, flat.
         plan: the plan, as a dictionary.
-        scores: the scores of the evaluation at this step, by split.
+        facts: what the result depends on besides the configuration: data files, precision, threads.
+        scores: the scores of the evaluation at this step, by split; empty where there was none.
     """
 
     step: int
     tensors: dict[str, dict[str, Tensor]]
     loop: dict[str, Any]
-    scheduler_step: int
     scaler: dict[str, Any] | None
     config: dict[str, Any]
     plan: dict[str, Any]
+    facts: dict[str, Any]
     scores: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
@@ -204,30 +204,45 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path}: not readable as a checkpoint ({type(error).__name__}: {error})") from error
 
 
-def check_compatible(checkpoint: Checkpoint, config: TrainConfig, num_steps: int, world_size: int) -> list[str]:
-    """Whether `checkpoint` may continue under `config`; returns notes on what changes from here on.
+def check_same_run(old: dict[str, Any], config: TrainConfig) -> None:
+    """Whether a run with the flat configuration `old` is the one that `config` describes.
 
     Raises:
-        UserError: it would be another run. Names the fields with both values.
+        UserError: it is another one. Names the fields with both values.
     """
-    old, new = checkpoint.config, to_flat(config)
+    new = to_flat(config)
     differing = [name for name in FIXED_FIELDS if old.get(name) != new[name]]
     if differing:
         listed = ", ".join(f"--{n.replace('_', '-')} was {old.get(n)}, now {new[n]}" for n in differing)
         raise UserError(
-            f"this run cannot continue with another configuration: {listed}; use --resume never to start over"
+            f"this run has another configuration: {listed}; use --resume never to start over, or another --run-dir"
         )
+
+
+def check_compatible(checkpoint: Checkpoint, config: TrainConfig, plan: Plan, facts: dict[str, Any]) -> list[str]:
+    """Whether `checkpoint` may continue under `config` and `plan`; returns notes on what changes from here on.
+
+    Raises:
+        UserError: it would be another run, or its schedule does not fit the new length.
+    """
+    check_same_run(checkpoint.config, config)
+    old, new, done = checkpoint.config, to_flat(config), checkpoint.step
     old_steps = checkpoint.plan["num_steps"]
-    if num_steps != old_steps and {old["schedule"], new["schedule"]} & set(LENGTH_BOUND_SCHEDULES):
+    if checkpoint.facts["data_files"] != facts["data_files"]:
+        raise UserError("the data files have changed since this run began; use --resume never to start over")
+    if plan.num_steps != old_steps and {old["schedule"], new["schedule"]} & set(LENGTH_BOUND_SCHEDULES):
         raise UserError(
             f"--epochs/--max-steps: the {new['schedule']} schedule was laid out for {old_steps} steps and cannot go on "
-            f"to {num_steps}; use --resume never to start over"
+            f"to {plan.num_steps}; use --resume never to start over"
         )
-    if num_steps < checkpoint.step:
-        raise UserError(f"--epochs/--max-steps: {num_steps} steps, but the checkpoint has done {checkpoint.step}")
+    if plan.num_steps < done:
+        raise UserError(f"--epochs/--max-steps: {plan.num_steps} steps, but the checkpoint has done {done}")
     notes = [f"{name} {old.get(name)} -> {new[name]}" for name in NOTED_FIELDS if old.get(name) != new[name]]
-    if world_size != checkpoint.plan["world_size"]:
-        notes.append(f"processes {checkpoint.plan['world_size']} -> {world_size} (same global batches)")
+    notes += [f"{name} {was} -> {facts[name]}" for name, was in checkpoint.facts.items() if was != facts[name]]
+    if plan.accumulation_steps != checkpoint.plan["accumulation_steps"]:
+        notes.append(f"accumulation {checkpoint.plan['accumulation_steps']} -> {plan.accumulation_steps}")
+    if plan.world_size != checkpoint.plan["world_size"]:
+        notes.append(f"processes {checkpoint.plan['world_size']} -> {plan.world_size} (same global batches)")
     return notes
 
 

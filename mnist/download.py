@@ -43,7 +43,8 @@ def download(class_name: str, data_dir: Path) -> None:
             try:
                 _download_unless_there(class_name, data_dir)
             finally:
-                lock.unlink()
+                with contextlib.suppress(OSError):  # Windows does not remove an open file
+                    lock.unlink()
     except Timeout as error:
         raise OSError(f"another process holds {lock}") from error
     finally:

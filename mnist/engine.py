@@ -46,20 +46,24 @@ class TrainState:
         interval: per rank the sums since the last record: loss, correct, finite steps, samples. (A record is a planned
             event; a checkpoint written between two of them, at a signal, carries the sums along.)
         interval_start: the step of the last record.
+        interval_time_s: training time since then.
         epoch_sums: loss, correct and samples since the epoch began, all ranks together.
         best: record of the best evaluation so far.
         evals_since_best: evaluations after it.
         train_time_s: time in training steps, evaluation and checkpoints not counted.
+        stop_reason: why the run ends before its planned length, or None.
         is_stopping: a signal arrived somewhere, and all ranks have agreed to end after this step.
     """
 
     step: int = 0
     interval: list[list[float]] = field(default_factory=list)
     interval_start: int = 0
+    interval_time_s: float = 0.0
     epoch_sums: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
     best: dict[str, float] | None = None
     evals_since_best: int = 0
     train_time_s: float = 0.0
+    stop_reason: str | None = None
     is_stopping: bool = False
 
 
@@ -135,8 +139,7 @@ class TrainStep:
             self.grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.grad_clip or math.inf)
         self.optimizer.step()
         self.lr = self.scheduler.get_last_lr()[0]
-        if not self.accelerator.optimizer_step_was_skipped:  # by the fp16 scaler, at an overflow
-            self.scheduler.step()
+        self.scheduler.step()  # also where the fp16 scaler has skipped an update: asking would wait for the device
         self.optimizer.zero_grad()
         if self.after_step is not None:
             self.after_step(step + 1)
@@ -156,11 +159,14 @@ class TrainStep:
 
     def load_sums(self, interval: list[list[float]]) -> None:
         """Takes up the sums of an interrupted interval; on another number of ranks, rank 0 takes all of them."""
-        rows = interval
-        if len(interval) != self.accelerator.num_processes:
-            rows = [[sum(column) for column in zip(*interval, strict=True)]] if interval else []
-            rows += [[0.0, 0.0, max((row[2] for row in interval), default=0.0), 0.0]] * self.accelerator.num_processes
-        loss, correct, finite_steps, num_samples = rows[self.rank] if rows else (0.0, 0.0, 0.0, 0.0)
+        loss = correct = finite_steps = num_samples = 0.0
+        if len(interval) == self.accelerator.num_processes:
+            loss, correct, finite_steps, num_samples = interval[self.rank]
+        elif interval:
+            columns = list(zip(*interval, strict=True))
+            finite_steps = min(columns[2])
+            if self.rank == 0:
+                loss, correct, num_samples = sum(columns[0]), sum(columns[1]), sum(columns[3])
         self.sums.copy_(torch.tensor([loss, correct, finite_steps], dtype=self.sums.dtype))
         self.num_samples = int(num_samples)
 
@@ -176,13 +182,13 @@ def train_one_epoch(
     """Runs `steps`, and hands control back with a record after each step at which `pauses_at` is true.
 
     It ends early, with `state.is_stopping` set and the sums since the last record in `state.interval`, when
-    `heartbeat`, which is called about once a second, has said so on any rank. Every rank must exhaust it.
+    `heartbeat`, which is called at least about once a second, has said so on any rank. Every rank must exhaust it.
 
     Raises:
         DivergedError: on all ranks, when the loss of any of them was not finite.
     """
     accelerator = train_step.accelerator
-    heartbeat_steps, since_heartbeat, interval_time_s, started = 1, 0, 0.0, time.perf_counter()
+    heartbeat_steps, since_heartbeat, started = 1, 0, time.perf_counter()
     train_step.model.train()
     for micro_batches in steps:
         is_pause = pauses_at(state.step + 1)
@@ -192,26 +198,28 @@ def train_one_epoch(
         alone_and_asked = accelerator.num_processes == 1 and heartbeat()
         if not (is_pause or since_heartbeat >= heartbeat_steps or alone_and_asked):
             continue
-        rows = _compare_notes(train_step, state, heartbeat(), time.perf_counter() - started)
+        rows = _compare_notes(train_step, state, heartbeat(), started)
         seconds = max(row[-1] for row in rows)
         state.train_time_s += seconds
-        interval_time_s += seconds
+        state.interval_time_s += seconds
         heartbeat_steps = max(1, min(2 * heartbeat_steps, int(HEARTBEAT_S * since_heartbeat / max(seconds, 1e-6))))
         if is_pause:
-            yield _make_record(train_step, state, rows, interval_time_s)
-            interval_time_s = 0.0
+            yield _make_record(train_step, state, rows)
             train_step.model.train()  # whoever had control may have evaluated
         if state.is_stopping:
             return
         since_heartbeat, started = 0, time.perf_counter()
 
 
-def _compare_notes(train_step: TrainStep, state: TrainState, stop: bool, seconds: float) -> list[list[float]]:
+def _compare_notes(train_step: TrainStep, state: TrainState, stop: bool, started: float) -> list[list[float]]:
     """Gathers a row per rank (loss, correct, finite steps, samples, stop, seconds), equal on every rank.
 
     The one place where the host waits for the device. All decisions are taken from these rows, never from local flags.
     """
     sums = train_step.sums
+    if sums.is_cuda:
+        torch.cuda.synchronize(sums.device)  # or the clock would miss the work that is only queued
+    seconds = time.perf_counter() - started
     own = torch.tensor([train_step.num_samples, stop, seconds], dtype=sums.dtype, device=sums.device)
     gathered = train_step.accelerator.gather(torch.cat([sums, own]))
     rows: list[list[float]] = gathered.view(train_step.accelerator.num_processes, -1).tolist()
@@ -224,10 +232,11 @@ def _compare_notes(train_step: TrainStep, state: TrainState, stop: bool, seconds
     return rows
 
 
-def _make_record(train_step: TrainStep, state: TrainState, rows: list[list[float]], seconds: float) -> TrainRecord:
+def _make_record(train_step: TrainStep, state: TrainState, rows: list[list[float]]) -> TrainRecord:
     """Closes the interval: its sums become a record, and start again at zero."""
     loss_sum, num_correct, _, num_samples = (sum(column) for column in list(zip(*rows, strict=True))[:4])
     state.epoch_sums = [a + b for a, b in zip(state.epoch_sums, (loss_sum, num_correct, num_samples), strict=True)]
+    seconds, state.interval_time_s = state.interval_time_s, 0.0
     state.interval, state.interval_start = [], state.step
     train_step.load_sums([])
     return TrainRecord(

@@ -5,6 +5,7 @@ In: a path and bytes or JSON. Out: the file, flushed to the disk. Standard libra
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -22,7 +23,8 @@ def write_atomically(path: Path, content: bytes) -> None:
         write_and_flush(temporary, content)
         temporary.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
     flush_folder(path.parent)
 
 

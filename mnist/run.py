@@ -6,7 +6,10 @@ every rank; what only rank 0 may do is done inside.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
+import os
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -14,11 +17,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import torch
 from accelerate import Accelerator
 
 from mnist import checkpoint as ckpt
 from mnist import runtime, signals, tracking
-from mnist.config import RankError, TrainConfig, UserError, to_flat
+from mnist.config import RankError, RunError, TrainConfig, UserError, to_flat
 from mnist.console import Console
 from mnist.data import Choice, Dataset, Split
 from mnist.engine import DivergedError, TrainRecord, TrainState, TrainStep, evaluate
@@ -31,7 +35,7 @@ from mnist.optim import WeightAverage, restore_scheduler
 from mnist.plan import Plan
 from mnist.run_dir import RunDir, open_run_dir
 
-EXIT_FINISHED, EXIT_FAILED, EXIT_PREEMPTED = 0, 1, 75
+EXIT_FINISHED, EXIT_FAILED = 0, 1
 
 
 @dataclass
@@ -65,7 +69,6 @@ class Run:
         self.eval_model = self.model if self.average is None else self.average.module
         self.eval_loss = build_loss(self.config.optim.loss)  # without smoothing, which is a means of training
         self.scores: dict[str, Scores] = {}  # of the last evaluation
-        self.stop_reason: str | None = None
         self.warmup_time_s = 0.0
         self._directory: RunDir | None = None  # on rank 0
         self._saved_step = -1
@@ -79,6 +82,7 @@ class Run:
         opened = self._together(lambda: self._open(open_run_dir(self.config, self.dataset.name)))
         self.path = Path(opened["path"])
         self.previous = opened["result"]
+        self._previous_config = opened["config"]
         self._facts = {
             "recipe": self.config.recipe,
             "dataset": self.dataset.name,
@@ -93,21 +97,34 @@ class Run:
 
     def _open(self, directory: RunDir) -> dict[str, Any]:
         self._directory = directory
-        if self.config.output.resume == "never":
+        if self._resume_mode == "never":
             directory.set_aside()
-        return {"path": str(directory.path), "result": directory.read_result()}
+        return {
+            "path": str(directory.path),
+            "result": directory.read("result.json"),
+            "config": directory.read("config.json"),
+        }
+
+    @property
+    def _resume_mode(self) -> str:
+        """--resume, but auto when a launcher or a scheduler has restarted the job: it has started over once already."""
+        restarts = (os.environ.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+        return "auto" if any(count != "0" for count in restarts) else self.config.output.resume
 
     def is_finished(self) -> bool:
         """Whether an earlier start in this directory has done all that is asked for now; says so.
 
         Raises:
-            UserError: that start diverged, and would again.
+            UserError: that start had another configuration.
+            RunError: that start diverged, and would again.
         """
         status, steps = self.previous.get("status"), self.previous.get("steps", 0)
-        if self.config.output.resume != "auto":
+        if self._resume_mode != "auto":
             return False
+        if status in ("finished", "diverged"):
+            ckpt.check_same_run(self._previous_config, self.config)
         if status == "diverged":
-            raise UserError(
+            raise RunError(
                 f"--run-dir {self.path}: this run diverged at step {steps} and would again; start over with a smaller "
                 f"--lr and --resume never, or name an earlier checkpoint with --resume PATH"
             )
@@ -133,11 +150,13 @@ class Run:
         if self.average is not None:
             self.average.module.load_state_dict(saved.tensors["ema"])
         ckpt.restore_optimizer(self.train_step.optimizer, saved.tensors["optimizer"])
-        restore_scheduler(self.train_step.scheduler, saved.scheduler_step)
+        restore_scheduler(self.train_step.scheduler, saved.step)
         if self.accelerator.scaler is not None and saved.scaler is not None:
             self.accelerator.scaler.load_state_dict(saved.scaler)
         self.state = TrainState(**saved.loop)
         self.state.is_stopping = False
+        if saved.plan["num_steps"] != self.plan.num_steps:
+            self.state.stop_reason = None  # whoever asks for more steps wants to go on
         self.train_step.load_sums(self.state.interval)
         self._saved_step = self.state.step
         self.console.say(f"resuming {self.path} at step {self.state.step}")
@@ -146,7 +165,7 @@ class Run:
 
     def _find_checkpoint(self) -> tuple[ckpt.Checkpoint, list[str]] | None:
         assert self._directory is not None
-        wanted = self.config.output.resume
+        wanted = self._resume_mode
         skipped: list[str] = []
         if wanted == "never":
             return None
@@ -154,13 +173,19 @@ class Run:
             saved, skipped = ckpt.load_newest(self._directory.checkpoints)
         elif Path(wanted).is_dir():
             saved = ckpt.load_checkpoint(Path(wanted))
-            steps = ckpt.list_steps(self._directory.checkpoints)
-            self._directory.rewind(saved.step, [path for step, path in steps.items() if step > saved.step])
         else:
             raise UserError(f"--resume {wanted}: no such directory; give auto, never or the path of a checkpoint")
         if saved is None:
             return None
-        notes = ckpt.check_compatible(saved, self.config, self.plan.num_steps, self.accelerator.num_processes)
+        notes = ckpt.check_compatible(saved, self.config, self.plan, self._checkpoint_facts())
+        steps = ckpt.list_steps(self._directory.checkpoints)
+        later = [path for step, path in steps.items() if step > saved.step]
+        if wanted == "auto":
+            self._directory.move_aside(later)  # the broken ones, which must not pass for this run's steps again
+        else:
+            self._directory.rewind(saved.step, later)
+        if saved.loop["best"] is not None and saved.loop["best"]["step"] not in steps:
+            saved.loop["best"] = None  # it stayed behind in another directory
         return saved, [f"skipped a broken checkpoint: {line}" for line in skipped] + [
             f"from here on: {n}" for n in notes
         ]
@@ -175,6 +200,7 @@ class Run:
         self._together(lambda: self._write_down(environment, mode))
         self._has_begun = True
         self._watchdog.sign_of_life()
+        signals.training_begins()
         started = time.perf_counter()
         zeros = self.dataset.train.images.new_zeros((self.plan.micro_batch_size, 28, 28))
         runtime.warm_up(self.accelerator, self.train_step.model, self.train_step.transform(zeros))
@@ -224,7 +250,7 @@ class Run:
 
     def goes_on(self) -> bool:
         """Whether another step is to be taken."""
-        return self.state.step < self.plan.num_steps and not self.state.is_stopping and self.stop_reason is None
+        return self.state.step < self.plan.num_steps and not self.state.is_stopping and self.state.stop_reason is None
 
     def next_epoch_end(self) -> int:
         """The step at which the current epoch, or the run, is over."""
@@ -234,6 +260,7 @@ class Run:
     def log(self, record: TrainRecord) -> None:
         """Writes a training record down."""
         speed = record.images_per_s
+        self.scores = {}  # they were of an earlier step
         self.tracker.log(
             "train",
             record.step,
@@ -255,7 +282,7 @@ class Run:
         if is_new_best or split == "test":  # without validation, "best" can only mean "last"
             self.state.best = {"step": self.state.step, **scores.as_dict()}
         self.state.evals_since_best = 0 if is_new_best else self.state.evals_since_best + 1
-        self.stop_reason = self._reason_to_stop(scores)
+        self.state.stop_reason = self._reason_to_stop(scores)
         self._show(scores, split)
         if self.plan.epoch_ends_at(self.state.step):
             self.state.epoch_sums = [0.0, 0.0, 0.0]
@@ -269,6 +296,8 @@ class Run:
             transform=self.train_step.transform,
             sharded=self.config.loop.evaluation == "sharded",
         )
+        if not math.isfinite(scores.loss):
+            raise DivergedError(self.state.step, 0)
         self.scores[name] = scores
         self.tracker.log(name, self.state.step, self.state.step / self.plan.epoch_steps, **scores.as_dict())
         return scores
@@ -296,8 +325,17 @@ class Run:
         """Writes a checkpoint of this step, unless it is there."""
         if self._saved_step == self.state.step:
             return
+        if not all(bool(weight.isfinite().all()) for weight in self.model.parameters()):  # alike on every rank
+            raise DivergedError(self.state.step, self.accelerator.process_index)
         self._together(self._write_checkpoint)
         self._saved_step = self.state.step
+
+    def _checkpoint_facts(self) -> dict[str, Any]:
+        return {
+            "data_files": self.dataset.fingerprint,
+            "precision": self._facts["precision"],
+            "threads": torch.get_num_threads(),
+        }
 
     def _write_checkpoint(self) -> None:
         assert self._directory is not None
@@ -312,10 +350,10 @@ class Run:
             step=self.state.step,
             tensors=tensors,
             loop=dataclasses.asdict(self.state),
-            scheduler_step=self.train_step.scheduler.last_epoch,
             scaler=None if scaler is None else scaler.state_dict(),
             config=to_flat(self.config),
             plan=dataclasses.asdict(self.plan),
+            facts=self._checkpoint_facts(),
             scores={name: scores.as_dict() for name, scores in self.scores.items()},
         )
         output = self.config.output
@@ -325,13 +363,13 @@ class Run:
     def should_save(self) -> bool:
         """Whether this step's checkpoint is due: by its cadence, or as the best on validation so far."""
         best_step = self.state.best["step"] if self.state.best and self.dataset.val is not None else None
-        return self.plan.saves_at(self.state.step) or best_step == self.state.step or self.stop_reason is not None
+        return self.plan.saves_at(self.state.step) or best_step == self.state.step or self.state.stop_reason is not None
 
     # --- end -----------------------------------------------------------------------------------------------------
 
     def finish(self) -> int:
         """Exports weights, scores the test set, writes result.json, closes the trackers; returns the exit code."""
-        if self.state.is_stopping and self.state.step < self.plan.num_steps and self.stop_reason is None:
+        if self.state.is_stopping and self.state.step < self.plan.num_steps and self.state.stop_reason is None:
             return self._end_preempted()
         self._export("last")
         if self.dataset.val is not None:
@@ -341,7 +379,7 @@ class Run:
         self._export("best")
         test = self.scores["test"]
         code = self._gate(test.accuracy)
-        self._close("finished", gate_passed=code == EXIT_FINISHED)
+        self._together(lambda: self._close("finished", gate_passed=code == EXIT_FINISHED))
         self._summarise(test)
         if code:
             self.console.warn(f"--min-accuracy {self.config.loop.min_accuracy}: missed with {test.accuracy:.4f}")
@@ -349,11 +387,11 @@ class Run:
 
     def _end_preempted(self) -> int:
         self.save()
-        self._close("preempted", signal=signals.signal_name())
+        self._together(lambda: self._close("preempted", signal=signals.signal_name()))
         self.console.summary(
             [("preempted", f"after step {self.state.step}"), ("continue", "type the same command again")]
         )
-        return EXIT_PREEMPTED
+        return signals.EXIT_PREEMPTED
 
     def _gate(self, accuracy: float) -> int:
         gate = self.config.loop.min_accuracy
@@ -368,7 +406,7 @@ class Run:
 
         def read() -> dict[str, Any]:
             assert self._directory is not None
-            saved = ckpt.load_checkpoint(ckpt.list_steps(self._directory.checkpoints)[best_step])
+            saved = ckpt.load_checkpoint(self._directory.checkpoints / f"step-{best_step:08d}")
             return saved.tensors["model" if self.average is None else "ema"]
 
         self.eval_model.load_state_dict(self._together(read))
@@ -379,7 +417,7 @@ class Run:
         self._together(lambda: ckpt.export_weights(self.path / "export" / name, weights(), flat))
 
     def _close(self, status: str, **facts: Any) -> None:
-        """result.json and trackers; on rank 0."""
+        """result.json and trackers; nothing on other ranks than 0."""
         if self._directory is None:
             return
         val = self.scores["val"].as_dict() if "val" in self.scores else None
@@ -390,10 +428,11 @@ class Run:
             epochs=round(self.state.step / self.plan.epoch_steps, 4),
             steps=self.state.step,
             planned_steps=self.plan.num_steps,
-            stop_reason=self.stop_reason,
+            stop_reason=self.state.stop_reason,
             test=self.scores["test"].as_dict() if "test" in self.scores else None,
             val=val,
             best=self.state.best,
+            test_confusion=self.scores["test"].confusion if "test" in self.scores else None,
             train_time_s=round(self.state.train_time_s, 3),
             warmup_time_s=round(self.warmup_time_s, 3),
             total_time_s=round(time.perf_counter() - self.started, 3),
@@ -411,8 +450,10 @@ class Run:
             ("time", f"{self.state.train_time_s:.1f} s training, {time.perf_counter() - self.started:.1f} s in all"),
             ("run", str(self.path)),
         ]
-        if self.stop_reason:
-            rows.insert(1, ("stopped", f"{self.stop_reason} after step {self.state.step} of {self.plan.num_steps}"))
+        if self.state.stop_reason:
+            rows.insert(
+                1, ("stopped", f"{self.state.stop_reason} after step {self.state.step} of {self.plan.num_steps}")
+            )
         if self._upload_hint:
             rows.append(("upload", self._upload_hint))
         self.console.summary(rows)
@@ -425,17 +466,19 @@ class Run:
         if error is None or not self._has_begun:
             return
         where = f"rank {self.accelerator.process_index} after step {self.state.step}"
-        if isinstance(error, DivergedError):
-            self.state.step = error.step
-            self._close("diverged", reason=str(error), rank=error.rank)
-            return
-        self._close("failed", reason=f"{type(error).__name__}: {error}", where=where)
+        with contextlib.suppress(OSError):  # on a full disk; the error itself says so
+            if isinstance(error, DivergedError):
+                self.state.step = error.step
+                self._close("diverged", reason=str(error), rank=error.rank)
+            else:
+                self._close("failed", reason=f"{type(error).__name__}: {error}", where=where)
         if runtime.is_lost_contact(error):
-            raise RankError(f"{where}: lost another rank, which has died or does not answer") from error
+            cause = str(error).splitlines()[0]
+            raise RankError(f"{where}: lost another rank, which has died or does not answer ({cause})") from error
         if runtime.is_out_of_memory(error):
             parts = 2 * self.plan.accumulation_steps
             raise RankError(
-                f"{where}: out of memory; try --gradient-accumulation-steps {parts} (same results), or a smaller "
+                f"{where}: out of memory; try --gradient-accumulation-steps {parts} or a smaller "
                 f"--global-batch-size than {self.plan.global_batch_size}"
             ) from error
         error.add_note(f"on {where}")

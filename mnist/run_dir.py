@@ -42,9 +42,9 @@ class RunDir:
         """Folder of the checkpoints."""
         return self.path / "checkpoints"
 
-    def read_result(self) -> dict[str, Any]:
-        """What result.json says of an earlier start, {} where there is none."""
-        return _read_json(self.path / "result.json")
+    def read(self, name: str) -> dict[str, Any]:
+        """What config.json or result.json says of an earlier start, {} where there is none."""
+        return _read_json(self.path / name)
 
     def write_result(self, status: str, **facts: Any) -> None:
         """Replaces result.json; status is running, finished, preempted, failed or diverged."""
@@ -52,7 +52,7 @@ class RunDir:
 
     def set_aside(self) -> None:
         """Moves what an earlier run left here into before-<time>/, so that a new one can start."""
-        self._move_aside([self.path / name for name in CONTENTS if (self.path / name).exists()])
+        self.move_aside([self.path / name for name in CONTENTS if (self.path / name).exists()])
 
     def rewind(self, step: int, later: list[Path]) -> None:
         """Moves what belongs to later steps into before-<time>/, so that the run can take another way from `step` on.
@@ -68,10 +68,11 @@ class RunDir:
         kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= step]
         if not later and kept == lines:
             return
-        self._move_aside([path for path in (*later, metrics, self.path / "wandb_id") if path.exists()])
+        self.move_aside([path for path in (*later, metrics, self.path / "wandb_id") if path.exists()])
         write_atomically(metrics, b"".join(kept))
 
-    def _move_aside(self, paths: list[Path]) -> None:
+    def move_aside(self, paths: list[Path]) -> None:
+        """Moves files or folders of this run into a new before-<time>/."""
         if paths:
             folder = self.path / f"before-{datetime.now():%Y%m%d-%H%M%S-%f}"
             folder.mkdir()

@@ -76,7 +76,7 @@ def build_accelerator(config: RuntimeConfig, trackers: Sequence[str] = ()) -> Ac
             f"{local_world_size} processes but {torch.cuda.device_count()} GPUs on {socket.gethostname()}: start fewer "
             f"(--num_processes / --nproc-per-node), or train on the CPU with --cpu"
         )
-    _set_threads(config.num_threads, local_world_size)
+    _restart_with_fresh_keys("gloo" if cpu else "nccl", config.timeout_s)
     _set_determinism(config.deterministic)
     accelerator = Accelerator(
         cpu=cpu,
@@ -88,6 +88,7 @@ def build_accelerator(config: RuntimeConfig, trackers: Sequence[str] = ()) -> Ac
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),
         ],
     )
+    _set_threads(config.num_threads, local_world_size)  # after Accelerate, which has a mind of its own on CPUs
     promised = int(os.environ.get("WORLD_SIZE", "1"))
     if promised != accelerator.num_processes:
         raise UserError(
@@ -95,6 +96,29 @@ def build_accelerator(config: RuntimeConfig, trackers: Sequence[str] = ()) -> Ac
             f"each would train alone; set LOCAL_RANK and MASTER_ADDR, or use accelerate launch or torchrun"
         )
     return accelerator
+
+
+def _restart_with_fresh_keys(backend: str, timeout_s: int) -> None:
+    """Opens the process group itself when an elastic launcher has restarted the ranks of one machine.
+
+    torch 2.13 meets the keys that the ranks before left in the launcher's store, and can wait for them for ever; a
+    prefix keeps attempts apart. (Machines need not agree on a restart count: on several of them the launcher needs
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 instead.)
+    """
+    attempt, world_size = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), os.environ.get("WORLD_SIZE", "1")
+    if attempt == "0" or world_size == "1" or world_size != os.environ.get("LOCAL_WORLD_SIZE"):
+        return
+    timeout = timedelta(seconds=timeout_s)
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    is_host = os.environ["RANK"] == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    store = torch.distributed.TCPStore(address, port, is_master=is_host, timeout=timeout, multi_tenant=True)
+    torch.distributed.init_process_group(
+        backend,
+        store=torch.distributed.PrefixStore(f"attempt-{attempt}", store),
+        rank=int(os.environ["RANK"]),
+        world_size=int(world_size),
+        timeout=timeout,
+    )
 
 
 def _has_accelerator() -> bool:

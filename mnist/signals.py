@@ -7,17 +7,23 @@ because it runs before torch is imported, which takes a second in which a signal
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import os
 import signal
 import sys
+import threading
 import time
 from types import FrameType
 
 FORCE_AFTER_S = 2.0
+START_GRACE_S = 5.0  # before training there is nothing to save
+GRACE_S = 27.0  # launchers kill after 30
 EXIT_FORCED = 130
+EXIT_PREEMPTED = 75
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 _received: list[tuple[int, float]] = []  # the first signal and its time
+_training = threading.Event()
 
 
 def install() -> None:
@@ -26,12 +32,41 @@ def install() -> None:
     A signal that is ignored stays ignored (nohup, background jobs). Where a platform lacks one, it is left out.
     """
     _received.clear()
+    _training.clear()
+    _watch_over_the_end()
     for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _note)
     if _was_launched() and sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def training_begins() -> None:
+    """From now on a signal is answered by a checkpoint, which takes its time."""
+    _training.set()
+
+
+def _watch_over_the_end() -> None:
+    """Ends a process that a signal finds where Python does not run: in a collective whose other ranks are gone.
+
+    The interpreter writes to the wake-up descriptor at once, wherever the main thread is; a thread waits for that.
+    """
+    if os.name != "posix":
+        return
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+
+    def watch() -> None:
+        os.read(reader, 1)
+        is_training = _training.is_set()
+        time.sleep(GRACE_S if is_training else START_GRACE_S)
+        os.write(2, b"the signal was not obeyed in time; this process was here:\n")
+        faulthandler.dump_traceback()
+        os._exit(1 if is_training else EXIT_PREEMPTED)
+
+    threading.Thread(target=watch, daemon=True, name="signal-watch").start()
 
 
 def stop_requested() -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import netrc
 import os
 import secrets
@@ -28,14 +29,18 @@ FINISH_TIMEOUT_S = 30  # for ever by default
 PROBE_TIMEOUT_S = 2
 _KEY_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")
 
+_EXIT_CODES = {"finished": 0, "preempted": 75}
+
 Warn = Callable[[str], None]
 
 
 def wandb_mode(config: OutputConfig) -> str:
     """online, offline or disabled: what --wandb, or else $WANDB_MODE asks for; auto = online if a key is configured."""
     wanted = config.wandb if config.wandb != "auto" else os.environ.get("WANDB_MODE", "auto")
-    if wanted in ("disabled", "offline") or importlib.util.find_spec("wandb") is None:
-        return wanted if wanted in ("disabled", "offline") else "disabled"
+    if wanted == "disabled" or importlib.util.find_spec("wandb") is None:
+        return "disabled"
+    if wanted == "offline":
+        return "offline"
     return "online" if _has_key() else "offline"
 
 
@@ -71,27 +76,34 @@ class Tracker:
         """Starts, or continues, the one W&B run of this job; rank 0 only. Without an answer the run goes on offline."""
         if self._jsonl is None or mode == "disabled":
             return
+        if config.wandb == "online" and mode != "online":
+            self._warn("--wandb online: no key is configured (wandb login, or $WANDB_API_KEY): tracking offline")
         if mode == "online" and not _answers():
             self._warn(f"W&B does not answer within {PROBE_TIMEOUT_S} s: this run is tracked offline")
             mode = "offline"
-        arguments = _init_arguments(config, run_dir, run_config, tags)
         for attempt in dict.fromkeys((mode, "offline")):
             try:
-                self._accelerator.init_trackers(
-                    config.wandb_project or os.environ.get("WANDB_PROJECT", PROJECT),
-                    config=run_config,
-                    init_kwargs={"wandb": {**arguments, "mode": attempt}},
-                )
-                self._wandb = self._accelerator.get_tracker("wandb", unwrap=True)
-                break
+                self._init_wandb(attempt, config, run_dir, run_config, tags)
             except Exception as error:  # whatever it is, training goes on
                 self._warn(f"W&B did not start {attempt} ({_first_line(error)})")
-        if self._wandb is not None:
-            self._wandb.define_metric("trainer/step")
-            self._wandb.define_metric("*", step_metric="trainer/step")
-            for split in ("train", "val", "test"):
-                self._wandb.define_metric(f"{split}/accuracy", step_metric="trainer/step", summary="max,last")
-                self._wandb.define_metric(f"{split}/loss", step_metric="trainer/step", summary="min,last")
+            else:
+                return
+
+    def _init_wandb(
+        self, mode: str, config: OutputConfig, run_dir: Path, run_config: dict[str, Any], tags: list[str]
+    ) -> None:
+        arguments = _init_arguments(config, run_dir, run_config, tags)
+        self._accelerator.init_trackers(
+            config.wandb_project or os.environ.get("WANDB_PROJECT", PROJECT),
+            config=run_config,
+            init_kwargs={"wandb": {**arguments, "mode": mode}},
+        )
+        self._wandb = self._accelerator.get_tracker("wandb", unwrap=True)
+        self._wandb.define_metric("trainer/step")
+        self._wandb.define_metric("*", step_metric="trainer/step")
+        for split in ("train", "val", "test"):
+            self._wandb.define_metric(f"{split}/accuracy", step_metric="trainer/step", summary="max,last")
+            self._wandb.define_metric(f"{split}/loss", step_metric="trainer/step", summary="min,last")
 
     def log(self, split: str, step: int, epoch: float, **values: float) -> None:
         """Records values of one split at one step, once: a step that was recorded before a crash is passed over."""
@@ -112,7 +124,7 @@ class Tracker:
             run.summary.update(summary)
             if status == "preempted":
                 run.mark_preempting()
-            run.finish(exit_code=0 if status in ("finished", "preempted") else 1)
+            run.finish(exit_code=_EXIT_CODES.get(status, 1))  # not 0 when preempted: 0 is not requeued
 
         folder = Path(run.dir).parent
         self._guarded(close)
@@ -195,8 +207,9 @@ class JsonlFile:
         if record["step"] <= self._last_step.get(record["split"], -1):
             return False
         self._last_step[record["split"]] = record["step"]
+        valid = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         try:
-            self._file.write(json.dumps(record) + "\n")
+            self._file.write(json.dumps(valid) + "\n")  # JSON has no inf, which an fp16 gradient norm can be
         except OSError as error:
             raise RunError(f"{self._file.name}: not written ({error.strerror}); free some space there") from error
         return True

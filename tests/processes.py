@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 PYTHON = [sys.executable]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+MARK = "MNIST_TEST_COMMAND"
 CONFIGURED = [*ACCELERATE, "--config_file", str(ROOT / "accelerate_config.yaml")]
 
 
@@ -33,39 +36,45 @@ class Finished:
 def started(command: Sequence[str], cwd: Path, **environment: str) -> Iterator[subprocess.Popen[str]]:
     """A command as leader of a process group of its own, which is ended with all its members."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "RANK", "WORLD"))}
+    mark = uuid.uuid4().hex
     process = subprocess.Popen(
         command,
         cwd=cwd,
-        env={**inherited, "WANDB_MODE": "disabled", "CI": "true", "PYTHONPATH": str(ROOT), **environment},
+        env={**inherited, "WANDB_MODE": "disabled", "CI": "true", "PYTHONPATH": str(ROOT), **environment, MARK: mark},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
+    process.mark = mark  # type: ignore[attr-defined]
     try:
         yield process
     finally:
-        for pid in [process.pid, *members(process.pid)]:
-            try:
+        for pid in [*members(process), process.pid]:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
         process.wait()
         for stream in (process.stdout, process.stderr):
             if stream is not None:
                 stream.close()
 
 
-def members(session: int) -> list[int]:
-    """Living processes of a session, zombies left out: what a command has started and not ended."""
+def members(process: subprocess.Popen[str]) -> list[int]:
+    """Living processes that a command has started, wherever they belong by now, itself left out.
+
+    Launchers put their workers into sessions of their own: an inherited variable of the environment finds them.
+    """
     found = []
     for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit() or int(entry.name) == process.pid:
+            continue
         try:
-            fields = (entry / "stat").read_text().rpartition(")")[2].split() if entry.name.isdigit() else []
+            is_ours = f"{MARK}={process.mark}".encode() in (entry / "environ").read_bytes()  # type: ignore[attr-defined]
+            is_alive = (entry / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
         except OSError:
             continue
-        if fields and int(fields[3]) == session and fields[0] != "Z":
+        if is_ours and is_alive:
             found.append(int(entry.name))
     return found
 
@@ -76,7 +85,7 @@ def finish(command: Sequence[str], cwd: Path, timeout: float = 100, **environmen
     with started(command, cwd, **environment) as process:
         out, err = process.communicate(timeout=timeout)
         seconds = time.monotonic() - start
-        assert members(process.pid) == []
+        assert members(process) == []
     return Finished(process.returncode, out, err, seconds)
 
 

@@ -32,10 +32,10 @@ def make_checkpoint(step: int, val_accuracy: float | None = None) -> Checkpoint:
         step=step,
         tensors={"model": {"w": torch.full((3,), float(step))}, "optimizer": {"0.exp_avg": torch.ones(3)}},
         loop={"step": step},
-        scheduler_step=step,
         scaler=None,
         config=to_flat(TrainConfig()),
         plan={"num_steps": 100, "world_size": 1},
+        facts={},
         scores=scores,
     )
 

@@ -164,6 +164,21 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(rank_to_stop: int) -> N
     assert sum(row[3] for row in interval) > 0
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_sums_are_taken_up_on_any_number_of_ranks(world_size: int) -> None:
+    """Two ranks had done 20 steps each."""
+
+    def take_up() -> tuple[list[float], int]:
+        step, _ = make_step()
+        step.load_sums([[1.5, 10.0, 20.0, 640.0], [2.5, 12.0, 20.0, 640.0]])
+        return step.sums.tolist(), step.num_samples
+
+    rows = run_ranks(take_up, world_size)
+    assert [sum(row[0][i] for row in rows) for i in (0, 1)] == [4.0, 22.0]
+    assert {row[0][2] for row in rows} == {20.0}
+    assert sum(row[1] for row in rows) == 1280
+
+
 def diverge(bad_rank: int, bad_step: int) -> tuple[int, int]:
     calls = 0
 

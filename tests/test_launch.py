@@ -113,7 +113,7 @@ def test_a_signal_to_the_launcher_saves_and_is_resumable(tmp_path: Path, launche
         wait_until(lambda: has_records(tmp_path / "run"))
         os.kill(process.pid, number)
         process.wait(timeout=20)
-        assert members(process.pid) == []
+        assert members(process) == []
     found = result(tmp_path / "run")
     assert found["status"] == "preempted"
     assert process.returncode == (75 if launcher is PYTHON else 1)
@@ -126,7 +126,7 @@ def test_a_killed_launcher_leaves_no_orphan(tmp_path: Path) -> None:
         wait_until(lambda: has_records(tmp_path / "run"))
         os.kill(process.pid, signal.SIGKILL)
         process.wait(timeout=5)
-        wait_until(lambda: members(process.pid) == [], timeout=15)
+        wait_until(lambda: members(process) == [], timeout=15)
     assert result(tmp_path / "run")["status"] == "preempted"
 
 

@@ -14,6 +14,7 @@ import pytest
 import train_ddp
 from mnist import signals
 from mnist.batches import TrainLoader
+from mnist.checkpoint import load_checkpoint, load_newest
 from mnist.cli import parse_command_line
 from tests.ranks import run_ranks
 
@@ -144,6 +145,76 @@ def test_more_epochs_continue_a_finished_run_exactly(tmp_path: Path) -> None:
     assert weights(tmp_path / "a") == weights(tmp_path / "b")
 
 
+def test_more_epochs_are_asked_for_as_a_person_would(tmp_path: Path) -> None:
+    """Without --epochs at first, with them later: on a data set that a recipe is stretched over, too."""
+    arguments = ["--recipe", "mycnn", "--dataset", "digits", "--num-threads", "1", "--global-batch-size", "256"]
+    assert run_ranks(run, 1, tmp_path, *arguments, "--max-steps", "4") == [0]
+    assert run_ranks(run, 1, tmp_path, *arguments, "--epochs", "6", "--max-steps", "8") == [0]
+    assert result(tmp_path)["steps"] == 8
+
+
+def test_a_finished_directory_does_not_answer_for_another_recipe(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run_ranks(run, 1, tmp_path, *SMALL)
+    assert run_ranks(run, 1, tmp_path, *SMALL, "--model", "mycnn") == [2]
+    assert "--model was tinynet, now mycnn" in capfd.readouterr().err
+
+
+def test_a_refused_resume_changes_nothing(tmp_path: Path) -> None:
+    run_ranks(run, 1, tmp_path, *SMALL)
+    before = sorted(str(path) for path in tmp_path.rglob("*"))
+    earlier = str(tmp_path / "checkpoints" / "step-00000046")
+    assert run_ranks(run, 1, tmp_path, *SMALL, "--resume", earlier, "--seed", "5") == [2]
+    assert sorted(str(path) for path in tmp_path.rglob("*")) == before
+
+
+def test_a_broken_checkpoint_is_replaced_when_its_step_comes_again(tmp_path: Path) -> None:
+    arguments = [*SMALL, "--schedule", "constant"]
+    run_ranks(run, 1, tmp_path, *arguments, "--epochs", "2")
+    broken = tmp_path / "checkpoints" / "step-00000046" / "model.safetensors"
+    broken.write_bytes(broken.read_bytes()[:-1])
+    assert run_ranks(run, 1, tmp_path, *arguments, "--keep-last", "3") == [0]
+    found, skipped = load_newest(tmp_path / "checkpoints")
+    assert not skipped
+    assert found is not None
+    load_checkpoint(tmp_path / "checkpoints" / "step-00000046")
+    assert list(tmp_path.glob("before-*/step-00000046"))
+
+
+def test_a_run_that_begins_from_another_runs_checkpoint_finds_its_own_best(tmp_path: Path) -> None:
+    arguments = [*SMALL, "--val-size", "300", "--schedule", "constant"]
+    run_ranks(run, 1, tmp_path / "a", *arguments)
+    start = str(tmp_path / "a" / "checkpoints" / "step-00000036")
+    start = start if Path(start).is_dir() else str(sorted((tmp_path / "a" / "checkpoints").iterdir())[0])
+    assert run_ranks(run, 1, tmp_path / "b", *arguments, "--lr", "1e-9", "--resume", start) == [0]
+    assert result(tmp_path / "b")["status"] == "finished"
+
+
+def test_weights_that_the_last_step_broke_are_not_called_finished(tmp_path: Path) -> None:
+    arguments = [*SMALL, "--max-steps", "1", "--optimizer", "sgd", "--lr", "1e38", "--schedule", "constant"]
+    assert run_ranks(run, 2, tmp_path, *arguments) == [1, 1]
+    assert result(tmp_path)["status"] == "diverged"
+    assert not (tmp_path / "export").exists()
+    assert not list((tmp_path / "checkpoints").glob("*")) if (tmp_path / "checkpoints").exists() else True
+
+
+def test_a_restarted_job_goes_on_even_if_its_command_says_never(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = [*SMALL, "--resume", "never"]
+    assert run_ranks(run_and_signal, 1, signal.SIGTERM, 30, 0, tmp_path, *arguments) == [75]
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert run_ranks(run, 1, tmp_path, *arguments) == [0]
+    assert not list(tmp_path.glob("before-*"))
+
+
+def test_the_average_of_a_compiled_model_has_plain_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    assert run_ranks(run, 1, tmp_path, *SMALL, "--max-steps", "2", "--ema", "0.9", "--min-accuracy", "0.01") == [0]
+    assert b"_orig_mod" not in weights(tmp_path)
+
+
 def test_a_schedule_laid_out_for_a_length_is_not_stretched(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     run_ranks(run, 1, tmp_path, *SMALL)
     assert run_ranks(run, 1, tmp_path, *SMALL, "--epochs", "4") == [2]
@@ -217,7 +288,7 @@ def test_a_diverged_run_says_where_and_is_not_resumed(tmp_path: Path, capfd: pyt
     found = result(tmp_path)
     assert found["status"] == "diverged"
     assert f"at step {found['steps']} on rank" in capfd.readouterr().err
-    assert run_ranks(run, 2, tmp_path, *arguments) == [2, 2]
+    assert run_ranks(run, 2, tmp_path, *arguments) == [1, 1]
     assert "--resume never" in capfd.readouterr().err
 
 

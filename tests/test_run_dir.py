@@ -16,9 +16,9 @@ def config_in(folder: Path) -> TrainConfig:
 
 def test_a_directory_is_made_and_remembers_its_result(tmp_path: Path) -> None:
     run = open_run_dir(config_in(tmp_path / "a" / "b"), "mnist")
-    assert run.read_result() == {}
+    assert run.read("result.json") == {}
     run.write_result("running", steps=3)
-    assert run.read_result() == {"status": "running", "steps": 3}
+    assert run.read("result.json") == {"status": "running", "steps": 3}
     assert sorted(path.name for path in run.path.iterdir()) == [".lock", "result.json"]
 
 

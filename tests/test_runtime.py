@@ -29,15 +29,18 @@ def test_ranks_that_would_each_be_alone_are_stopped(monkeypatch: pytest.MonkeyPa
         runtime.build_accelerator(RuntimeConfig(cpu=True))
 
 
-@pytest.mark.parametrize(("requested", "local_world_size", "expected"), [(3, 1, 3), (0, 1, None), (0, 1000, 1)])
-def test_threads_are_the_share_of_a_process_whatever_the_launcher_says(
-    monkeypatch: pytest.MonkeyPatch, requested: int, local_world_size: int, expected: int | None
+@pytest.mark.parametrize(("requested", "expected"), [(1, 1), (3, 3), (0, None)])
+def test_threads_are_what_was_asked_for_or_the_share_of_a_process(
+    monkeypatch: pytest.MonkeyPatch, requested: int, expected: int | None
 ) -> None:
-    asked: list[int] = []
-    monkeypatch.setattr(torch, "set_num_threads", asked.append)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local_world_size))
-    runtime.build_accelerator(RuntimeConfig(cpu=True, num_threads=requested))
-    assert asked == [expected or runtime.num_usable_cores()]
+    """Accelerate sets them too, where OMP_NUM_THREADS is unset."""
+    monkeypatch.delenv("OMP_NUM_THREADS")
+
+    def count() -> int:
+        runtime.build_accelerator(RuntimeConfig(cpu=True, num_threads=requested))
+        return torch.get_num_threads()
+
+    assert run_ranks(count, 2) == [expected or max(1, runtime.num_usable_cores() // 2)] * 2
 
 
 @pytest.mark.parametrize(("requested", "launcher", "expected"), [(0, None, 1), (0, "4", 4), (2, "4", 2)])
