@@ -16,6 +16,7 @@ Dataset = Literal["auto", "mnist", "fashion_mnist", "kmnist", "digits"]
 Model = Literal[
     "convnet", "mycnn", "lenet5", "lenet5_classic", "mlp", "mlp_sigmoid", "yannet", "fastnet", "deepnet", "tinynet"
 ]
+IMAGE_SIZES = {"lenet5": 32, "lenet5_classic": 32}  # what a network takes, where it is not 28
 Optimizer = Literal["sgd", "adam", "adamw", "adadelta"]
 Schedule = Literal["constant", "step", "exponential", "cosine", "one_cycle"]
 Loss = Literal["cross_entropy", "nll", "mse_softmax", "mse_sigmoid"]
@@ -229,8 +230,8 @@ class RuntimeConfig:
 
     def __post_init__(self) -> None:
         _check_types(self)
-        _require(self.num_threads >= 0, f"--num-threads {self.num_threads}: must be 0 (automatic) or more")
-        _require(self.timeout_s > 0, f"--timeout-s {self.timeout_s}: must be above 0")
+        _require(0 <= self.num_threads <= 1024, f"--num-threads {self.num_threads}: must lie in 0 (automatic)..1024")
+        _require(0 < self.timeout_s <= 1_000_000, f"--timeout-s {self.timeout_s}: must lie in 1..1000000")
 
 
 @dataclass(frozen=True)
@@ -287,6 +288,11 @@ class TrainConfig:
     output: OutputConfig = field(default_factory=OutputConfig)
 
     def __post_init__(self) -> None:
+        size = IMAGE_SIZES.get(self.optim.model, 28)
+        _require(
+            self.image.image_size == size,
+            f"--model {self.optim.model}: needs --image-size {size}, not {self.image.image_size}",
+        )
         _require(
             self.loop.patience == 0 or self.data.val_size > 0,
             f"--patience {self.loop.patience}: needs --val-size above 0, or the test set would choose the model",

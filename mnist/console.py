@@ -20,6 +20,13 @@ from mnist.config import RankError, RunError, UserError
 PLAIN_EVERY_S = 10.0
 
 
+class _RichConsole(RichConsole):
+    def on_broken_pipe(self) -> None:
+        """Falls silent: whoever read the log has gone, and that is no reason to end a run."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
+
 class Console:
     """The one voice of a job.
 
@@ -29,11 +36,11 @@ class Console:
     """
 
     def __init__(self, is_main: bool = True, quiet: bool = False) -> None:
-        self._rich = RichConsole(stderr=True, quiet=not is_main, highlight=False, soft_wrap=True)
+        self._rich = _RichConsole(stderr=True, quiet=not is_main, highlight=False, soft_wrap=True)
         self._quiet = quiet
         self._live = self._rich.is_terminal and not os.environ.get("CI") and os.environ.get("TERM") != "dumb"
         if not self._live:
-            self._rich = RichConsole(
+            self._rich = _RichConsole(
                 stderr=True, quiet=not is_main, highlight=False, soft_wrap=True, color_system=None, force_terminal=False
             )
         self._progress: Progress | None = None

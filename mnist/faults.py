@@ -9,6 +9,7 @@ from __future__ import annotations
 import faulthandler
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from typing import TypeVar
@@ -34,7 +35,8 @@ class Watchdog:
         now = time.monotonic()
         if self._armed_at < 0 or now - self._armed_at >= 1.0:
             self._armed_at = now
-            faulthandler.dump_traceback_later(self._timeout_s, exit=True)
+            if sys.__stderr__ is not None:
+                faulthandler.dump_traceback_later(self._timeout_s, exit=True, file=sys.__stderr__)
 
     def rest(self) -> None:
         """Stops watching."""

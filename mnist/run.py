@@ -171,10 +171,10 @@ class Run:
             return None
         if wanted == "auto":
             saved, skipped = ckpt.load_newest(self._directory.checkpoints)
-        elif Path(wanted).is_dir():
+        elif Path(wanted, ckpt.MANIFEST).is_file():
             saved = ckpt.load_checkpoint(Path(wanted))
         else:
-            raise UserError(f"--resume {wanted}: no such directory; give auto, never or the path of a checkpoint")
+            raise UserError(f"--resume {wanted}: no checkpoint; give auto, never or the path of a step-... directory")
         if saved is None:
             return None
         notes = ckpt.check_compatible(saved, self.config, self.plan, self._checkpoint_facts())
@@ -404,12 +404,19 @@ class Run:
         if best_step == self.state.step:
             return
 
-        def read() -> dict[str, Any]:
+        def read() -> dict[str, Any] | str:
             assert self._directory is not None
-            saved = ckpt.load_checkpoint(self._directory.checkpoints / f"step-{best_step:08d}")
+            try:
+                saved = ckpt.load_checkpoint(self._directory.checkpoints / f"step-{best_step:08d}")
+            except ckpt.CheckpointError as error:
+                return str(error)
             return saved.tensors["model" if self.average is None else "ema"]
 
-        self.eval_model.load_state_dict(self._together(read))
+        found = self._together(read)
+        if isinstance(found, str):
+            self.console.warn(f"the best weights are lost ({found}); the last ones are scored and exported instead")
+        else:
+            self.eval_model.load_state_dict(found)
 
     def _export(self, name: str) -> None:
         weights = partial(ckpt.module_tensors, self.eval_model)

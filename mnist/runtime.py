@@ -78,16 +78,19 @@ def build_accelerator(config: RuntimeConfig, trackers: Sequence[str] = ()) -> Ac
         )
     _restart_with_fresh_keys("gloo" if cpu else "nccl", config.timeout_s)
     _set_determinism(config.deterministic)
-    accelerator = Accelerator(
-        cpu=cpu,
-        mixed_precision=config.mixed_precision,
-        log_with=list(trackers) or None,
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout_s)),
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-        ],
-    )
+    try:
+        accelerator = Accelerator(
+            cpu=cpu,
+            mixed_precision=config.mixed_precision,
+            log_with=list(trackers) or None,
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+            kwargs_handlers=[
+                InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout_s)),
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            ],
+        )
+    except ValueError as error:  # an unknown backend, an incomplete environment
+        raise UserError(f"Accelerate cannot start: {error}") from error
     _set_threads(config.num_threads, local_world_size)  # after Accelerate, which has a mind of its own on CPUs
     promised = int(os.environ.get("WORLD_SIZE", "1"))
     if promised != accelerator.num_processes:
@@ -146,7 +149,10 @@ def _set_determinism(deterministic: bool) -> None:
 
 def accumulation_steps(requested: int) -> int:
     """--gradient-accumulation-steps, else the launcher's setting, else 1."""
-    return requested or int(os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1"))
+    from_launcher = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if not requested and not (from_launcher.isdecimal() and int(from_launcher) > 0):
+        raise UserError(f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS={from_launcher}: must be a number of 1 or more")
+    return requested or int(from_launcher)
 
 
 def seed_initial_weights(seed: int) -> None:

@@ -6,6 +6,7 @@ because it runs before torch is imported, which takes a second in which a signal
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import faulthandler
 import os
@@ -31,6 +32,7 @@ def install() -> None:
 
     A signal that is ignored stays ignored (nohup, background jobs). Where a platform lacks one, it is left out.
     """
+    _fill_standard_streams()
     _received.clear()
     _training.clear()
     _watch_over_the_end()
@@ -40,6 +42,15 @@ def install() -> None:
             signal.signal(number, _note)
     if _was_launched() and sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _fill_standard_streams() -> None:
+    """Puts /dev/null where a standard stream is closed; a file of the run would get its number, and its text."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
 
 
 def training_begins() -> None:
@@ -90,6 +101,7 @@ def _note(number: int, _frame: FrameType | None) -> None:
     if not _received:
         _received.append((number, now))
         if os.environ.get("RANK", "0") == "0":
-            os.write(2, f"\n{signal.Signals(number).name}: saving and ending at the next step\n".encode())
+            with contextlib.suppress(OSError):
+                os.write(2, f"\n{signal.Signals(number).name}: saving and ending at the next step\n".encode())
     elif number == signal.SIGINT and now - _received[0][1] >= FORCE_AFTER_S:
         os._exit(EXIT_FORCED)

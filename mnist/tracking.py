@@ -47,10 +47,10 @@ def wandb_mode(config: OutputConfig) -> str:
 def _has_key() -> bool:
     if os.environ.get("WANDB_API_KEY"):
         return True
-    hosts = [*_KEY_HOSTS, urlsplit(os.environ.get("WANDB_BASE_URL", "")).hostname or ""]
     try:
+        hosts = [*_KEY_HOSTS, urlsplit(os.environ.get("WANDB_BASE_URL", "")).hostname or ""]
         entries = netrc.netrc(os.environ.get("NETRC")).hosts
-    except (OSError, netrc.NetrcParseError):
+    except (OSError, ValueError, netrc.NetrcParseError):
         return False
     return any(host in entries for host in hosts)
 

@@ -140,6 +140,23 @@ def test_a_second_run_in_the_same_directory_is_refused_with_the_name_of_the_firs
         process.wait(timeout=20)
 
 
+def test_a_reader_that_goes_away_does_not_end_a_run(tmp_path: Path) -> None:
+    with started(train(*SMOKE, "--epochs", "40", "--num-threads", "1", "--run-dir", "run"), tmp_path) as process:
+        assert process.stderr is not None
+        process.stderr.readline()
+        process.stderr.close()
+        assert process.wait(timeout=60) == 0
+    assert result(tmp_path / "run")["status"] == "finished"
+
+
+def test_closed_streams_are_not_taken_for_files_of_the_run(tmp_path: Path) -> None:
+    command = " ".join(train(*SMOKE, "--num-threads", "1", "--run-dir", "run"))
+    done = finish(["sh", "-c", f"{command} <&- >&- 2>&-"], tmp_path)
+    assert done.code == 0
+    assert "accuracy" not in (tmp_path / "run" / ".lock").read_text()
+    assert result(tmp_path / "run")["status"] == "finished"
+
+
 @pytest.mark.skipif("MNIST_DATA_DIR" not in os.environ, reason="MNIST_DATA_DIR does not name a folder with MNIST")
 def test_the_default_command_reaches_99_percent_on_mnist(tmp_path: Path) -> None:
     done = finish(train("--dataset", "mnist", "--min-accuracy", "0.99", "--run-dir", "run"), tmp_path)
