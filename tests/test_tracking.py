@@ -14,7 +14,8 @@ import pytest
 from mnist import tracking
 from mnist.config import OutputConfig
 from mnist.tracking import JsonlFile, wandb_mode
-from tests.processes import TORCHRUN, finish, train
+from tests.processes import TORCHRUN, finish, started, train
+from tests.test_launch import wait_until
 
 SMOKE = ["--recipe", "smoke", "--epochs", "2", "--min-accuracy", "0.1", "--num-threads", "1", "--run-dir", "run"]
 
@@ -97,6 +98,24 @@ def test_two_ranks_leave_one_offline_run_without_a_prompt(tmp_path: Path) -> Non
     rows = [json.loads(line).get("history") for line in inspect(tmp_path / "run").splitlines()]
     points = [(row["item"]["trainer/step"], "train/loss" in row["item"]) for row in rows if row]
     assert points == [(23, True), (23, False), (46, True), (46, False)], "each step once, although two ranks ran"
+
+
+@pytest.mark.launch
+def test_a_preempted_run_is_marked_and_goes_on_under_the_same_id(tmp_path: Path) -> None:
+    command = train(*SMOKE, "--wandb", "offline", "--epochs", "400")
+    with started(command, tmp_path) as process:
+        wait_until((tmp_path / "run" / "metrics.jsonl").exists)
+        process.terminate()
+        assert process.wait(timeout=30) == 75
+    assert '"preempting"' in inspect(tmp_path / "run")
+    assert json.loads(inspect(tmp_path / "run", "--summary"))["exit_code"] == 75
+    run_id = (tmp_path / "run" / "wandb_id").read_text()
+    steps = json.loads((tmp_path / "run" / "result.json").read_text())["steps"]
+    finish(train(*SMOKE, "--wandb", "offline", "--epochs", "400", "--target-accuracy", "0.1"), tmp_path)
+    names = [path.name for path in (tmp_path / "run" / "wandb").glob("offline-run-*")]
+    assert len(names) == 2
+    assert all(name.endswith(run_id) for name in names)
+    assert steps > 0
 
 
 def hold_connections(listener: socket.socket) -> None:
