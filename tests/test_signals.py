@@ -88,3 +88,25 @@ time.sleep(30)
         assert process.stdout is not None
         assert process.stdout.readline() == "SIGTERM\n"
         os.kill(int(subprocess.check_output(["pgrep", "-n", "-f", "stop_requested"], text=True)), signal.SIGKILL)
+
+
+STUCK = """
+import ctypes
+from mnist import signals
+signals.START_GRACE_S = signals.GRACE_S = 0.5
+signals.install()
+if {is_training}:
+    signals.training_begins()
+print("ready", flush=True)
+ctypes.CDLL(None).sleep(30)  # no Python runs in here, as in a collective whose other ranks are gone
+ctypes.CDLL(None).sleep(30)
+"""
+
+
+@pytest.mark.parametrize(("is_training", "code"), [(False, signals.EXIT_PREEMPTED), (True, 1)])
+def test_a_process_that_is_stuck_in_c_ends_after_a_while(is_training: bool, code: int) -> None:
+    with start(DEFAULTS + STUCK.format(is_training=is_training)) as process:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=10) == code
+        assert process.stderr is not None
+        assert "this process was here" in process.stderr.read()
