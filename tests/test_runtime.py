@@ -21,6 +21,14 @@ def test_fp16_from_the_launcher_is_refused_likewise(monkeypatch: pytest.MonkeyPa
         runtime.build_accelerator(RuntimeConfig(cpu=True))
 
 
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(UserError, match="4 processes but 2 GPUs"):
+        runtime.build_accelerator(RuntimeConfig())
+
+
 def test_ranks_that_would_each_be_alone_are_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("LOCAL_RANK", raising=False)
