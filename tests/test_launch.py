@@ -18,6 +18,7 @@ pytestmark = pytest.mark.launch
 
 SMOKE = ["--recipe", "smoke", "--epochs", "6", "--min-accuracy", "0.5"]
 NO_NETWORK = {
+    "MNIST_DATA_DIR": "data",
     "MNIST_MIRROR": "http://127.0.0.1:9/",
     "http_proxy": "http://127.0.0.1:9",
     "https_proxy": "http://127.0.0.1:9",
