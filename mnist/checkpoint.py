@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mnist.config import RunError, TrainConfig, UserError, to_flat
-from mnist.files import flush_folder, write_and_flush, write_json
+from mnist.files import flush_folder, write_and_flush, write_atomically, write_json
 from mnist.plan import Plan
 
 FORMAT_VERSION = 1
@@ -114,13 +114,17 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep_last: int, keep_b
 def _write(folder: Path, checkpoint: Checkpoint) -> None:
     files = {}
     for stem, tensors in checkpoint.tensors.items():
-        content = safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()})
+        content = _serialise(tensors)
         write_and_flush(folder / f"{stem}.safetensors", content)
         files[f"{stem}.safetensors"] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     numbers = {f.name: getattr(checkpoint, f.name) for f in dataclasses.fields(checkpoint) if f.name != "tensors"}
     manifest = {"format_version": FORMAT_VERSION, **numbers, "files": files}
     manifest["sha256"] = _digest(manifest)
     write_json(folder / MANIFEST, manifest)  # the last file: it vouches for the others, and for itself
+
+
+def _serialise(tensors: dict[str, Tensor]) -> bytes:
+    return safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()})
 
 
 def _digest(manifest: dict[str, Any]) -> str:
@@ -274,9 +278,7 @@ def export_weights(folder: Path, weights: dict[str, Tensor], config: dict[str, A
     """Plain weights and configuration, for `predict`, `evaluate` and anyone's own code."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        content = safetensors.torch.save({name: tensor.contiguous() for name, tensor in weights.items()})
-        write_and_flush(folder / ".model.tmp", content)
-        (folder / ".model.tmp").replace(folder / "model.safetensors")
+        write_atomically(folder / "model.safetensors", _serialise(weights))
         write_json(folder / "config.json", config)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: export not written ({error})") from error

@@ -252,6 +252,11 @@ class Run:
         """Whether another step is to be taken."""
         return self.state.step < self.plan.num_steps and not self.state.is_stopping and self.state.stop_reason is None
 
+    @property
+    def _epoch(self) -> float:
+        """Epochs done, fractions included."""
+        return self.state.step / self.plan.epoch_steps
+
     def next_epoch_end(self) -> int:
         """The step at which the current epoch, or the run, is over."""
         epoch_steps = self.plan.epoch_steps
@@ -264,7 +269,7 @@ class Run:
         self.tracker.log(
             "train",
             record.step,
-            record.step / self.plan.epoch_steps,
+            self._epoch,
             loss=record.loss,
             accuracy=record.accuracy,
             lr=record.lr,
@@ -299,7 +304,7 @@ class Run:
         if not math.isfinite(scores.loss):
             raise DivergedError(self.state.step, 0)
         self.scores[name] = scores
-        self.tracker.log(name, self.state.step, self.state.step / self.plan.epoch_steps, **scores.as_dict())
+        self.tracker.log(name, self.state.step, self._epoch, **scores.as_dict())
         return scores
 
     def _reason_to_stop(self, scores: Scores) -> str | None:
@@ -318,7 +323,7 @@ class Run:
         loss, correct, samples = self.state.epoch_sums
         train = (loss / samples, correct / samples) if samples else (float("nan"), float("nan"))
         counts = f"{scores.num_correct:,}/{scores.num_samples:,}"
-        epoch = round(self.state.step / self.plan.epoch_steps, 2)
+        epoch = round(self._epoch, 2)
         self.console.epoch_row(epoch, self.state.step, train, {split: (scores.loss, scores.accuracy, counts)})
 
     def save(self) -> None:
@@ -432,7 +437,7 @@ class Run:
         self._directory.write_result(
             status,
             **self._facts,
-            epochs=round(self.state.step / self.plan.epoch_steps, 4),
+            epochs=round(self._epoch, 4),
             steps=self.state.step,
             planned_steps=self.plan.num_steps,
             stop_reason=self.state.stop_reason,
