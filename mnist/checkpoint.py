@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mnist.config import RunError, TrainConfig, UserError, to_flat
-from mnist.files import flush_folder, write_and_flush, write_atomically, write_json
+from mnist.files import flush_folder, write_and_flush, write_json
 from mnist.plan import Plan
 
 FORMAT_VERSION = 1
@@ -272,16 +272,6 @@ def restore_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
         value = torch.empty_like(parameter, dtype=saved.dtype, device="cpu").copy_(saved) if is_moment else saved
         state.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-
-
-def export_weights(folder: Path, weights: dict[str, Tensor], config: dict[str, Any]) -> None:
-    """Plain weights and configuration, for `predict`, `evaluate` and anyone's own code."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "model.safetensors", _serialise(weights))
-        write_json(folder / "config.json", config)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{folder}: export not written ({error})") from error
 
 
 def module_tensors(module: nn.Module) -> dict[str, Tensor]:

@@ -12,16 +12,16 @@ import difflib
 import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import Annotated, Any, NoReturn, TypeVar, get_args, get_type_hints
 
 import tyro
 import yaml
 
-from mnist.config import TrainConfig, UserError, sections, to_flat
+from mnist.config import RunError, TrainConfig, UserError, sections, to_flat
 from mnist.console import print_error
 from mnist.recipes import RECIPES
 
@@ -31,6 +31,7 @@ _DESCRIPTION = """Trains an MNIST digit recogniser with Accelerate: on a CPU, a 
   accelerate launch train_ddp.py --recipe lenet5 --epochs 3       another recipe, shorter
   torchrun --nproc-per-node 2 train_ddp.py --wandb offline        two processes"""
 
+T = TypeVar("T")
 _Flag = tyro.conf.FlagCreatePairsOff[bool]
 
 
@@ -75,6 +76,40 @@ def parse_command_line(argv: Sequence[str] | None = None) -> TrainConfig:
             sys.stdout.write(_recipe_table() if parsed.list_recipes else to_yaml(parsed.train))
         raise SystemExit(0)
     return parsed.train
+
+
+def parse_options(options: type[T], command: str, description: str) -> T:
+    """Parses the process's command line for one of the commands beside training, into its own dataclass.
+
+    Args:
+        options: a frozen dataclass; each field is a flag, its docstring the help text.
+        command: as in `python -m mnist.<command>`.
+        description: what --help says first.
+
+    Raises:
+        SystemExit: 0 after --help, 2 at a mistake, which rank 0 alone explains.
+    """
+    is_main = os.environ.get("RANK", "0") == "0"
+    with contextlib.nullcontext() if is_main else contextlib.redirect_stderr(io.StringIO()):
+        return tyro.cli(options, prog=f"python -m mnist.{command}", description=description, console_outputs=is_main)
+
+
+def run_command(command: Callable[[T], int], options: T) -> NoReturn:
+    """Runs a command and exits with its code; a mistake of its user is one line (2), Ctrl-C is 130.
+
+    Whoever has read enough of the output may close the pipe (`| head`) without an error.
+    """
+    try:
+        code = command(options)
+        sys.stdout.flush()
+    except (UserError, RunError) as error:
+        code = print_error(error)
+    except KeyboardInterrupt:
+        code = 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.exit(code)
 
 
 def _flag_types() -> dict[str, Any]:

@@ -10,7 +10,10 @@ import dataclasses
 import math
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
+
+RUNS = Path("runs")  # where runs are kept whose --run-dir is not given
 
 Dataset = Literal["auto", "mnist", "fashion_mnist", "kmnist", "digits"]
 Model = Literal[

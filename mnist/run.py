@@ -22,10 +22,11 @@ from accelerate import Accelerator
 
 from mnist import checkpoint as ckpt
 from mnist import runtime, signals, tracking
-from mnist.config import RankError, RunError, TrainConfig, UserError, to_flat
+from mnist.config import RankError, RunError, TrainConfig, UserError, evolve, to_flat
 from mnist.console import Console
 from mnist.data import Choice, Dataset, Split
 from mnist.engine import DivergedError, TrainRecord, TrainState, TrainStep, evaluate
+from mnist.export import export_model
 from mnist.faults import Watchdog
 from mnist.files import write_json
 from mnist.losses import build_loss
@@ -424,9 +425,11 @@ class Run:
             self.eval_model.load_state_dict(found)
 
     def _export(self, name: str) -> None:
+        executed = evolve(
+            self.config, mixed_precision=self.accelerator.mixed_precision, num_threads=torch.get_num_threads()
+        )
         weights = partial(ckpt.module_tensors, self.eval_model)
-        flat = to_flat(self.config)
-        self._together(lambda: ckpt.export_weights(self.path / "export" / name, weights(), flat))
+        self._together(lambda: export_model(self.path / "export" / name, weights(), to_flat(executed)))
 
     def _close(self, status: str, **facts: Any) -> None:
         """result.json and trackers; nothing on other ranks than 0."""

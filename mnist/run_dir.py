@@ -19,10 +19,9 @@ from typing import Any, TextIO
 with contextlib.suppress(ImportError):  # Windows has none
     import fcntl
 
-from mnist.config import TrainConfig, UserError, sections, to_flat
+from mnist.config import RUNS, TrainConfig, UserError, sections, to_flat
 from mnist.files import write_atomically, write_json
 
-RUNS = Path("runs")
 UNFINISHED = ("running", "preempted")
 # What a run writes; `--resume never` sets it aside.
 CONTENTS = ("config.json", "environment.json", "metrics.jsonl", "result.json", "wandb_id", "checkpoints", "export")

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"config", "faults", "files", "seeding", "signals", "torchvision_compat"},
     {"batches", "console", "download", "idx", "losses", "metrics", "models", "optim", "plan", "recipes", "transforms"},
-    {"checkpoint", "data", "engine", "run_dir", "runtime", "tracking"},
+    {"checkpoint", "data", "engine", "export", "run_dir", "runtime", "tracking"},
     {"cli", "run"},
     {"train_ddp"},
 ]
