@@ -43,7 +43,7 @@ def main(config: TrainConfig) -> int:
     Every rank calls it.
     """
     try:
-        with runtime.open_accelerator(config.runtime, tracking.trackers(config.output)) as accelerator:
+        with runtime.open_accelerator(config.runtime, tracking.tracker_names(config.output)) as accelerator:
             return train(config, accelerator)
     except (UserError, RunError) as error:
         if config.output.debug:

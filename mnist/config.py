@@ -263,6 +263,10 @@ class OutputConfig:
     """Tags besides data set, model, precision and world size."""
     wandb_notes: str | None = None
     """A remark kept with the run."""
+    tensorboard: bool = False
+    """Also write TensorBoard's event files, to <run>/tensorboard (pip install tensorboard)."""
+    pictures: bool = True
+    """At the end, draw pictures of data, curves, features and mistakes into <run>/pictures."""
     quiet: bool = False
     """Print warnings, errors and the closing lines only."""
     debug: bool = False

@@ -47,7 +47,7 @@ class TrainState:
             event; a checkpoint written between two of them, at a signal, carries the sums along.)
         interval_start: the step of the last record.
         interval_time_s: training time since then.
-        epoch_sums: loss, correct and samples since the epoch began, all ranks together.
+        epoch_sums: loss, correct, samples and seconds of training since the epoch began, all ranks together.
         best: record of the best evaluation so far.
         evals_since_best: evaluations after it.
         train_time_s: time in training steps, evaluation and checkpoints not counted.
@@ -59,7 +59,7 @@ class TrainState:
     interval: list[list[float]] = field(default_factory=list)
     interval_start: int = 0
     interval_time_s: float = 0.0
-    epoch_sums: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
+    epoch_sums: list[float] = field(default_factory=lambda: [0.0] * 4)
     best: dict[str, float] | None = None
     evals_since_best: int = 0
     train_time_s: float = 0.0
@@ -235,8 +235,9 @@ def _compare_notes(train_step: TrainStep, state: TrainState, stop: bool, started
 def _make_record(train_step: TrainStep, state: TrainState, rows: list[list[float]]) -> TrainRecord:
     """Closes the interval: its sums become a record, and start again at zero."""
     loss_sum, num_correct, _, num_samples = (sum(column) for column in list(zip(*rows, strict=True))[:4])
-    state.epoch_sums = [a + b for a, b in zip(state.epoch_sums, (loss_sum, num_correct, num_samples), strict=True)]
     seconds, state.interval_time_s = state.interval_time_s, 0.0
+    interval = (loss_sum, num_correct, num_samples, seconds)
+    state.epoch_sums = [a + b for a, b in zip(state.epoch_sums, interval, strict=True)]
     state.interval, state.interval_start = [], state.step
     train_step.load_sums([])
     return TrainRecord(

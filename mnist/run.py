@@ -7,9 +7,7 @@ every rank; what only rank 0 may do is done inside.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
-import os
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -20,9 +18,10 @@ from typing import Any, Self
 import torch
 from accelerate import Accelerator
 
-from mnist import checkpoint as ckpt
-from mnist import runtime, signals, tracking
-from mnist.config import RankError, RunError, TrainConfig, UserError, evolve, to_flat
+from mnist import report, runtime, signals, tracking
+from mnist import resume as resuming
+from mnist.checkpoint import Checkpoint, CheckpointError, load_checkpoint, module_tensors, save_checkpoint
+from mnist.config import RankError, TrainConfig, evolve, to_flat
 from mnist.console import Console
 from mnist.data import Choice, Dataset, Split
 from mnist.engine import DivergedError, TrainRecord, TrainState, TrainStep, evaluate
@@ -32,9 +31,10 @@ from mnist.files import write_json
 from mnist.losses import build_loss
 from mnist.metrics import Scores
 from mnist.models import count_parameters
-from mnist.optim import WeightAverage, restore_scheduler
+from mnist.optim import WeightAverage
 from mnist.plan import Plan
 from mnist.run_dir import RunDir, open_run_dir
+from mnist.wandb_run import wandb_mode
 
 EXIT_FINISHED, EXIT_FAILED = 0, 1
 
@@ -69,13 +69,14 @@ class Run:
         self.model = self.accelerator.unwrap_model(self.train_step.model, keep_torch_compile=False)
         self.eval_model = self.model if self.average is None else self.average.module
         self.eval_loss = build_loss(self.config.optim.loss)  # without smoothing, which is a means of training
-        self.scores: dict[str, Scores] = {}  # of the last evaluation
+        self.scores: dict[str, Scores] = {}  # of this step
+        self.val_scores: dict[str, Any] | None = None  # of the last evaluation on validation
         self.warmup_time_s = 0.0
         self._directory: RunDir | None = None  # on rank 0
         self._saved_step = -1
         self._has_begun = False
         self._watchdog = Watchdog(self.config.runtime.timeout_s)
-        self._upload_hint: str | None = None
+        self._hints: list[tracking.Hint] = []
 
     # --- beginning -----------------------------------------------------------------------------------------------
 
@@ -93,24 +94,18 @@ class Run:
             "precision": {"no": "fp32"}.get(self.accelerator.mixed_precision, self.accelerator.mixed_precision),
             "evaluation": self.config.loop.evaluation,
         }
-        self.tracker = tracking.Tracker(self.accelerator, None, self.dataset.name, self.console.warn)
+        self.tracker = tracking.Tracker(None, self.dataset.name, self.console.warn)
         return self
 
     def _open(self, directory: RunDir) -> dict[str, Any]:
         self._directory = directory
-        if self._resume_mode == "never":
+        if resuming.resume_mode(self.config) == "never":
             directory.set_aside()
         return {
             "path": str(directory.path),
             "result": directory.read("result.json"),
             "config": directory.read("config.json"),
         }
-
-    @property
-    def _resume_mode(self) -> str:
-        """--resume, but auto when a launcher or a scheduler has restarted the job: it has started over once already."""
-        restarts = (os.environ.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
-        return "auto" if any(count != "0" for count in restarts) else self.config.output.resume
 
     def is_finished(self) -> bool:
         """Whether an earlier start in this directory has done all that is asked for now; says so.
@@ -119,22 +114,11 @@ class Run:
             UserError: that start had another configuration.
             RunError: that start diverged, and would again.
         """
-        status, steps = self.previous.get("status"), self.previous.get("steps", 0)
-        if self._resume_mode != "auto":
+        if not resuming.check_finished(self.previous, self._previous_config, self.config, self.plan, self.path):
             return False
-        if status in ("finished", "diverged"):
-            ckpt.check_same_run(self._previous_config, self.config)
-        if status == "diverged":
-            raise RunError(
-                f"--run-dir {self.path}: this run diverged at step {steps} and would again; start over with a smaller "
-                f"--lr and --resume never, or name an earlier checkpoint with --resume PATH"
-            )
-        if status != "finished" or self.plan.num_steps > self.previous["planned_steps"]:
-            return False
-        self.console.say(
-            f"{self.path} is finished: {steps} steps, test accuracy {self.previous['test']['accuracy']:.2%}"
-        )
-        self.console.say("continue it with more --epochs, start over with --resume never, or name another --run-dir")
+        steps, accuracy = self.previous["steps"], self.previous["test"]["accuracy"]
+        self.console.say(f"{self.path} is finished: {steps} steps, test accuracy {accuracy:.2%}")
+        self.console.say(resuming.ways_on(self.config))
         return True
 
     def exit_code(self) -> int:
@@ -147,58 +131,26 @@ class Run:
         if found is None:
             return
         saved, notes = found
-        self.model.load_state_dict(saved.tensors["model"])
-        if self.average is not None:
-            self.average.module.load_state_dict(saved.tensors["ema"])
-        ckpt.restore_optimizer(self.train_step.optimizer, saved.tensors["optimizer"])
-        restore_scheduler(self.train_step.scheduler, saved.step)
-        if self.accelerator.scaler is not None and saved.scaler is not None:
-            self.accelerator.scaler.load_state_dict(saved.scaler)
-        self.state = TrainState(**saved.loop)
-        self.state.is_stopping = False
-        if saved.plan["num_steps"] != self.plan.num_steps:
-            self.state.stop_reason = None  # whoever asks for more steps wants to go on
-        self.train_step.load_sums(self.state.interval)
+        self.state = resuming.restore(saved, self.train_step, self.average)
+        self.val_scores = saved.scores.get("val")
         self._saved_step = self.state.step
         self.console.say(f"resuming {self.path} at step {self.state.step}")
         for note in notes:
             self.console.warn(note)
 
-    def _find_checkpoint(self) -> tuple[ckpt.Checkpoint, list[str]] | None:
+    def _find_checkpoint(self) -> tuple[Checkpoint, list[str]] | None:
         assert self._directory is not None
-        wanted = self._resume_mode
-        skipped: list[str] = []
-        if wanted == "never":
-            return None
-        if wanted == "auto":
-            saved, skipped = ckpt.load_newest(self._directory.checkpoints)
-        elif Path(wanted, ckpt.MANIFEST).is_file():
-            saved = ckpt.load_checkpoint(Path(wanted))
-        else:
-            raise UserError(f"--resume {wanted}: no checkpoint; give auto, never or the path of a step-... directory")
-        if saved is None:
-            return None
-        notes = ckpt.check_compatible(saved, self.config, self.plan, self._checkpoint_facts())
-        steps = ckpt.list_steps(self._directory.checkpoints)
-        later = [path for step, path in steps.items() if step > saved.step]
-        if wanted == "auto":
-            self._directory.move_aside(later)  # the broken ones, which must not pass for this run's steps again
-        else:
-            self._directory.rewind(saved.step, later)
-        if saved.loop["best"] is not None and saved.loop["best"]["step"] not in steps:
-            saved.loop["best"] = None  # it stayed behind in another directory
-        return saved, [f"skipped a broken checkpoint: {line}" for line in skipped] + [
-            f"from here on: {n}" for n in notes
-        ]
+        return resuming.find_checkpoint(self._directory, self.config, self.plan, self._checkpoint_facts())
 
     def begin(self) -> None:
         """Writes down what is about to happen, starts the trackers, shows the plan, warms up."""
         environment = runtime.describe_environment(self.accelerator)
-        mode = tracking.wandb_mode(self.config.output)
-        self.console.banner([*self._banner(environment), ("run", str(self.path)), ("W&B", mode)])
-        for line in self._warnings():
+        plan = report.banner(self.config, self.plan, self.dataset, self._facts, environment)
+        self.console.banner([*plan, ("run", str(self.path)), ("W&B", wandb_mode(self.config.output))])
+        idle = runtime.idle_hardware(self.accelerator)
+        for line in [*report.data_warnings(self.dataset, self.choice), *([idle] if idle else [])]:
             self.console.warn(line)
-        self._together(lambda: self._write_down(environment, mode))
+        self._together(lambda: self._write_down(environment))
         self._has_begun = True
         self._watchdog.sign_of_life()
         signals.training_begins()
@@ -208,39 +160,17 @@ class Run:
         self.warmup_time_s = time.perf_counter() - started
         self.console.start_progress(self.plan.num_steps, self.state.step)
 
-    def _banner(self, environment: dict[str, Any]) -> list[tuple[str, str]]:
-        plan, sizes = self.plan, f"{len(self.dataset.train):,} train"
-        sizes += f" / {len(self.dataset.val):,} val" if self.dataset.val is not None else ""
-        world = f"{plan.world_size} process{'es' if plan.world_size > 1 else ''} ({environment['launcher']})"
-        share = f"{plan.world_size} x {plan.accumulation_steps} x {plan.micro_batch_size}"
-        optim = self.config.optim
-        return [
-            ("recipe", f"{self.config.recipe}: {optim.model}, {self._facts['num_params']:,} parameters"),
-            ("data", f"{self.dataset.name}: {sizes} / {len(self.dataset.test):,} test"),
-            ("device", f"{environment['ranks'][0]['device']}, {environment['threads_per_process']} threads, {world}"),
-            ("precision", self._facts["precision"]),
-            ("batch", f"{plan.global_batch_size} = processes x micro-batches x images {share}"),
-            ("plan", f"{plan.describe_length()}; {optim.optimizer} {optim.lr:g}, {optim.schedule}"),
-        ]
-
-    def _warnings(self) -> list[str]:
-        lines = list(self.dataset.warnings)
-        if self.choice.fallback_reason is not None:
-            lines.insert(
-                0, f"NOT MNIST: training on the 1,797 embedded digits, because it is {self.choice.fallback_reason}"
-            )
-        idle = runtime.idle_hardware(self.accelerator)
-        return [*lines, idle] if idle else lines
-
-    def _write_down(self, environment: dict[str, Any], mode: str) -> None:
+    def _write_down(self, environment: dict[str, Any]) -> None:
         assert self._directory is not None
         write_json(self.path / "config.json", to_flat(self.config))
         write_json(self.path / "environment.json", environment)
         self._directory.write_result("running", **self._facts, **environment["ranks"][0])
-        self.tracker = tracking.Tracker(self.accelerator, self.path, self.dataset.name, self.console.warn)
+        self.tracker = tracking.Tracker(self.path, self.dataset.name, self.console.warn)
         tags = [self.dataset.name, self.config.optim.model, self._facts["precision"], f"w{self._facts['world_size']}"]
         run_config = {**to_flat(self.config), "environment": environment}
-        self.tracker.start_wandb(mode, self.config.output, self.path, run_config, tags)
+        self.tracker.start_wandb(self.accelerator, self.config.output, self.path, run_config, tags)
+        if self.config.output.tensorboard:
+            self.tracker.start_tensorboard(self.path)
 
     # --- during --------------------------------------------------------------------------------------------------
 
@@ -267,6 +197,13 @@ class Run:
         """Writes a training record down."""
         speed = record.images_per_s
         self.scores = {}  # they were of an earlier step
+        performance = {
+            "images_per_s": round(speed, 1),
+            "images_per_s_per_device": round(speed / self.plan.world_size, 1),
+            "memory_mb": round(runtime.peak_memory_mb(self.accelerator.device)),
+        }
+        if self.plan.epoch_ends_at(record.step):
+            performance["epoch_time_s"] = round(self.state.epoch_sums[3], 3)
         self.tracker.log(
             "train",
             record.step,
@@ -275,7 +212,7 @@ class Run:
             accuracy=record.accuracy,
             lr=record.lr,
             grad_norm=record.grad_norm,
-            images_per_s=round(speed, 1),
+            **performance,
         )
         self.console.progress(record.step, record.loss, record.accuracy, speed)
 
@@ -291,7 +228,7 @@ class Run:
         self.state.stop_reason = self._reason_to_stop(scores)
         self._show(scores, split)
         if self.plan.epoch_ends_at(self.state.step):
-            self.state.epoch_sums = [0.0, 0.0, 0.0]
+            self.state.epoch_sums = [0.0] * 4
 
     def _evaluate(self, name: str, split: Split) -> Scores:
         scores = evaluate(
@@ -305,6 +242,8 @@ class Run:
         if not math.isfinite(scores.loss):
             raise DivergedError(self.state.step, 0)
         self.scores[name] = scores
+        if name == "val":
+            self.val_scores = scores.as_dict()
         self.tracker.log(name, self.state.step, self._epoch, **scores.as_dict())
         return scores
 
@@ -321,7 +260,7 @@ class Run:
         return None
 
     def _show(self, scores: Scores, split: str) -> None:
-        loss, correct, samples = self.state.epoch_sums
+        loss, correct, samples, _ = self.state.epoch_sums
         train = (loss / samples, correct / samples) if samples else (float("nan"), float("nan"))
         counts = f"{scores.num_correct:,}/{scores.num_samples:,}"
         epoch = round(self._epoch, 2)
@@ -345,26 +284,18 @@ class Run:
 
     def _write_checkpoint(self) -> None:
         assert self._directory is not None
-        tensors = {
-            "model": ckpt.module_tensors(self.model),
-            "optimizer": ckpt.optimizer_tensors(self.train_step.optimizer),
-        }
-        if self.average is not None:
-            tensors["ema"] = ckpt.module_tensors(self.average.module)
-        scaler = self.accelerator.scaler
-        saved = ckpt.Checkpoint(
-            step=self.state.step,
-            tensors=tensors,
-            loop=dataclasses.asdict(self.state),
-            scaler=None if scaler is None else scaler.state_dict(),
-            config=to_flat(self.config),
-            plan=dataclasses.asdict(self.plan),
+        saved = resuming.capture(
+            self.train_step,
+            self.average,
+            self.state,
+            self.scores,
+            config=self.config,
+            plan=self.plan,
             facts=self._checkpoint_facts(),
-            scores={name: scores.as_dict() for name, scores in self.scores.items()},
         )
         output = self.config.output
         keep_best = max(output.keep_best, 1) if self.dataset.val is not None else 0
-        ckpt.save_checkpoint(self._directory.checkpoints, saved, output.keep_last, keep_best)
+        save_checkpoint(self._directory.checkpoints, saved, output.keep_last, keep_best)
 
     def should_save(self) -> bool:
         """Whether this step's checkpoint is due: by its cadence, or as the best on validation so far."""
@@ -386,7 +317,9 @@ class Run:
         test = self.scores["test"]
         code = self._gate(test.accuracy)
         self._together(lambda: self._close("finished", gate_passed=code == EXIT_FINISHED))
-        self._summarise(test)
+        rows = report.closing(test, self.dataset, self.choice, self.plan, self.state)
+        times = f"{self.state.train_time_s:.1f} s training, {self._total_time_s():.1f} s in all"
+        self.console.summary([*rows, ("time", times), ("run", str(self.path)), *self._hints])
         if code:
             self.console.warn(f"--min-accuracy {self.config.loop.min_accuracy}: missed with {test.accuracy:.4f}")
         return code
@@ -413,8 +346,8 @@ class Run:
         def read() -> dict[str, Any] | str:
             assert self._directory is not None
             try:
-                saved = ckpt.load_checkpoint(self._directory.checkpoints / f"step-{best_step:08d}")
-            except ckpt.CheckpointError as error:
+                saved = load_checkpoint(self._directory.checkpoints / f"step-{best_step:08d}")
+            except CheckpointError as error:
                 return str(error)
             return saved.tensors["model" if self.average is None else "ema"]
 
@@ -428,50 +361,21 @@ class Run:
         executed = evolve(
             self.config, mixed_precision=self.accelerator.mixed_precision, num_threads=torch.get_num_threads()
         )
-        weights = partial(ckpt.module_tensors, self.eval_model)
+        weights = partial(module_tensors, self.eval_model)
         self._together(lambda: export_model(self.path / "export" / name, weights(), to_flat(executed)))
 
     def _close(self, status: str, **facts: Any) -> None:
         """result.json and trackers; nothing on other ranks than 0."""
         if self._directory is None:
             return
-        val = self.scores["val"].as_dict() if "val" in self.scores else None
-        samples = self.state.step * len(self.dataset.train) / self.plan.pass_steps
-        self._directory.write_result(
-            status,
-            **self._facts,
-            epochs=round(self._epoch, 4),
-            steps=self.state.step,
-            planned_steps=self.plan.num_steps,
-            stop_reason=self.state.stop_reason,
-            test=self.scores["test"].as_dict() if "test" in self.scores else None,
-            val=val,
-            best=self.state.best,
-            test_confusion=self.scores["test"].confusion if "test" in self.scores else None,
-            train_time_s=round(self.state.train_time_s, 3),
-            warmup_time_s=round(self.warmup_time_s, 3),
-            total_time_s=round(time.perf_counter() - self.started, 3),
-            images_per_s=round(samples / self.state.train_time_s, 1) if self.state.train_time_s else None,
-            **facts,
-        )
+        numbers = report.result(self.plan, self.state, self.scores, self.val_scores, len(self.dataset.train))
+        times = {"warmup_time_s": round(self.warmup_time_s, 3), "total_time_s": round(self._total_time_s(), 3)}
+        self._directory.write_result(status, **self._facts, **numbers, **times, **facts)
         best = {f"best/{key}": value for key, value in (self.state.best or {}).items()}
-        self._upload_hint = self.tracker.finish(status, {**best, "status": status})
+        self._hints = self.tracker.finish(status, {**best, **times, "train_time_s": numbers["train_time_s"]})
 
-    def _summarise(self, test: Scores) -> None:
-        chosen = "weights with the best validation accuracy" if self.dataset.val is not None else "last weights"
-        counts = f"{test.num_correct:,}/{test.num_samples:,}"
-        rows = [
-            ("test", f"accuracy {test.accuracy:.2%} ({counts}), loss {test.loss:.4f}, {chosen}"),
-            ("time", f"{self.state.train_time_s:.1f} s training, {time.perf_counter() - self.started:.1f} s in all"),
-            ("run", str(self.path)),
-        ]
-        if self.state.stop_reason:
-            rows.insert(
-                1, ("stopped", f"{self.state.stop_reason} after step {self.state.step} of {self.plan.num_steps}")
-            )
-        if self._upload_hint:
-            rows.append(("upload", self._upload_hint))
-        self.console.summary(rows)
+    def _total_time_s(self) -> float:
+        return time.perf_counter() - self.started
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

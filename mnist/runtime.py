@@ -32,6 +32,11 @@ from torch import Tensor, nn
 from mnist.config import RunError, RuntimeConfig, UserError
 from mnist.seeding import derive_seed
 
+try:
+    import resource
+except ImportError:  # Windows has none
+    resource = None  # type: ignore[assignment]
+
 T = TypeVar("T")
 
 
@@ -277,6 +282,14 @@ def device_name(accelerator: Accelerator) -> str:
     """The GPU's name, or "cpu"."""
     device = accelerator.device
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """The most memory that this process has held so far: on its GPU, or, without one, of the machine; in 10^6 bytes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    peak: int = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if resource else 0
+    return peak / 1e6 if sys.platform == "darwin" else peak / 1e3
 
 
 def launcher() -> str:

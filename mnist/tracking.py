@@ -1,189 +1,190 @@
-"""What is logged where: metrics.jsonl always, W&B through Accelerate's trackers where it can be had.
+"""What is logged where: metrics.jsonl always, W&B where it can be had, TensorBoard where it is asked for.
 
-In: records (flat dictionaries with "step", "epoch", "split"). Out: one line or point each, none lost and none doubled
-after a resume. Tracking never stops or delays a run for long: whatever W&B does, it costs a warning. All of it happens
-on rank 0; elsewhere `Tracker` is the null object.
+In: records of a split at a step, pictures, exported models. Out: each of them once in every sink, none lost and none
+doubled after a resume. Tracking never stops a run: whatever a sink does, it costs a warning, and the sink is dropped.
+All of it happens on rank 0; elsewhere `Tracker` is the null object.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import math
-import netrc
 import os
-import secrets
-import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
+from typing import Any, Protocol
 
+import numpy as np
 from accelerate import Accelerator
 
-from mnist.config import OutputConfig, RunError
-
-PROJECT = "mnist-ddp"
-INIT_TIMEOUT_S = 5  # W&B waits 10 s on top of it, and 90 s by default
-FINISH_TIMEOUT_S = 30  # for ever by default
-PROBE_TIMEOUT_S = 2
-_KEY_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")
-
-_EXIT_CODES = {"finished": 0, "preempted": 75}
+from mnist.config import OutputConfig, RunError, UserError
+from mnist.wandb_run import PROBE_TIMEOUT_S, Counts, WandbRun, server_answers, wandb_mode
 
 Warn = Callable[[str], None]
+Hint = tuple[str, str]  # a word, and a command to type
 
 
-def wandb_mode(config: OutputConfig) -> str:
-    """online, offline or disabled: what --wandb, or else $WANDB_MODE asks for; auto = online if a key is configured."""
-    wanted = config.wandb if config.wandb != "auto" else os.environ.get("WANDB_MODE", "auto")
-    if wanted == "disabled" or importlib.util.find_spec("wandb") is None:
-        return "disabled"
-    if wanted == "offline":
-        return "offline"
-    return "online" if _has_key() else "offline"
+class Sink(Protocol):
+    """Something beside metrics.jsonl that takes what is logged."""
+
+    def log(self, step: int, points: dict[str, float]) -> None:
+        """Values by name at a step."""
+
+    def pictures(self, step: int, paths: dict[str, Path]) -> None:
+        """PNG files by name."""
+
+    def confusion(self, step: int, counts: Counts, class_names: Sequence[str]) -> None:
+        """Confusion matrix of the test set, a row per true class."""
+
+    def model(self, folder: Path, alias: str, metadata: dict[str, Any]) -> None:
+        """An exported model."""
+
+    def finish(self, status: str, summary: dict[str, Any]) -> None:
+        """The end."""
+
+    def hints(self) -> list[Hint]:
+        """What to type next."""
 
 
-def _has_key() -> bool:
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    try:
-        hosts = [*_KEY_HOSTS, urlsplit(os.environ.get("WANDB_BASE_URL", "")).hostname or ""]
-        entries = netrc.netrc(os.environ.get("NETRC")).hosts
-    except (OSError, ValueError, netrc.NetrcParseError):
-        return False
-    return any(host in entries for host in hosts)
+def tracker_names(config: OutputConfig) -> list[str]:
+    """The names under which Accelerate knows the trackers of this run.
 
-
-def trackers(config: OutputConfig) -> list[str]:
-    """The names under which Accelerate knows the trackers of this run."""
+    Raises:
+        UserError: --tensorboard without TensorBoard.
+    """
+    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise UserError("--tensorboard: the package is missing; pip install tensorboard")
     return [] if wandb_mode(config) == "disabled" else ["wandb"]
 
 
 class Tracker:
-    """Receives records. On ranks other than 0 every method does nothing."""
+    """Receives what is worth keeping. On ranks other than 0 every method does nothing."""
 
-    def __init__(self, accelerator: Accelerator, run_dir: Path | None, dataset: str, warn: Warn) -> None:
-        self._accelerator = accelerator
+    def __init__(self, run_dir: Path | None, dataset: str, warn: Warn) -> None:
         self._dataset = dataset
         self._warn = warn
         self._jsonl = JsonlFile(run_dir / "metrics.jsonl") if run_dir is not None else None
-        self._wandb: Any = None
+        self._sinks: dict[str, Sink] = {}
 
     def start_wandb(
-        self, mode: str, config: OutputConfig, run_dir: Path, run_config: dict[str, Any], tags: list[str]
+        self,
+        accelerator: Accelerator,
+        config: OutputConfig,
+        run_dir: Path,
+        run_config: dict[str, Any],
+        tags: list[str],
     ) -> None:
-        """Starts, or continues, the one W&B run of this job; rank 0 only. Without an answer the run goes on offline."""
-        if self._jsonl is None or mode == "disabled":
+        """Starts, or continues, the one W&B run of this job. Without an answer the run goes on offline."""
+        mode = wandb_mode(config)
+        if mode == "disabled":
             return
         if config.wandb == "online" and mode != "online":
             self._warn("--wandb online: no key is configured (wandb login, or $WANDB_API_KEY): tracking offline")
-        if mode == "online" and not _answers():
+        if mode == "online" and not server_answers():
             self._warn(f"W&B does not answer within {PROBE_TIMEOUT_S} s: this run is tracked offline")
             mode = "offline"
         for attempt in dict.fromkeys((mode, "offline")):
             try:
-                self._init_wandb(attempt, config, run_dir, run_config, tags)
+                self._sinks["W&B"] = WandbRun(
+                    accelerator, mode=attempt, config=config, run_dir=run_dir, run_config=run_config, tags=tags
+                )
             except Exception as error:  # whatever it is, training goes on
                 self._warn(f"W&B did not start {attempt} ({_first_line(error)})")
             else:
                 return
 
-    def _init_wandb(
-        self, mode: str, config: OutputConfig, run_dir: Path, run_config: dict[str, Any], tags: list[str]
-    ) -> None:
-        arguments = _init_arguments(config, run_dir, run_config, tags)
-        self._accelerator.init_trackers(
-            config.wandb_project or os.environ.get("WANDB_PROJECT", PROJECT),
-            config=run_config,
-            init_kwargs={"wandb": {**arguments, "mode": mode}},
-        )
-        self._wandb = self._accelerator.get_tracker("wandb", unwrap=True)
-        self._wandb.define_metric("trainer/step")
-        self._wandb.define_metric("*", step_metric="trainer/step")
-        for split in ("train", "val", "test"):
-            self._wandb.define_metric(f"{split}/accuracy", step_metric="trainer/step", summary="max,last")
-            self._wandb.define_metric(f"{split}/loss", step_metric="trainer/step", summary="min,last")
+    def start_tensorboard(self, run_dir: Path) -> None:
+        """Starts event files below the run directory."""
+        self._sinks["TensorBoard"] = TensorBoardRun(run_dir)
 
     def log(self, split: str, step: int, epoch: float, **values: float) -> None:
         """Records values of one split at one step, once: a step that was recorded before a crash is passed over."""
         if self._jsonl is None:
             return
-        record = {"step": step, "epoch": round(epoch, 4), "split": split, "dataset": self._dataset, **values}
-        if self._jsonl.append(record) and self._wandb is not None:
-            points = {_wandb_key(split, name): value for name, value in values.items()}
-            self._guarded(lambda: self._accelerator.log({**points, "epoch": record["epoch"], "trainer/step": step}))
+        place = {"step": step, "epoch": round(epoch, 4), "split": split, "dataset": self._dataset}
+        if self._jsonl.append({**place, **values}):
+            points = {_point_name(split, name): value for name, value in values.items()}
+            self._each(lambda sink: sink.log(step, {**points, "epoch": round(epoch, 4)}))
 
-    def finish(self, status: str, summary: dict[str, Any]) -> str | None:
-        """Closes W&B with the final numbers; returns the command that uploads an offline run, if there is one."""
-        if self._wandb is None:
-            return None
-        run = self._wandb
+    def pictures(self, step: int, paths: dict[str, Path]) -> None:
+        """Shows PNG files."""
+        if paths:
+            self._each(lambda sink: sink.pictures(step, paths))
 
-        def close() -> None:
-            run.summary.update(summary)
-            if status == "preempted":
-                run.mark_preempting()
-            run.finish(exit_code=_EXIT_CODES.get(status, 1))  # not 0 when preempted: 0 is not requeued
+    def confusion(self, step: int, counts: Counts, class_names: Sequence[str]) -> None:
+        """Shows the confusion matrix of the test set."""
+        self._each(lambda sink: sink.confusion(step, counts, class_names))
 
-        folder = Path(run.dir).parent
-        self._guarded(close)
-        return f"wandb sync {folder}" if folder.name.startswith("offline") else None
+    def model(self, folder: Path, alias: str, metadata: dict[str, Any]) -> None:
+        """Keeps an exported model."""
+        self._each(lambda sink: sink.model(folder, alias, metadata))
 
-    def _guarded(self, action: Callable[[], None]) -> None:
-        try:
-            action()
-        except Exception as error:  # telemetry never ends a run
-            self._warn(f"W&B failed and is left alone from here on ({_first_line(error)})")
-            self._wandb = None
+    def finish(self, status: str, summary: dict[str, Any]) -> list[Hint]:
+        """Closes all sinks with the final numbers; says what to type next."""
+        self._each(lambda sink: sink.finish(status, summary))
+        return [hint for sink in self._sinks.values() for hint in sink.hints()]
 
-
-def _wandb_key(split: str, name: str) -> str:
-    return f"perf/{name}" if name.startswith(("images_per_s", "memory", "epoch_time")) else f"{split}/{name}"
-
-
-def _init_arguments(config: OutputConfig, run_dir: Path, run_config: dict[str, Any], tags: list[str]) -> dict[str, Any]:
-    """Arguments of `wandb.init`. What the user left open stays open where the environment has a word in it."""
-    wandb = importlib.import_module("wandb")  # half a second, which only a rank 0 that uses it pays
-    defaults = {
-        "name": (config.wandb_name, "WANDB_NAME", run_dir.name),
-        "group": (config.wandb_group, "WANDB_RUN_GROUP", f"{run_config['recipe']}-{run_config['dataset']}"),
-        "notes": (config.wandb_notes, "WANDB_NOTES", None),
-        "job_type": (None, "WANDB_JOB_TYPE", "train"),
-    }
-    chosen = {key: own or default for key, (own, env, default) in defaults.items() if own or env not in os.environ}
-    return {
-        **chosen,
-        "tags": [*tags, *config.wandb_tags],
-        "id": _run_id(run_dir),
-        "resume": "allow",
-        "dir": str(run_dir),
-        "settings": wandb.Settings(
-            init_timeout=INIT_TIMEOUT_S, finish_timeout=FINISH_TIMEOUT_S, console="off", silent=True
-        ),
-    }
+    def _each(self, action: Callable[[Sink], None]) -> None:
+        for name, sink in list(self._sinks.items()):
+            try:
+                action(sink)
+            except Exception as error:  # telemetry never ends a run
+                self._warn(f"{name} failed and is left alone from here on ({_first_line(error)})")
+                del self._sinks[name]
 
 
-def _run_id(run_dir: Path) -> str:
-    """The W&B id of this run directory, so that a resumed job continues the same W&B run."""
-    path = run_dir / "wandb_id"
-    if not path.exists():
-        path.write_text(os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4))
-    return path.read_text().strip()
+_PERFORMANCE = ("images_per_s", "epoch_time_s", "memory_mb")
 
 
-def _answers() -> bool:
-    """Whether W&B's server takes a TCP connection at all; its own client would wait much longer for the same answer."""
-    url = urlsplit(importlib.import_module("wandb").Settings().base_url)
-    try:
-        socket.create_connection((url.hostname or "", url.port or 443), timeout=PROBE_TIMEOUT_S).close()
-    except OSError:
-        return False
-    return True
+def _point_name(split: str, name: str) -> str:
+    return f"perf/{name}" if name.startswith(_PERFORMANCE) else f"{split}/{name}"
 
 
 def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+class TensorBoardRun:
+    """Event files for `tensorboard --logdir`, in <run>/tensorboard."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._folder = run_dir / "tensorboard"
+        tensorboard = importlib.import_module("torch.utils.tensorboard")  # costs a second, and is not always installed
+        self._writer = tensorboard.SummaryWriter(str(self._folder))
+
+    def log(self, step: int, points: dict[str, float]) -> None:
+        """Values by name at a step; on the disk at once, so that a killed run loses none."""
+        for name, value in points.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def pictures(self, step: int, paths: dict[str, Path]) -> None:
+        """PNG files by name."""
+        image = importlib.import_module("PIL.Image")
+        for name, path in paths.items():
+            pixels = np.asarray(image.open(path).convert("RGB"))
+            self._writer.add_image(f"pictures/{name}", pixels, step, dataformats="HWC")
+
+    def confusion(self, step: int, counts: Counts, class_names: Sequence[str]) -> None:
+        """A table in Markdown, a row per true class."""
+        lines = [["true", *class_names], ["---"] * (len(class_names) + 1)]
+        lines += [[name, *map(str, row)] for name, row in zip(class_names, counts, strict=True)]
+        self._writer.add_text("test/confusion", "\n".join("|".join(["", *line, ""]) for line in lines), step)
+
+    def model(self, folder: Path, alias: str, metadata: dict[str, Any]) -> None:
+        """TensorBoard keeps no models."""
+
+    def finish(self, status: str, summary: dict[str, Any]) -> None:
+        """Closes the files, with the final numbers as a text."""
+        lines = [f"    {name}: {value}" for name, value in {"status": status, **summary}.items()]  # a code block
+        self._writer.add_text("summary", "\n".join(lines))
+        self._writer.close()
+
+    def hints(self) -> list[Hint]:
+        """What to type next."""
+        return [("curves", f"tensorboard --logdir {self._folder}")]
 
 
 class JsonlFile:

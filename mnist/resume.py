@@ -1,0 +1,156 @@
+"""Taking a run up where an earlier start left it: what is continued, from which checkpoint, and how.
+
+In: the live objects of a run and its directory. Out: a checkpoint of them, or the objects as a checkpoint has them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+from mnist.checkpoint import (
+    LENGTH_BOUND_SCHEDULES,
+    MANIFEST,
+    Checkpoint,
+    check_compatible,
+    check_same_run,
+    list_steps,
+    load_checkpoint,
+    load_newest,
+    module_tensors,
+    optimizer_tensors,
+    restore_optimizer,
+)
+from mnist.config import RunError, TrainConfig, UserError, to_flat
+from mnist.engine import TrainState, TrainStep
+from mnist.metrics import Scores
+from mnist.optim import WeightAverage, restore_scheduler
+from mnist.plan import Plan
+from mnist.run_dir import RunDir
+
+_STOPPING_FIELDS = ("target_accuracy", "target_loss", "patience")
+
+
+def resume_mode(config: TrainConfig) -> str:
+    """--resume, but auto when a launcher or a scheduler has restarted the job: it has started over once already."""
+    restarts = (os.environ.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+    return "auto" if any(count != "0" for count in restarts) else config.output.resume
+
+
+def check_finished(previous: dict[str, Any], old: dict[str, Any], config: TrainConfig, plan: Plan, path: Path) -> bool:
+    """Whether an earlier start in this directory has done all that is asked for now.
+
+    Args:
+        previous: its result.json, {} where there is none.
+        old: its config.json, likewise.
+        config: the configuration of this start.
+        plan: the plan of this start.
+        path: the run directory.
+
+    Raises:
+        UserError: that start had another configuration.
+        RunError: that start diverged, and would again.
+    """
+    status = previous.get("status")
+    if resume_mode(config) != "auto" or status not in ("finished", "diverged"):
+        return False
+    check_same_run(old, config)
+    if status == "diverged":
+        raise RunError(
+            f"--run-dir {path}: this run diverged at step {previous['steps']} and would again; start over with a "
+            f"smaller --lr and --resume never, or name an earlier checkpoint with --resume PATH"
+        )
+    stopped_otherwise = previous["stop_reason"] is not None and not _stops_alike(old, config)
+    return plan.num_steps <= previous["planned_steps"] and not stopped_otherwise
+
+
+def ways_on(config: TrainConfig) -> str:
+    """What can be done in the directory of a finished run."""
+    longer = "" if config.optim.schedule in LENGTH_BOUND_SCHEDULES else "continue it with more --epochs, "
+    return f"{longer}start over with --resume never, or name another --run-dir"
+
+
+def _stops_alike(old: dict[str, Any], config: TrainConfig) -> bool:
+    new = to_flat(config)
+    return all(old.get(name) == new[name] for name in _STOPPING_FIELDS)
+
+
+def find_checkpoint(
+    directory: RunDir, config: TrainConfig, plan: Plan, facts: dict[str, Any]
+) -> tuple[Checkpoint, list[str]] | None:
+    """The newest valid checkpoint, or the one named by --resume, and notes for people; None = start from scratch.
+
+    Raises:
+        UserError: it belongs to another run, or there is none at the path given.
+        CheckpointError: there are checkpoints, and none is valid.
+    """
+    wanted = resume_mode(config)
+    skipped: list[str] = []
+    if wanted == "never":
+        return None
+    if wanted == "auto":
+        saved, skipped = load_newest(directory.checkpoints)
+    elif Path(wanted, MANIFEST).is_file():
+        saved = load_checkpoint(Path(wanted))
+    else:
+        raise UserError(f"--resume {wanted}: no checkpoint; give auto, never or the path of a step-... directory")
+    if saved is None:
+        return None
+    changes = check_compatible(saved, config, plan, facts)
+    steps = list_steps(directory.checkpoints)
+    later = [path for step, path in steps.items() if step > saved.step]
+    if wanted == "auto":
+        directory.move_aside(later)  # the broken ones, which must not pass for this run's steps again
+    else:
+        directory.rewind(saved.step, later)
+    if saved.loop["best"] is not None and saved.loop["best"]["step"] not in steps:
+        saved.loop["best"] = None  # it stayed behind in another directory
+    if saved.plan["num_steps"] != plan.num_steps or not _stops_alike(saved.config, config):
+        saved.loop["stop_reason"] = None  # whoever asks for something else wants to go on
+    notes = [f"skipped a broken checkpoint: {line}" for line in skipped]
+    return saved, notes + [f"from here on: {change}" for change in changes]
+
+
+def capture(
+    train_step: TrainStep,
+    average: WeightAverage | None,
+    state: TrainState,
+    scores: dict[str, Scores],
+    *,
+    config: TrainConfig,
+    plan: Plan,
+    facts: dict[str, Any],
+) -> Checkpoint:
+    """The state of a run after the step that it has just done."""
+    accelerator = train_step.accelerator
+    model = accelerator.unwrap_model(train_step.model, keep_torch_compile=False)
+    tensors = {"model": module_tensors(model), "optimizer": optimizer_tensors(train_step.optimizer)}
+    if average is not None:
+        tensors["ema"] = module_tensors(average.module)
+    return Checkpoint(
+        step=state.step,
+        tensors=tensors,
+        loop=dataclasses.asdict(state),
+        scaler=None if accelerator.scaler is None else accelerator.scaler.state_dict(),
+        config=to_flat(config),
+        plan=dataclasses.asdict(plan),
+        facts=facts,
+        scores={name: score.as_dict() for name, score in scores.items()},
+    )
+
+
+def restore(saved: Checkpoint, train_step: TrainStep, average: WeightAverage | None) -> TrainState:
+    """Puts the live objects where `saved` has them; returns the loop's state. Every rank must call this."""
+    accelerator = train_step.accelerator
+    accelerator.unwrap_model(train_step.model, keep_torch_compile=False).load_state_dict(saved.tensors["model"])
+    if average is not None:
+        average.module.load_state_dict(saved.tensors["ema"])
+    restore_optimizer(train_step.optimizer, saved.tensors["optimizer"])
+    restore_scheduler(train_step.scheduler, saved.step)
+    if accelerator.scaler is not None and saved.scaler is not None:
+        accelerator.scaler.load_state_dict(saved.scaler)
+    state = TrainState(**{**saved.loop, "is_stopping": False})
+    train_step.load_sums(state.interval)
+    return state
