@@ -32,6 +32,7 @@ _DESCRIPTION = """Trains an MNIST digit recogniser with Accelerate: on a CPU, a 
   torchrun --nproc-per-node 2 train_ddp.py --wandb offline        two processes"""
 
 T = TypeVar("T")
+RunOption = Annotated[str | None, tyro.conf.arg(aliases=("--run-dir",))]  # torchrun takes --run for one of its own
 _Flag = tyro.conf.FlagCreatePairsOff[bool]
 
 
@@ -91,7 +92,13 @@ def parse_options(options: type[T], command: str, description: str) -> T:
     """
     is_main = os.environ.get("RANK", "0") == "0"
     with contextlib.nullcontext() if is_main else contextlib.redirect_stderr(io.StringIO()):
-        return tyro.cli(options, prog=f"python -m mnist.{command}", description=description, console_outputs=is_main)
+        return tyro.cli(
+            options,
+            prog=f"python -m mnist.{command}",
+            description=description,
+            config=(tyro.conf.FlagCreatePairsOff,),
+            console_outputs=is_main,
+        )
 
 
 def run_command(command: Callable[[T], int], options: T) -> NoReturn:

@@ -6,6 +6,7 @@ In: the `data` section. Out: `Dataset`, three splits of uint8 images and int64 l
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from mnist.batches import Split
 from mnist.config import DataConfig, UserError
+from mnist.config import Dataset as Name
 from mnist.download import download
 from mnist.idx import IMAGES_MAGIC, LABELS_MAGIC, read_idx
 
@@ -84,6 +86,12 @@ class Dataset:
         """All splits on `device`."""
         val = None if self.val is None else self.val.to(device)
         return replace(self, train=self.train.to(device), val=val, test=self.test.to(device))
+
+
+def relocate(config: DataConfig, dataset: Name | None, data_dir: str | None) -> DataConfig:
+    """The data that a model was trained on as they are to be found here and now, or another data set."""
+    folder = data_dir or os.environ.get("MNIST_DATA_DIR") or config.data_dir
+    return replace(config, dataset=dataset or config.dataset, data_dir=folder)
 
 
 def choose(config: DataConfig) -> Choice:

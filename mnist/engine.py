@@ -260,6 +260,7 @@ def evaluate(
     loss_fn: Callable[[Tensor, Tensor], Tensor],
     transform: Callable[[Tensor], Tensor],
     sharded: bool = False,
+    after_chunk: Callable[[Tensor], None] | None = None,
 ) -> Scores:
     """Scores `model` on every image of `split`, each exactly once. Every rank must call this; all get the result.
 
@@ -270,13 +271,13 @@ def evaluate(
         loss_fn: (logits, labels) -> (B,).
         transform: pixels -> network input.
         sharded: every rank scores a share of the chunks; else rank 0 scores all, and the others wait.
+        after_chunk: shown this rank's confusion counts (100,) so far, on the device, for whoever wants to watch.
 
     Returns:
         The same counts in both modes and on any number of ranks, and the same loss to the last bit: sums are kept per
         chunk, reduced once (adding zeros is exact), and added up in the order of the chunks.
     """
-    num_samples = len(split.labels)
-    num_chunks = math.ceil(num_samples / EVAL_CHUNK)
+    num_chunks = math.ceil(len(split) / EVAL_CHUNK)
     rank, world_size = accelerator.process_index, accelerator.num_processes
     mine = range(rank, num_chunks, world_size) if sharded else range(num_chunks if rank == 0 else 0)
     device = split.images.device
@@ -287,16 +288,17 @@ def evaluate(
     was_training = model.training
     model.eval()
     for chunk in mine:
-        rows = slice(chunk * EVAL_CHUNK, (chunk + 1) * EVAL_CHUNK)
-        labels = split.labels[rows]
-        logits = model(transform(split.images[rows]))
-        losses[chunk] = loss_fn(logits, labels).sum()
-        add_to_confusion(confusion, logits, labels)
+        batch = split[chunk * EVAL_CHUNK : (chunk + 1) * EVAL_CHUNK]
+        logits = model(transform(batch.images))
+        losses[chunk] = loss_fn(logits, batch.labels).sum()
+        add_to_confusion(confusion, logits, batch.labels)
+        if after_chunk is not None:
+            after_chunk(confusion)
     model.train(was_training)
     sums = accelerator.reduce(torch.cat([losses, confusion]), reduction="sum").cpu().double()
     counts = sums[num_chunks:].round().long().view(NUM_CLASSES, NUM_CLASSES)
     scores = Scores.from_sums(math.fsum(sums[:num_chunks].tolist()), counts)
-    assert scores.num_samples == num_samples, f"scored {scores.num_samples} of {num_samples} samples"
+    assert scores.num_samples == len(split), f"scored {scores.num_samples} of {len(split)} samples"
     return scores
 
 

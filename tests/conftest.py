@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
+
+from tests.processes import finish, train
 
 for name in [name for name in os.environ if name.startswith(("WANDB_", "ACCELERATE_", "MNIST_MIRROR"))]:
     del os.environ[name]
@@ -22,3 +25,12 @@ def fresh_accelerate() -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
     PartialState._reset_state()
     GradientState._reset_state()
+
+
+@pytest.fixture(scope="session")
+def smoke_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of `smoke`, made by the real command; to be read only."""
+    folder = tmp_path_factory.mktemp("smoke")
+    done = finish(train("--recipe", "smoke", "--num-threads", "1", "--run-dir", "run"), folder)
+    assert done.code == 0, done.err
+    return folder / "run"

@@ -1,0 +1,153 @@
+"""Scores an exported model: the numbers of its training again, class by class.
+
+    python -m mnist.evaluate                                   the newest run, on the test set it was scored on
+    python -m mnist.evaluate --run runs/a --dataset kmnist     another data set
+    accelerate launch -m mnist.evaluate --evaluation sharded   on all processes
+
+In: a run directory or an exported folder. Out: accuracy, loss, a table of classes, the confusion matrix.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+from mnist.cli import RunOption, parse_options, run_command
+from mnist.config import Dataset as DatasetName
+from mnist.config import Evaluation, UserError
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is scored, and on what."""
+
+    run: RunOption = None
+    """Run directory, or folder with an exported model; default: the newest finished run."""
+    dataset: DatasetName | None = None
+    """Default: the data set it was trained on."""
+    data_dir: str | None = None
+    """Default: $MNIST_DATA_DIR, else the folder it was trained from."""
+    split: Literal["test", "val", "train"] = "test"
+    """Which images (val: those that its training held out)."""
+    evaluation: Evaluation = "rank0"
+    """Rank 0 scores everything, or every rank a share."""
+    json: bool = False
+    """Print one JSON object instead of tables."""
+
+
+if __name__ == "__main__":
+    OPTIONS = parse_options(Options, "evaluate", __doc__)  # before torch is imported: --help answers at once
+
+from rich.console import Console as RichConsole
+from rich.progress import Progress, TaskID
+from rich.table import Table
+from torch import Tensor
+
+from mnist import data, runtime
+from mnist.engine import evaluate
+from mnist.export import TrainedModel, find_export, load_model
+from mnist.losses import build_loss
+from mnist.metrics import NUM_CLASSES, Scores
+
+
+def main(options: Options) -> int:
+    """Scores a model and prints how it did. Every rank must call this."""
+    trained = load_model(find_export(options.run))
+    config = data.relocate(trained.config.data, options.dataset, options.data_dir)
+    with runtime.open_accelerator(trained.config.runtime) as accelerator:
+        together = partial(runtime.together, accelerator)
+        choice = together(lambda: data.choose(config))
+        together(lambda: data.fetch(choice.name, config.data_dir), on="local_main")
+        dataset = together(lambda: data.read(choice.name, config), on="all").to(accelerator.device)
+        split = {"test": dataset.test, "val": dataset.val, "train": dataset.train}[options.split]
+        if split is None:
+            raise UserError("--split val: no images were held out when this model was trained; choose test or train")
+        prepared = accelerator.prepare_model(trained.model, evaluation_mode=True)
+        with Progress(console=RichConsole(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+            scores = evaluate(
+                accelerator.unwrap_model(prepared),
+                split,
+                accelerator=accelerator,
+                loss_fn=build_loss(trained.config.optim.loss),
+                transform=trained.transform,
+                sharded=options.evaluation == "sharded",
+                after_chunk=None if bar.disable else partial(_show, bar, bar.add_task("", total=len(split))),
+            )
+        if accelerator.is_main_process:
+            report = Report(trained, choice.name, options.split, dataset.class_names, scores)
+            sys.stdout.write(report.as_json() if options.json else report.as_text())
+    return 0
+
+
+def _show(bar: Progress, task: TaskID, confusion: Tensor) -> None:
+    done, correct = int(confusion.sum()), int(confusion.view(NUM_CLASSES, NUM_CLASSES).diagonal().sum())
+    bar.update(task, completed=done, description=f"accuracy {correct / done:.2%}")
+
+
+@dataclass(frozen=True)
+class Report:
+    """How a trained model did on a split."""
+
+    trained: TrainedModel
+    dataset: str
+    split: str
+    class_names: tuple[str, ...]
+    scores: Scores
+
+    def as_trained(self) -> dict[str, float] | None:
+        """What its training found with these weights on this split; None where it did not look."""
+        if self.trained.folder.name != "best" or self.split != "test":
+            return None
+        try:
+            result = json.loads((self.trained.folder.parents[1] / "result.json").read_bytes())
+        except (OSError, ValueError):
+            return None
+        found: dict[str, float] | None = result.get("test") if result.get("dataset") == self.dataset else None
+        return found
+
+    def as_json(self) -> str:
+        """One object: scores, per class and confusion, and what the training had found."""
+        content = {
+            "model": str(self.trained.folder),
+            "dataset": self.dataset,
+            "split": self.split,
+            **self.scores.as_dict(),
+            "accuracy_per_class": dict(zip(self.class_names, self.scores.accuracy_per_class, strict=True)),
+            "confusion": self.scores.confusion,
+            "as_trained": self.as_trained(),
+        }
+        return json.dumps(content, indent=2) + "\n"
+
+    def as_text(self) -> str:
+        """A table with a row per class: its accuracy, and what its images were taken for."""
+        table = Table("class", "accuracy", *self.class_names, title="rows: true class, columns: taken for")
+        for name, accuracy, row in zip(
+            self.class_names, self.scores.accuracy_per_class, self.scores.confusion, strict=True
+        ):
+            table.add_row(name, f"{accuracy:.2%}", *(str(count) if count else "" for count in row))
+        for column in table.columns[1:]:
+            column.justify = "right"
+        console = RichConsole(width=None if sys.stdout.isatty() else 100)
+        with console.capture() as captured:
+            console.print(table)
+        return captured.get() + self._closing_line()
+
+    def _closing_line(self) -> str:
+        scores, trained = self.scores, self.as_trained()
+        line = f"{self.dataset} {self.split}: accuracy {scores.accuracy:.2%}"
+        line += f" ({scores.num_correct:,}/{scores.num_samples:,}), loss {scores.loss:.4f}"
+        if trained is not None:
+            same = trained["num_correct"] == scores.num_correct and trained["loss"] == scores.loss
+            line += (
+                ", exactly as in training"
+                if same
+                else f", in training {trained['num_correct']:,} and {trained['loss']}"
+            )
+        return f"{line}\n{self.trained.folder}\n"
+
+
+if __name__ == "__main__":
+    run_command(main, OPTIONS)

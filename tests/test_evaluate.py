@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.processes import PYTHON, TORCHRUN, finish, train
+
+EVALUATE = ["-m", "mnist.evaluate"]
+pytestmark = pytest.mark.launch
+
+
+def test_the_numbers_of_the_training_come_again(smoke_run: Path, tmp_path: Path) -> None:
+    done = finish([*PYTHON, *EVALUATE, "--run", str(smoke_run), "--json"], tmp_path)
+    assert done.code == 0, done.err
+    found, result = json.loads(done.out), json.loads((smoke_run / "result.json").read_text())
+    assert {key: found[key] for key in result["test"]} == result["test"]
+    assert found["as_trained"] == result["test"]
+    assert found["confusion"] == result["test_confusion"]
+    assert found["accuracy_per_class"]["0"] == found["confusion"][0][0] / sum(found["confusion"][0])
+
+
+@pytest.mark.parametrize("evaluation", ["rank0", "sharded"])
+def test_two_processes_find_the_same_and_one_prints(smoke_run: Path, tmp_path: Path, evaluation: str) -> None:
+    command = [*TORCHRUN, "--nproc-per-node", "2", *EVALUATE, "--run-dir", str(smoke_run), "--evaluation", evaluation]
+    done = finish(command, tmp_path, OMP_NUM_THREADS="1")
+    assert done.code == 0, done.err
+    assert done.out.count("exactly as in training") == 1
+
+
+def test_bf16_and_averaged_weights_come_again_too(tmp_path: Path) -> None:
+    options = [
+        "--mixed-precision",
+        "bf16",
+        "--ema",
+        "0.9",
+        "--val-size",
+        "200",
+        "--epochs",
+        "3",
+        "--min-accuracy",
+        "0.1",
+    ]
+    done = finish(train("--recipe", "smoke", *options, "--num-threads", "1", "--run-dir", "runs/a"), tmp_path)
+    assert done.code == 0, done.err
+    test = finish([*PYTHON, *EVALUATE], tmp_path)
+    assert "exactly as in training" in test.out, test.out + test.err
+    val = finish([*PYTHON, *EVALUATE, "--split", "val", "--json"], tmp_path)
+    best = json.loads((tmp_path / "runs" / "a" / "result.json").read_text())["best"]
+    assert json.loads(val.out)["num_correct"] == best["num_correct"]
+
+
+def test_other_weights_are_noticed(smoke_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(smoke_run, tmp_path / "run")
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    result["test"]["num_correct"] -= 1
+    (tmp_path / "run" / "result.json").write_text(json.dumps(result))
+    done = finish([*PYTHON, *EVALUATE, "--run", "run"], tmp_path)
+    assert f"in training {result['test']['num_correct']}" in done.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--run", "nowhere"], "error: --run nowhere: no exported model there"),
+        ([], "error: --run: no finished run below runs/"),
+    ],
+)
+def test_a_mistake_is_one_line(tmp_path: Path, arguments: list[str], line: str) -> None:
+    done = finish([sys.executable, *EVALUATE, *arguments], tmp_path)
+    assert done.code == 2
+    assert done.err.startswith(line)
+    assert done.err.count("\n") == 1
+
+
+def test_a_split_that_was_not_held_out_is_a_mistake(smoke_run: Path, tmp_path: Path) -> None:
+    done = finish([*PYTHON, *EVALUATE, "--run", str(smoke_run), "--split", "val"], tmp_path)
+    assert done.code == 2
+    assert "--split val" in done.err
+
+
+def test_help_answers_without_torch(tmp_path: Path) -> None:
+    done = finish([sys.executable, "-X", "importtime", *EVALUATE, "--help"], tmp_path)
+    assert done.code == 0
+    assert "Run directory" in done.out
+    assert "torch" not in done.err
