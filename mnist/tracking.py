@@ -87,17 +87,18 @@ class Tracker:
             mode = "offline"
         for attempt in dict.fromkeys((mode, "offline")):
             try:
-                self._sinks["W&B"] = WandbRun(
+                wandb_run = WandbRun(
                     accelerator, mode=attempt, config=config, run_dir=run_dir, run_config=run_config, tags=tags
                 )
             except Exception as error:  # whatever it is, training goes on
                 self._warn(f"W&B did not start {attempt} ({_first_line(error)})")
             else:
+                self.attach("W&B", wandb_run)
                 return
 
-    def start_tensorboard(self, run_dir: Path) -> None:
-        """Starts event files below the run directory."""
-        self._sinks["TensorBoard"] = TensorBoardRun(run_dir)
+    def attach(self, name: str, sink: Sink) -> None:
+        """Adds a sink; `name` is what warnings call it."""
+        self._sinks[name] = sink
 
     def log(self, split: str, step: int, epoch: float, **values: float) -> None:
         """Records values of one split at one step, once: a step that was recorded before a crash is passed over."""

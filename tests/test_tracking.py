@@ -1,19 +1,24 @@
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mnist import tracking
-from mnist.config import OutputConfig
-from mnist.tracking import JsonlFile, wandb_mode
+from mnist.config import OutputConfig, UserError
+from mnist.tracking import JsonlFile
+from mnist.wandb_run import wandb_mode
 from tests.processes import TORCHRUN, finish, started, train
 from tests.test_launch import wait_until
 
@@ -36,6 +41,8 @@ def no_wandb_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         ("offline", {"WANDB_MODE": "online", "WANDB_API_KEY": "k"}, "offline"),
         ("online", {}, "offline"),
         ("online", {"WANDB_MODE": "offline", "WANDB_API_KEY": "k"}, "online"),
+        ("auto", {"WANDB_MODE": "dryrun", "WANDB_API_KEY": "k"}, "offline"),
+        ("auto", {"WANDB_MODE": "nonsense", "WANDB_API_KEY": "k"}, "online"),
     ],
 )
 def test_the_mode_follows_flag_then_environment_then_key(
@@ -150,34 +157,83 @@ def test_a_server_that_does_not_answer_costs_a_warning(tmp_path: Path, accepts: 
     assert list(tmp_path.glob("run/wandb/offline-run-*/*.wandb")), "it went on offline"
 
 
-class Recorder:
-    """A tracker that fails from a given call on."""
+class FailingSink:
+    """A sink that takes the first point, and nothing after it."""
 
-    def __init__(self, fails_from: int) -> None:
+    def __init__(self) -> None:
         self.calls = 0
-        self.fails_from = fails_from
 
-    def log(self, values: dict[str, Any]) -> None:
+    def log(self, step: int, points: dict[str, float]) -> None:
         self.calls += 1
-        if self.calls >= self.fails_from:
+        if self.calls > 1:
             raise ConnectionError("gone")
 
 
-def test_a_tracker_that_fails_is_left_alone_and_the_file_goes_on(tmp_path: Path) -> None:
+def test_a_sink_that_fails_is_left_alone_and_the_file_goes_on(tmp_path: Path) -> None:
     warnings: list[str] = []
-    recorder = Recorder(fails_from=2)
-    tracker = tracking.Tracker(recorder, tmp_path, "digits", warnings.append)  # type: ignore[arg-type]
-    tracker._wandb = recorder
+    sink = FailingSink()
+    tracker = tracking.Tracker(tmp_path, "digits", warnings.append)
+    tracker.attach("W&B", sink)  # type: ignore[arg-type]
     for step in range(1, 6):
         tracker.log("train", step, 0.0, loss=1.0)
-    assert recorder.calls == 2
-    assert len(warnings) == 1
+    assert sink.calls == 2
+    assert warnings == ["W&B failed and is left alone from here on (ConnectionError: gone)"]
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 5
-    assert tracker.finish("finished", {}) is None
+    assert tracker.finish("finished", {}) == []
 
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
-    tracker = tracking.Tracker(Recorder(1), None, "digits", lambda line: None)  # type: ignore[arg-type]
+    tracker = tracking.Tracker(None, "digits", lambda line: None)
     tracker.log("train", 1, 0.0, loss=1.0)
-    assert tracker.finish("finished", {}) is None
+    assert tracker.finish("finished", {}) == []
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.launch
+def test_tensorboard_shows_what_the_file_holds(tmp_path: Path) -> None:
+    done = finish(train(*SMOKE, "--tensorboard"), tmp_path)
+    assert done.code == 0, done.err
+    assert "tensorboard --logdir run/tensorboard" in done.err
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    for split in ("train", "test"):
+        records = [record for record in records_of(tmp_path / "run") if record["split"] == split]
+        points = [(point.step, point.value) for point in events.Scalars(f"{split}/loss")]
+        assert [step for step, _ in points] == [record["step"] for record in records]
+        assert [value for _, value in points] == pytest.approx([record["loss"] for record in records])
+    assert events.Scalars("perf/epoch_time_s")
+    assert events.Scalars("perf/memory_mb")[0].value > 100
+
+
+def records_of(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_tensorboard_that_is_not_installed_is_a_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install tensorboard"):
+        tracking.tracker_names(OutputConfig(tensorboard=True))
+
+
+@pytest.fixture
+def full_disk(tmp_path: Path) -> Iterator[Path]:
+    """A folder with room for the first kilobytes only."""
+    folder = tmp_path / "run" / "wandb"
+    folder.mkdir(parents=True)
+    mount = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder], capture_output=True, check=False
+    )
+    if mount.returncode != 0:
+        pytest.skip("needs the right to mount a small tmpfs")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+@pytest.mark.launch
+def test_a_full_disk_below_wandb_costs_a_warning(tmp_path: Path, full_disk: Path) -> None:
+    done = finish(train(*SMOKE, "--wandb", "offline", "--log-every", "1", "--epochs", "15"), tmp_path)
+    assert done.code == 0, done.err
+    assert "Traceback" not in done.err
+    assert shutil.disk_usage(full_disk).free < 4096, "the disk was not full"
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "finished"
+    assert len(records_of(tmp_path / "run")) == 15 * 23 + 15
