@@ -12,7 +12,7 @@ import difflib
 import io
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -62,7 +62,7 @@ def parse_command_line(argv: Sequence[str] | None = None) -> TrainConfig:
         default = RECIPES[_last_value(tokens, "--recipe") or "fast"]()
     except UserError as error:
         raise SystemExit(print_error(error)) from None
-    with contextlib.nullcontext() if is_main else contextlib.redirect_stderr(io.StringIO()):
+    with _words_from(is_main):
         parsed = tyro.cli(
             _CommandLine,
             prog="train_ddp.py",
@@ -74,7 +74,9 @@ def parse_command_line(argv: Sequence[str] | None = None) -> TrainConfig:
         )
     if parsed.list_recipes or parsed.print_config:
         if is_main:
-            sys.stdout.write(_recipe_table() if parsed.list_recipes else to_yaml(parsed.train))
+            with _words_from(is_main):
+                sys.stdout.write(_recipe_table() if parsed.list_recipes else to_yaml(parsed.train))
+                sys.stdout.flush()
         raise SystemExit(0)
     return parsed.train
 
@@ -91,7 +93,7 @@ def parse_options(options: type[T], command: str, description: str) -> T:
         SystemExit: 0 after --help, 2 at a mistake, which rank 0 alone explains.
     """
     is_main = os.environ.get("RANK", "0") == "0"
-    with contextlib.nullcontext() if is_main else contextlib.redirect_stderr(io.StringIO()):
+    with _words_from(is_main):
         return tyro.cli(
             options,
             prog=f"python -m mnist.{command}",
@@ -101,11 +103,23 @@ def parse_options(options: type[T], command: str, description: str) -> T:
         )
 
 
-def run_command(command: Callable[[T], int], options: T) -> NoReturn:
-    """Runs a command and exits with its code; a mistake of its user is one line (2), Ctrl-C is 130.
+@contextlib.contextmanager
+def _words_from(is_main: bool) -> Iterator[None]:
+    """Lets rank 0 alone explain mistakes; whoever has read enough of --help may close the pipe (`| head`)."""
+    try:
+        with contextlib.nullcontext() if is_main else contextlib.redirect_stderr(io.StringIO()):
+            yield
+    except BrokenPipeError:
+        _discard_output()
+        raise SystemExit(0) from None
 
-    Whoever has read enough of the output may close the pipe (`| head`) without an error.
-    """
+
+def _discard_output() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def run_command(command: Callable[[T], int], options: T) -> NoReturn:
+    """Runs a command and exits with its code: a mistake of its user is one line (2), Ctrl-C 130, `| head` no error."""
     try:
         code = command(options)
         sys.stdout.flush()
@@ -114,7 +128,7 @@ def run_command(command: Callable[[T], int], options: T) -> NoReturn:
     except KeyboardInterrupt:
         code = 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         code = 0
     sys.exit(code)
 

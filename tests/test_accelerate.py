@@ -1,6 +1,7 @@
 """Traps of Accelerate that this project avoids: what ours does, and what Accelerate does.
 
-The latter so that an upgrade which changes it is noticed. Names carry the thread in which others met the trap (accelerate, unless they say transformers).
+The latter so that an upgrade which changes it is noticed. Names carry the thread in which others met the trap (in
+Accelerate's tracker, unless they say transformers).
 """
 
 from __future__ import annotations

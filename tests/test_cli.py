@@ -49,6 +49,13 @@ def run_script(*argv, **environment):
     )
 
 
+@pytest.mark.parametrize("flag", ["--help", "--list-recipes", "--print-config"])
+def test_whoever_has_read_enough_may_close_the_pipe(flag):
+    done = run_script("-c", f"import os; os.system('{sys.executable} train_ddp.py {flag} | head -c 9')")
+    assert len(done.stdout) == 9
+    assert done.stderr == ""
+
+
 def test_no_arguments_mean_the_fast_recipe():
     assert parse_command_line([]) == RECIPES["fast"]()
 

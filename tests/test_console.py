@@ -78,7 +78,7 @@ def test_on_a_terminal_the_bar_is_live_unless_nobody_can_see_it(variable: dict[s
 
 
 @pytest.mark.parametrize(("error", "code"), [(UserError("--lr 0:\nbad"), 2), (RunError("disk full"), 1)])
-def test_an_error_is_one_line_from_rank_0(
+def test_an_error_is_one_line_from_the_first_rank_of_a_machine(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, error: UserError | RunError, code: int
 ) -> None:
     assert print_error(error) == code
@@ -86,3 +86,6 @@ def test_an_error_is_one_line_from_rank_0(
     monkeypatch.setenv("RANK", "1")
     assert print_error(error) == code
     assert capsys.readouterr().err == ""
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    print_error(error)
+    assert capsys.readouterr().err.count("\n") == 1

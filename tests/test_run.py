@@ -145,6 +145,37 @@ def test_a_finished_run_says_so_and_is_left_alone(tmp_path: Path, capsys: pytest
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.name != ".lock"} == before
 
 
+@pytest.mark.parametrize(("schedule", "is_offered"), [("constant", True), ("one_cycle", False)])
+def test_a_finished_run_offers_more_epochs_where_its_schedule_allows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], schedule: str, is_offered: bool
+) -> None:
+    arguments = [*SMALL, "--epochs", "1", "--min-accuracy", "0.01", "--schedule", schedule]
+    run_ranks(run, 1, tmp_path, *arguments)
+    capsys.readouterr()
+    train_ddp.main(parse_command_line([*arguments, "--run-dir", str(tmp_path)]))
+    assert ("continue it with more --epochs" in capsys.readouterr().err) == is_offered
+
+
+def test_a_run_that_reached_its_target_goes_on_without_one(tmp_path: Path) -> None:
+    arguments = [*SMALL, "--min-accuracy", "0.01"]
+    run_ranks(run, 1, tmp_path / "a", *arguments)
+    run_ranks(run, 1, tmp_path / "b", *arguments, "--target-accuracy", "0.02")
+    assert result(tmp_path / "b")["stop_reason"] == "target reached"
+    assert result(tmp_path / "b")["steps"] == 23
+    assert run_ranks(run, 1, tmp_path / "b", *arguments) == [0]
+    assert result(tmp_path / "b")["stop_reason"] is None
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")
+
+
+def test_validation_scores_survive_a_restart_after_the_last_of_them(tmp_path: Path) -> None:
+    arguments = [*SMALL, "--val-size", "300"]
+    run_ranks(run, 1, tmp_path, *arguments)
+    whole = result(tmp_path)
+    (tmp_path / "result.json").write_text('{"status": "running"}')  # as after a kill before the closing words
+    assert run_ranks(run, 1, tmp_path, *arguments) == [0]
+    assert result(tmp_path)["val"] == whole["val"] is not None
+
+
 def test_more_epochs_continue_a_finished_run_exactly(tmp_path: Path) -> None:
     constant = [*SMALL, "--schedule", "constant"]
     run_ranks(run, 1, tmp_path / "a", *constant)
