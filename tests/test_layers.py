@@ -27,7 +27,7 @@ LAYERS = [
     {"checkpoint", "data", "engine", "export", "run_dir", "runtime", "tracking"},
     {"cli", "report", "resume"},
     {"run"},
-    {"train_ddp", "evaluate"},
+    {"train_ddp", "evaluate", "reproduce"},
 ]
 STANDARD_LIBRARY_ONLY = {"config", "faults", "files", "seeding", "signals"}
 LAYER_OF = {module: layer for layer, modules in enumerate(LAYERS) for module in modules}

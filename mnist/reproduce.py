@@ -1,0 +1,197 @@
+"""The results table of the README: recipes over seeds, each run by the command that a person would type.
+
+    python -m mnist.reproduce                                           every recipe but `accurate`, three seeds each
+    python -m mnist.reproduce --recipes fast --seeds 20
+    python -m mnist.reproduce --recipes accurate --sample-steps 200     not to the end: for its time alone
+
+In: names of recipes, a number of seeds. Out: docs/results.json and the table in README.md. Finished runs are not run
+again, so that an interrupted call goes on where it was; results for other hardware or other recipes stay as they are.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mnist.cli import parse_options, run_command
+from mnist.config import RunError, UserError
+from mnist.files import write_atomically, write_json
+from mnist.recipes import RECIPES
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "docs" / "results.json"
+README = ROOT / "README.md"
+_BEGIN, _END = "<!-- results -->", "<!-- /results -->"
+_DEFAULT = tuple(name for name in RECIPES if name != "accurate")  # which takes hours on a CPU
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is run, and where results go."""
+
+    recipes: tuple[str, ...] = _DEFAULT
+    """Names of recipes."""
+    seeds: int = 3
+    """Seeds 0 .. n - 1 of each."""
+    sample_steps: int = 0
+    """Take only so many steps, and extrapolate the time; the accuracy is then "not measured". 0 = to the end."""
+    num_threads: int = 0
+    """CPU threads of a run; 0 = all cores."""
+    runs_dir: str = "runs/reproduce"
+    """Where the runs are kept."""
+    table: bool = False
+    """Run nothing: write the README's table from docs/results.json."""
+
+    def __post_init__(self) -> None:
+        for name in self.recipes:
+            if name not in RECIPES:
+                raise UserError(f"--recipes {name}: unknown; choose from {', '.join(RECIPES)}")
+        if self.seeds < 1 or self.sample_steps < 0:
+            raise UserError("--seeds must be 1 or more, --sample-steps 0 or more")
+
+
+def main(options: Options) -> int:
+    """Runs what is missing, then writes the results and the table."""
+    results = json.loads(RESULTS.read_bytes()) if RESULTS.exists() else {"rows": []}
+    if not options.table:
+        for recipe in options.recipes:
+            runs = [_run(recipe, seed, options) for seed in range(options.seeds)]
+            row = summarise(recipe, runs, is_sample=options.sample_steps > 0)
+            key = (row["recipe"], row["device"])
+            others = [old for old in results["rows"] if (old["recipe"], old["device"]) != key]
+            results["rows"] = sorted([*others, row], key=lambda row: list(RECIPES).index(row["recipe"]))
+            write_json(RESULTS, results)
+    text = README.read_text(encoding="utf-8")
+    begin, end = text.index(_BEGIN) + len(_BEGIN), text.index(_END)
+    write_atomically(README, f"{text[:begin]}\n{render(results)}{text[end:]}".encode())
+    sys.stdout.write(render(results))
+    return 0
+
+
+def _run(recipe: str, seed: int, options: Options) -> dict[str, Any]:
+    """The result of one training, which is run unless it is there."""
+    steps = ["--max-steps", str(options.sample_steps)] if options.sample_steps else []
+    folder = Path(options.runs_dir, f"{recipe}-seed{seed}" + ("-sample" if steps else ""))
+    command = [sys.executable, str(ROOT / "train_ddp.py"), "--recipe", recipe, "--seed", str(seed), *steps]
+    if not _is_finished(folder):
+        sys.stderr.write(f"{recipe}, seed {seed} ...\n")
+        quiet = ["--wandb", "disabled", "--no-pictures", "--quiet", "--num-threads", str(options.num_threads)]
+        done = subprocess.run([*command, *quiet, "--run-dir", str(folder)], check=False)  # noqa: S603 - our own
+        if not _is_finished(folder):
+            raise RunError(f"{recipe}, seed {seed}: exit code {done.returncode}, no result in {folder}")
+    result: dict[str, Any] = json.loads((folder / "result.json").read_bytes())
+    environment = json.loads((folder / "environment.json").read_bytes())
+    return {**result, "environment": environment}
+
+
+def _is_finished(folder: Path) -> bool:
+    try:
+        status: str = json.loads((folder / "result.json").read_bytes())["status"]
+    except (OSError, ValueError, KeyError):
+        return False
+    return status == "finished"
+
+
+def summarise(recipe: str, runs: list[dict[str, Any]], *, is_sample: bool = False) -> dict[str, Any]:
+    """A row of results.json from the results of n seeds.
+
+    Args:
+        recipe: its name.
+        runs: contents of result.json, each with its "environment".
+        is_sample: the runs were cut short; only their time per step says something.
+    """
+    first, config = runs[0], RECIPES[recipe]()
+    environment = first["environment"]
+    device = environment["ranks"][0]["device"]
+    accuracies = [] if is_sample else [run["test"]["accuracy"] for run in runs]
+    steps = config.loop.epochs * -(-60_000 // config.loop.global_batch_size)
+    times = [run["train_time_s"] * (steps / run["steps"] if is_sample else 1) for run in runs]
+    return {
+        "recipe": recipe,
+        "device": "cpu" if device == "cpu" else "gpu",
+        "dataset": first["dataset"],
+        "num_params": first["num_params"],
+        "epochs": config.loop.epochs,
+        "accuracies": accuracies,
+        "accuracy_mean": statistics.fmean(accuracies) if accuracies else None,
+        "accuracy_std": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
+        "train_time_s": statistics.fmean(times),
+        "train_time_is_extrapolated": is_sample,
+        "total_time_s": None if is_sample else statistics.fmean(run["total_time_s"] for run in runs),
+        "hardware": cpu_name() if device == "cpu" else device,
+        "threads": environment["threads_per_process"],
+        "precision": first["precision"],
+        "torch": environment["packages"]["torch"],
+        "command": f"python train_ddp.py --recipe {recipe} --seed SEED",
+    }
+
+
+def render(results: dict[str, Any]) -> str:
+    """The README's table, a row per recipe, and a line that says where it was measured."""
+    rows = {(row["recipe"], row["device"]): row for row in results["rows"]}
+    lines = [
+        "| recipe | source | parameters | epochs | source states | test accuracy, % | min | n | CPU | GPU |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for recipe in RECIPES:
+        cpu, gpu = rows.get((recipe, "cpu")), rows.get((recipe, "gpu"))
+        source, stated = describe(recipe)
+        known = gpu if cpu is None or not cpu["accuracies"] else cpu
+        any_row = cpu or gpu
+        size = f"{any_row['num_params']:,}" if any_row else "-"
+        cells = [f"`{recipe}`", source, size, str(RECIPES[recipe]().loop.epochs), stated]
+        lines.append(f"| {' | '.join([*cells, *_accuracy(known), _time(cpu), _time(gpu)])} |")
+    machines = sorted({f"{row['hardware']}, {row['threads']} threads, torch {row['torch']}" for row in rows.values()})
+    return "\n".join([*lines, "", f"Times are of training alone. Measured on: {'; '.join(machines)}.", ""])
+
+
+def describe(recipe: str) -> tuple[str, str]:
+    """Where a recipe comes from and what its source states, as its docstring has it."""
+    text = " ".join((RECIPES[recipe].__doc__ or "").split())
+    source = text.partition("Source: ")[2].partition(" Differs: ")[0]
+    stated = re.search(r"states ((?:about )?[\d./ ]+) %", source)
+    name = re.split(r"[;,.] |, which|\.$", source)[0]
+    return name, stated[1] if stated else "-"
+
+
+def _accuracy(row: dict[str, Any] | None) -> list[str]:
+    if row is None or not row["accuracies"]:
+        return ["not measured", "-", "-"]
+    spread = f" +- {row['accuracy_std']:.2%}"[:-1] if row["accuracy_std"] is not None else ""
+    note = "" if row["dataset"] == "mnist" else f" (of {row['dataset']})"
+    return [
+        f"{row['accuracy_mean']:.2%}"[:-1] + spread + note,
+        f"{min(row['accuracies']):.2%}"[:-1],
+        str(len(row["accuracies"])),
+    ]
+
+
+def _time(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return "not measured"
+    seconds = row["train_time_s"]
+    time = f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 3600:.1f} h"
+    return f"{time}, extrapolated" if row["train_time_is_extrapolated"] else time
+
+
+def cpu_name() -> str:
+    """The processor's name and the number of cores that this process may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {cores} cores"
+
+
+if __name__ == "__main__":
+    run_command(main, parse_options(Options, "reproduce", __doc__))

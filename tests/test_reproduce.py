@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mnist import reproduce
+from mnist.config import UserError
+from mnist.recipes import RECIPES
+from mnist.reproduce import Options, describe, main, render, summarise
+
+
+@pytest.fixture
+def documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A README and results of their own."""
+    monkeypatch.setattr(reproduce, "RESULTS", tmp_path / "results.json")
+    monkeypatch.setattr(reproduce, "README", tmp_path / "README.md")
+    (tmp_path / "README.md").write_text("before\n<!-- results -->\nold\n<!-- /results -->\nafter\n")
+    return tmp_path
+
+
+def made(seed: int, accuracy: float, **changes: Any) -> dict[str, Any]:
+    environment = {"ranks": [{"device": "cpu"}], "threads_per_process": 2, "packages": {"torch": "2.0"}}
+    return {
+        "status": "finished",
+        "dataset": "mnist",
+        "num_params": 10,
+        "seed": seed,
+        "steps": 469,
+        "precision": "fp32",
+        "test": {"accuracy": accuracy},
+        "train_time_s": 2.0,
+        "total_time_s": 6.0,
+        "environment": environment,
+        **changes,
+    }
+
+
+def test_a_row_is_mean_deviation_minimum_and_number_of_seeds() -> None:
+    accuracies = [0.9921, 0.9910, 0.9930]
+    row = summarise("fast", [made(seed, accuracy) for seed, accuracy in enumerate(accuracies)])
+    assert row["accuracy_mean"] == pytest.approx(sum(accuracies) / 3)
+    assert row["accuracy_std"] == pytest.approx(statistics.stdev(accuracies))
+    line = next(line for line in render({"rows": [row]}).splitlines() if line.startswith("| `fast`"))
+    assert "99.20 +- 0.10 | 99.10 | 3 | 2 s | not measured |" in line
+
+
+def test_a_sample_is_for_its_time_alone() -> None:
+    row = summarise("accurate", [made(0, 0.97, steps=200, train_time_s=100.0)], is_sample=True)
+    assert row["train_time_s"] == pytest.approx(100.0 * 20 * 235 / 200)
+    line = next(line for line in render({"rows": [row]}).splitlines() if line.startswith("| `accurate`"))
+    assert "not measured | - | - | 0.7 h, extrapolated | not measured |" in line
+
+
+def test_rows_of_other_hardware_stay_apart() -> None:
+    on_cpu = summarise("fast", [made(0, 0.99)])
+    gpu = made(0, 0.99)["environment"] | {"ranks": [{"device": "A GPU"}]}
+    on_gpu = summarise("fast", [made(0, 0.99, environment=gpu, train_time_s=0.05)])
+    table = render({"rows": [on_cpu, on_gpu]})
+    assert "| 2 s | 0.05 s |" in table
+    assert "A GPU" in table
+
+
+def test_finished_runs_are_taken_as_they_are_and_the_table_is_replaced(documents: Path, smoke_run: Path) -> None:
+    shutil.copytree(smoke_run, documents / "runs" / "smoke-seed0")
+    assert main(Options(recipes=("smoke",), seeds=1, runs_dir=str(documents / "runs"))) == 0
+    (row,) = json.loads((documents / "results.json").read_text())["rows"]
+    assert row["accuracies"] == [json.loads((smoke_run / "result.json").read_text())["test"]["accuracy"]]
+    text = (documents / "README.md").read_text()
+    assert text.startswith("before\n<!-- results -->\n| recipe |")
+    assert text.endswith("<!-- /results -->\nafter\n")
+    assert "old" not in text
+    assert f"{row['accuracy_mean']:.2%}"[:-1] + " (of digits)" in text
+
+
+@pytest.mark.launch
+def test_what_is_missing_is_run(documents: Path) -> None:
+    options = Options(recipes=("smoke",), seeds=1, sample_steps=2, num_threads=1, runs_dir=str(documents / "runs"))
+    (documents / "runs").touch()
+    with pytest.raises(reproduce.RunError, match="smoke, seed 0"):
+        main(options)
+    (documents / "runs").unlink()
+    main(options)
+    (row,) = json.loads((documents / "results.json").read_text())["rows"]
+    assert row["train_time_is_extrapolated"]
+    assert row["accuracies"] == []
+
+
+def test_every_recipe_has_a_source_and_stated_numbers_are_found() -> None:
+    assert all(describe(recipe)[0] for recipe in RECIPES)
+    assert describe("lenet5") == ('coursework "LeNet-5 on MNIST"', "97.28")
+    assert describe("lenet5_classic")[1] == "about 92"
+    assert describe("yannet")[1] == "97.29 / 98.08 / 98.33"
+    assert describe("convnet") == ("dwgan/MNIST-PyTorch", "-")
+
+
+def test_an_unknown_recipe_is_a_mistake() -> None:
+    with pytest.raises(UserError, match="--recipes fst: unknown; choose from fast"):
+        Options(recipes=("fst",))
