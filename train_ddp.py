@@ -75,7 +75,8 @@ def train(config: TrainConfig, accelerator: Accelerator) -> int:
 
     runtime.seed_initial_weights(config.loop.seed)
     model = build_model(config.optim.model).to(accelerator.device)
-    optimizer = build_optimizer(model.parameters(), config.optim)
+    capturable = config.runtime.step_mode != "eager" and accelerator.device.type == "cuda"
+    optimizer = build_optimizer(model.parameters(), config.optim, capturable=capturable)
     model, optimizer = accelerator.prepare(model, optimizer)
     bare_model = accelerator.unwrap_model(model, keep_torch_compile=False)
     scheduler = build_scheduler(optimizer, config.optim, plan.num_steps, plan.epoch_steps)
@@ -97,7 +98,7 @@ def train(config: TrainConfig, accelerator: Accelerator) -> int:
         if run.is_finished():
             return run.exit_code()
         run.resume()
-        run.begin()
+        run.begin(train_loader)
         while run.goes_on():
             steps = train_loader.steps(run.state.step, run.next_epoch_end())
             steps = faults.inject(steps, run.state.step, accelerator.process_index)

@@ -24,6 +24,7 @@ Optimizer = Literal["sgd", "adam", "adamw", "adadelta"]
 Schedule = Literal["constant", "step", "exponential", "cosine", "one_cycle"]
 Loss = Literal["cross_entropy", "nll", "mse_softmax", "mse_sigmoid"]
 Evaluation = Literal["rank0", "sharded"]
+StepMode = Literal["auto", "eager", "captured"]
 Precision = Literal["no", "bf16", "fp16"]
 WandbMode = Literal["auto", "online", "offline", "disabled"]
 
@@ -226,6 +227,8 @@ class RuntimeConfig:
     """Train on the CPU even where there is a GPU."""
     num_threads: int = 0
     """CPU threads per process; 0 = the cores given to this node's processes, shared equally."""
+    step_mode: StepMode = "auto"
+    """A step kernel by kernel, or captured as one CUDA graph; auto = captured where that gives the same bits."""
     deterministic: bool = False
     """Only deterministic kernels and no TF32: bit-identical results on GPUs too, a little slower."""
     timeout_s: int = 1800

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from accelerate import Accelerator
@@ -23,6 +24,7 @@ from mnist.batches import MicroBatch, Split
 from mnist.config import RunError
 from mnist.metrics import NUM_CLASSES, Scores, add_to_confusion
 from mnist.seeding import derive_seed
+from mnist.transforms import Augmentation
 
 EVAL_CHUNK = 1000  # images; fixed, so that every mode and world size shows a kernel the same batches
 HEARTBEAT_S = 1.0  # how often ranks compare notes, about
@@ -80,6 +82,16 @@ class TrainRecord:
     images_per_s: float
 
 
+class Captured(Protocol):
+    """A recording of a step's work on the device, for batches of one size."""
+
+    def fits(self, micro_batches: Sequence[MicroBatch]) -> bool:
+        """Whether it can stand in for `TrainStep.compute` on these."""
+
+    def __call__(self, batch: MicroBatch) -> None:
+        """Replays."""
+
+
 class TrainStep:
     """One optimizer step, called with this rank's micro-batches of one global batch.
 
@@ -90,7 +102,7 @@ class TrainStep:
         scheduler: not prepared; stepped once per step.
         loss_fn: (logits, labels) -> loss of each sample (B,).
         transform: pixels (B, 28, 28) -> network input (B, 1, S, S).
-        augment: (images, step, rows, global batch size) -> pixels (B, 28, 28).
+        augment: pixels (B, 28, 28) -> pixels (B, 28, 28), seeded by step.
         grad_clip: largest total gradient norm; 0 = no clipping.
         after_step: called with the number of steps done (moving averages live there).
         seed: fixes dropout together with step, micro-batch and rank.
@@ -105,7 +117,7 @@ class TrainStep:
         scheduler: LambdaLR,
         loss_fn: Callable[[Tensor, Tensor], Tensor],
         transform: Callable[[Tensor], Tensor],
-        augment: Callable[[Tensor, int, slice, int], Tensor],
+        augment: Augmentation,
         grad_clip: float = 0.0,
         after_step: Callable[[int], None] | None = None,
         seed: int = 0,
@@ -126,26 +138,38 @@ class TrainStep:
         # Sums on the device, read only when a record is due: loss, correct, steps with a finite loss.
         self.sums = torch.zeros(3, dtype=sum_dtype(accelerator.device), device=accelerator.device)
         self.num_samples = 0
+        self.captured: Captured | None = None  # replays `compute` for batches that fit
 
     def __call__(self, micro_batches: Sequence[MicroBatch], step: int, measure_grad_norm: bool = False) -> None:
         """Trains on one global batch; `step` counts the steps done before it."""
-        for index, batch in enumerate(micro_batches):
-            seed_dropout(self.accelerator.device, derive_seed(self.seed, "dropout", step, index, self.rank))
-            is_last = index == len(micro_batches) - 1
-            with nullcontext() if is_last else self.accelerator.no_sync(self.model):
-                self._forward_backward(batch, step)
-        self.sums[2] += self.sums[0].isfinite()
-        if self.grad_clip or measure_grad_norm:
-            self.grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.grad_clip or math.inf)
-        self.optimizer.step()
+        if self.captured is not None and self.captured.fits(micro_batches):
+            self.reseed(step, 0)
+            self.captured(micro_batches[0])
+        else:
+            self.compute(micro_batches, step, measure_grad_norm)
+        self.num_samples += sum(batch.num_samples for batch in micro_batches)
         self.lr = self.scheduler.get_last_lr()[0]
         self.scheduler.step()  # also where the fp16 scaler has skipped an update: asking would wait for the device
-        self.optimizer.zero_grad()
         if self.after_step is not None:
             self.after_step(step + 1)
 
-    def _forward_backward(self, batch: MicroBatch, step: int) -> None:
-        images = self.augment(batch.images, step, batch.rows, batch.global_batch_size)
+    def compute(self, micro_batches: Sequence[MicroBatch], step: int, measure_grad_norm: bool = False) -> None:
+        """The device's share of a step: gradients of all micro-batches, then one update."""
+        for index, batch in enumerate(micro_batches):
+            self.reseed(step, index)
+            is_last = index == len(micro_batches) - 1
+            with nullcontext() if is_last else self.accelerator.no_sync(self.model):
+                self.forward_backward(batch)
+        self.update(measure_grad_norm)
+
+    def reseed(self, step: int, micro_step: int) -> None:
+        """Fixes what augmentation and dropout draw next."""
+        self.augment.reseed(step)
+        seed_dropout(self.accelerator.device, derive_seed(self.seed, "dropout", step, micro_step, self.rank))
+
+    def forward_backward(self, batch: MicroBatch) -> None:
+        """Adds a micro-batch's part to the gradients and to the sums."""
+        images = self.augment.apply(batch.images, batch.rows, batch.global_batch_size)
         logits = self.model(self.transform(images))  # (B, 10)
         losses = self.loss_fn(logits, batch.labels)  # (B,)
         # DDP averages gradients over the P ranks: P / G turns that into the mean over the G images of the global batch,
@@ -155,7 +179,14 @@ class TrainStep:
         if batch.num_samples:
             self.sums[0] += losses.detach().sum()
             self.sums[1] += (logits.argmax(dim=1) == batch.labels).sum()
-            self.num_samples += batch.num_samples
+
+    def update(self, measure_grad_norm: bool) -> None:
+        """Clips, steps, clears the gradients."""
+        self.sums[2] += self.sums[0].isfinite()
+        if self.grad_clip or measure_grad_norm:
+            self.grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.grad_clip or math.inf)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
     def load_sums(self, interval: list[list[float]]) -> None:
         """Takes up the sums of an interrupted interval; on another number of ranks, rank 0 takes all of them."""

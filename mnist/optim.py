@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -21,31 +21,38 @@ ONE_CYCLE_START = 1 / 25  # of the peak, as torch's OneCycleLR has it
 ONE_CYCLE_END = ONE_CYCLE_START / 1e4
 
 
-def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> Optimizer:
-    """The optimizer of the recipe, as one fused kernel per step where torch has one (CPU and CUDA; not Adadelta)."""
-    betas = (config.beta1, config.beta2)
+def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig, *, capturable: bool = False) -> Optimizer:
+    """The optimizer of the recipe, as one fused kernel per step where torch has one (CPU and CUDA; not Adadelta).
+
+    Args:
+        parameters: on their device.
+        config: names the update rule.
+        capturable: keep learning rate and step count on the GPU, where a CUDA graph can read them.
+    """
     parameters = list(parameters)
     fused = all(p.device.type in ("cpu", "cuda") for p in parameters)
+    lr = torch.tensor(config.lr, device=parameters[0].device) if capturable else config.lr
+    betas, decay = (config.beta1, config.beta2), config.weight_decay
     match config.optimizer:
         case "sgd":
             return torch.optim.SGD(
                 parameters,
-                lr=config.lr,
+                lr=lr,
                 momentum=config.momentum,
                 nesterov=config.nesterov,
-                weight_decay=config.weight_decay,
+                weight_decay=decay,
                 fused=fused,
             )
         case "adam":
             return torch.optim.Adam(
-                parameters, lr=config.lr, betas=betas, weight_decay=config.weight_decay, fused=fused
+                parameters, lr=lr, betas=betas, weight_decay=decay, fused=fused, capturable=capturable
             )
         case "adamw":
             return torch.optim.AdamW(
-                parameters, lr=config.lr, betas=betas, weight_decay=config.weight_decay, fused=fused
+                parameters, lr=lr, betas=betas, weight_decay=decay, fused=fused, capturable=capturable
             )
         case "adadelta":
-            return torch.optim.Adadelta(parameters, lr=config.lr, weight_decay=config.weight_decay)
+            return torch.optim.Adadelta(parameters, lr=lr, weight_decay=decay, capturable=capturable)
 
 
 def lr_factor(config: OptimConfig, num_steps: int, epoch_steps: int) -> Callable[[int], float]:
@@ -133,4 +140,7 @@ def restore_scheduler(scheduler: LambdaLR, step: int) -> None:
     scheduler.last_epoch = step
     scheduler._last_lr = rates
     for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)  # a CUDA graph reads it where it is
+        else:
+            group["lr"] = rate

@@ -20,6 +20,8 @@ from accelerate import Accelerator
 
 from mnist import report, runtime, signals, tracking
 from mnist import resume as resuming
+from mnist.batches import TrainLoader
+from mnist.captured import settle_step_mode
 from mnist.checkpoint import Checkpoint, CheckpointError, load_checkpoint, module_tensors, save_checkpoint
 from mnist.config import RankError, TrainConfig, evolve, to_flat
 from mnist.console import Console
@@ -142,7 +144,7 @@ class Run:
         assert self._directory is not None
         return resuming.find_checkpoint(self._directory, self.config, self.plan, self._checkpoint_facts())
 
-    def begin(self) -> None:
+    def begin(self, train_loader: TrainLoader) -> None:
         """Writes down what is about to happen, starts the trackers, shows the plan, warms up."""
         environment = runtime.describe_environment(self.accelerator)
         plan = report.banner(self.config, self.plan, self.dataset, self._facts, environment)
@@ -157,6 +159,15 @@ class Run:
         started = time.perf_counter()
         zeros = self.dataset.train.images.new_zeros((self.plan.micro_batch_size, 28, 28))
         runtime.warm_up(self.accelerator, self.train_step.model, self.train_step.transform(zeros))
+        mode, remark = settle_step_mode(
+            self.train_step,
+            self.config.runtime.step_mode,
+            self.plan.accumulation_steps,
+            lambda: train_loader.steps(self.state.step, self.plan.num_steps),
+        )
+        self._facts["step_mode"] = mode
+        if remark is not None:
+            self.console.warn(remark)
         self.warmup_time_s = time.perf_counter() - started
         self.console.start_progress(self.plan.num_steps, self.state.step)
 

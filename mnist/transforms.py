@@ -50,12 +50,21 @@ class Augmentation:
         self.is_identity = not (self.is_affine or config.horizontal_flip or config.elastic)
         self.blur = _gaussian_matrix(28, config.elastic_sigma).to(device) if config.elastic else None
 
+    def reseed(self, step: int) -> None:
+        """Fixes the random numbers of `apply` for an optimizer step."""
+        if not self.is_identity:
+            self.generator.manual_seed(derive_seed(self.seed, "augmentation", step))
+
     def __call__(self, images: Tensor, step: int, rows: slice, global_batch_size: int) -> Tensor:
+        """`apply` with the random numbers of a step."""
+        self.reseed(step)
+        return self.apply(images, rows, global_batch_size)
+
+    def apply(self, images: Tensor, rows: slice, global_batch_size: int) -> Tensor:
         """Augments this process's part of a global batch.
 
         Args:
             images: uint8 (B, 28, 28), rows `rows` of the global batch.
-            step: optimizer step, which fixes the random numbers.
             rows: place of `images` in the global batch.
             global_batch_size: G.
 
@@ -64,7 +73,6 @@ class Augmentation:
         """
         if self.is_identity:
             return images
-        self.generator.manual_seed(derive_seed(self.seed, "augmentation", step))
         device = self.generator.device
         draws = torch.rand(global_batch_size, 6, generator=self.generator, device=device)[rows]
         batch = images.float()

@@ -28,14 +28,16 @@ def make_step(
     dtype: torch.dtype = torch.float32,
     loss_fn: Callable[[Tensor, Tensor], Tensor] | None = None,
     model: nn.Module | None = None,
+    cpu: bool = True,
+    capturable: bool = False,
     **optim: Any,
 ) -> tuple[TrainStep, TrainLoader]:
     """A training step on the embedded digits with the small network, and its loader, for this rank."""
-    accelerator = build_accelerator(RuntimeConfig(cpu=True, num_threads=1))
+    accelerator = build_accelerator(RuntimeConfig(cpu=cpu, num_threads=1))
     config = OptimConfig(**{"optimizer": "adam", "lr": 1e-3, **optim})
     seed_initial_weights(0)
-    bare = (model or build_model("tinynet")).to(dtype)
-    wrapped, optimizer = accelerator.prepare(bare, build_optimizer(bare.parameters(), config))
+    bare = (model or build_model("tinynet")).to(accelerator.device, dtype)
+    wrapped, optimizer = accelerator.prepare(bare, build_optimizer(bare.parameters(), config, capturable=capturable))
     transform = BatchTransform(ImageConfig())
     step = TrainStep(
         accelerator=accelerator,
@@ -48,14 +50,14 @@ def make_step(
         grad_clip=config.grad_clip,
     )
     loader = TrainLoader(
-        DIGITS.train,
+        DIGITS.train.to(accelerator.device),
         global_batch_size=batch,
         seed=0,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
         accumulation_steps=accumulation,
     )
-    warm_up(accelerator, wrapped, torch.zeros(8, 1, 28, 28, dtype=dtype))
+    warm_up(accelerator, wrapped, torch.zeros(8, 1, 28, 28, dtype=dtype, device=accelerator.device))
     return step, loader
 
 

@@ -25,7 +25,7 @@ LAYERS = [
         "wandb_run",
     },
     {"checkpoint", "data", "engine", "export", "run_dir", "runtime", "tracking"},
-    {"cli", "report", "resume"},
+    {"captured", "cli", "report", "resume"},
     {"run"},
     {"train_ddp", "evaluate", "reproduce"},
 ]

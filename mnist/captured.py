@@ -1,0 +1,160 @@
+"""The training step as one CUDA graph: the same numbers, and one launch instead of some two hundred.
+
+In: a `TrainStep` whose model and optimizer are where training begins. Out: the same `TrainStep`, which from now on
+replays a recording of its work on the device: transform, augmentation, forward, loss, backward, clipping, optimizer.
+Seeds are set and the learning rate is written between replays, so that a step draws the random numbers that it draws
+without a graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from mnist.batches import MicroBatch
+from mnist.engine import TrainStep
+
+WARMUP_STEPS = 3
+CHECK_STEPS = 2
+
+Replay = Callable[[], object]
+Record = Callable[[Callable[[], None], Sequence[torch.Generator]], Replay]
+
+
+def why_not(train_step: TrainStep, accumulation_steps: int) -> str | None:
+    """Why the step of this run cannot be captured; None if it can."""
+    accelerator = train_step.accelerator
+    if accelerator.device.type != "cuda":
+        return "needs a CUDA GPU"
+    if accelerator.num_processes > 1:
+        return "is for one process: recorded exchanges between ranks have not been tried"
+    if accumulation_steps > 1:
+        return "is for one micro-batch a step"
+    if accelerator.scaler is not None:
+        return "cannot follow the gradient scaler of fp16, which decides on the host; choose bf16"
+    if accelerator.state.dynamo_plugin.backend.value != "NO":
+        return "is not combined with the launcher's dynamo backend"
+    return None
+
+
+def settle_step_mode(
+    train_step: TrainStep, mode: str, accumulation_steps: int, steps: Callable[[], Iterable[Sequence[MicroBatch]]]
+) -> tuple[str, str | None]:
+    """Captures the step if it is asked for, or may be and gives the same bits.
+
+    Args:
+        train_step: gets a `captured`, or stays as it is.
+        mode: auto, eager or captured.
+        accumulation_steps: micro-batches per step.
+        steps: the run's first steps, anew at each call.
+
+    Returns:
+        eager or captured, and a remark where that is not what was asked for.
+    """
+    reason = why_not(train_step, accumulation_steps)
+    if mode == "eager" or reason is not None:
+        return "eager", f"--step-mode captured {reason}: steps are eager" if mode == "captured" else None
+    try:
+        captured = CapturedStep(train_step, next(iter(steps()))[0])
+        exact = is_exact(train_step, captured, steps())
+    except RuntimeError as error:  # a kernel that cannot be recorded
+        return "eager", f"steps are eager, because capturing failed ({str(error).splitlines()[0]})"
+    if not exact and mode == "auto":
+        return "eager", "steps are eager: captured ones differ in the last bits here (--step-mode captured takes them)"
+    train_step.captured = captured
+    return "captured", None if exact else "captured steps differ from eager ones in the last bits here"
+
+
+class CapturedStep:
+    """Replays the device work of a step on batches of one size.
+
+    Args:
+        train_step: is left as it was, except that its optimizer's state exists now.
+        batch: of the full size; only its shape matters.
+        record: makes a recording of some work; a CUDA graph, unless a test has something else in mind.
+    """
+
+    def __init__(self, train_step: TrainStep, batch: MicroBatch, record: Record | None = None) -> None:
+        self._batch = MicroBatch(
+            images=torch.zeros_like(batch.images),
+            labels=torch.zeros_like(batch.labels),
+            rows=batch.rows,
+            global_batch_size=batch.global_batch_size,
+            num_samples=batch.num_samples,
+        )
+        restore = _remember(train_step)
+        train_step.reseed(0, 0)
+
+        def work() -> None:
+            train_step.forward_backward(self._batch)
+            train_step.update(measure_grad_norm=True)
+
+        self._replay = (record or record_cuda_graph)(work, [train_step.augment.generator])
+        restore()
+
+    def fits(self, micro_batches: Sequence[MicroBatch]) -> bool:
+        """Whether these are one micro-batch of the recorded size: the last batch of a pass may be smaller."""
+        return len(micro_batches) == 1 and micro_batches[0].num_samples == self._batch.num_samples
+
+    def __call__(self, batch: MicroBatch) -> None:
+        """Does the work on `batch`; seeds have been set."""
+        self._batch.images.copy_(batch.images)
+        self._batch.labels.copy_(batch.labels)
+        self._replay()
+
+
+def record_cuda_graph(work: Callable[[], None], generators: Sequence[torch.Generator]) -> Replay:
+    """Runs `work` a few times on a stream of its own, where kernels are chosen and memory is found, and records it."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARMUP_STEPS):
+            work()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    for generator in generators:
+        graph.register_generator_state(generator)  # the default one is known to it
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
+
+
+def is_exact(train_step: TrainStep, captured: CapturedStep, steps: Iterable[Sequence[MicroBatch]]) -> bool:
+    """Whether the first of `steps` give the same weights to the last bit, captured and not; leaves no trace."""
+    restore = _remember(train_step)
+    batches = [micro_batches for micro_batches, _ in zip(steps, range(CHECK_STEPS), strict=False)]
+    outcomes = []
+    for replays in (False, True):
+        for step, micro_batches in enumerate(batches):
+            if replays and captured.fits(micro_batches):
+                train_step.reseed(step, 0)
+                captured(micro_batches[0])
+            else:
+                train_step.compute(micro_batches, step, measure_grad_norm=True)
+        outcomes.append([weight.detach().clone() for weight in train_step.model.parameters()])
+        restore()
+    return all(torch.equal(eager, replayed) for eager, replayed in zip(*outcomes, strict=True))
+
+
+def _remember(train_step: TrainStep) -> Callable[[], None]:
+    """A function that puts weights, buffers, optimizer state and sums back, in place, as they are now.
+
+    State that an optimizer makes in its first step is zero before it (sgd, adam, adamw, adadelta).
+    """
+
+    def tensors() -> list[Tensor]:
+        states = train_step.optimizer.state.values()
+        moments = [value for state in states for value in state.values() if isinstance(value, Tensor)]
+        return [*train_step.model.parameters(), *train_step.model.buffers(), train_step.sums, *moments]
+
+    saved = {id(tensor): tensor.detach().clone() for tensor in tensors()}
+
+    @torch.no_grad()
+    def restore() -> None:
+        for tensor in tensors():
+            before = saved.get(id(tensor))
+            tensor.zero_() if before is None else tensor.copy_(before)
+
+    return restore

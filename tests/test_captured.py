@@ -1,0 +1,156 @@
+"""The recording itself needs a CUDA GPU; all around it, buffers, seeds, what is left behind, is the same on a CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from mnist import captured
+from mnist.captured import CapturedStep, is_exact, settle_step_mode, why_not
+from mnist.engine import TrainState, TrainStep, train_one_epoch
+from tests.ranks import run_ranks
+from tests.test_engine import make_step
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+def record_by_calling(work: Callable[[], None], generators: Sequence[torch.Generator]) -> Callable[[], None]:
+    """Stands in for a graph: warms up as one does, and replays by doing the work again."""
+    for _ in range(captured.WARMUP_STEPS):
+        work()
+    return work
+
+
+def weights(step: TrainStep) -> torch.Tensor:
+    tensors = [*step.model.parameters(), *step.model.buffers(), step.sums]
+    return torch.cat([tensor.detach().double().flatten() for tensor in tensors])
+
+
+def train(step: TrainStep, loader: Any, stop: int) -> list[Any]:
+    return [
+        (record.loss, record.grad_norm, record.lr)
+        for record in train_one_epoch(step, loader.steps(0, stop), TrainState(), pauses_at=lambda s: s % 5 == 0)
+    ]
+
+
+OPTIMIZERS: list[dict[str, Any]] = [
+    {"optimizer": "adamw", "schedule": "one_cycle", "warmup": 0.3, "grad_clip": 0.5},
+    {"optimizer": "sgd", "lr": 0.05, "momentum": 0.9, "nesterov": True},
+    {"optimizer": "adadelta", "lr": 1.0},
+]
+
+
+@pytest.mark.parametrize("optim", OPTIMIZERS, ids=lambda optim: optim["optimizer"])
+def test_a_replayed_run_is_the_eager_one(optim: dict[str, Any]) -> None:
+    eager, loader = make_step(batch=100, model=network(), **optim)  # the last batch of a pass has 37
+    replayed, _ = make_step(batch=100, model=network(), **optim)
+    before = weights(replayed)
+    first = next(iter(loader.steps(0, 1)))[0]
+    replayed.captured = CapturedStep(replayed, first, record_by_calling)
+    assert torch.equal(weights(replayed), before), "capturing leaves no trace"
+    assert is_exact(replayed, replayed.captured, loader.steps(0, 9))
+    assert torch.equal(weights(replayed), before), "nor does checking"
+    assert train(replayed, loader, 20) == train(eager, loader, 20)
+    assert torch.equal(weights(replayed), weights(eager))
+
+
+def network() -> torch.nn.Sequential:
+    """Batch norm and dropout: buffers, and random numbers inside the network."""
+    torch.manual_seed(1)
+    return torch.nn.Sequential(
+        torch.nn.Conv2d(1, 4, 5, stride=3),
+        torch.nn.BatchNorm2d(4),
+        torch.nn.ReLU(),
+        torch.nn.Flatten(),
+        torch.nn.Dropout(0.3),
+        torch.nn.Linear(256, 10),
+    )
+
+
+def test_a_step_in_the_middle_of_a_run_can_be_captured() -> None:
+    eager, loader = make_step(batch=64, optimizer="adamw")
+    replayed, _ = make_step(batch=64, optimizer="adamw")
+    for step in (eager, replayed):
+        train(step, loader, 10)
+    replayed.captured = CapturedStep(replayed, next(iter(loader.steps(0, 1)))[0], record_by_calling)
+    for step in (eager, replayed):
+        for number, micro_batches in enumerate(loader.steps(10, 20), start=10):
+            step(micro_batches, number)
+    assert torch.equal(weights(replayed), weights(eager))
+
+
+def test_another_result_is_noticed() -> None:
+    step, loader = make_step(batch=64)
+
+    def record_badly(work: Callable[[], None], generators: Sequence[torch.Generator]) -> Callable[[], None]:
+        def replay() -> None:
+            work()
+            with torch.no_grad():
+                next(step.model.parameters()).mul_(1 + 1e-6)
+
+        return replay
+
+    assert not is_exact(step, CapturedStep(step, next(iter(loader.steps(0, 1)))[0], record_badly), loader.steps(0, 5))
+
+
+@pytest.mark.parametrize(("mode", "speaks"), [("auto", False), ("eager", False), ("captured", True)])
+def test_where_it_cannot_be_steps_are_eager_and_one_line_says_so(mode: str, speaks: bool) -> None:
+    step, loader = make_step()
+    used, remark = settle_step_mode(step, mode, 1, lambda: loader.steps(0, 5))
+    assert used == "eager"
+    assert remark == ("--step-mode captured needs a CUDA GPU: steps are eager" if speaks else None)
+    assert step.captured is None
+
+
+def test_what_stands_in_the_way_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    step, _ = make_step()
+    monkeypatch.setattr(type(step.accelerator), "device", torch.device("cuda"))
+    assert why_not(step, 1) is None
+    assert "one micro-batch" in (why_not(step, 2) or "")
+    monkeypatch.setattr(type(step.accelerator), "num_processes", 2)
+    assert "one process" in (why_not(step, 1) or "")
+
+
+@pytest.mark.parametrize(
+    ("exact", "mode", "used"),
+    [(True, "auto", "captured"), (False, "auto", "eager"), (False, "captured", "captured"), (None, "auto", "eager")],
+)
+def test_auto_takes_what_is_exact(monkeypatch: pytest.MonkeyPatch, exact: bool | None, mode: str, used: str) -> None:
+    step, loader = make_step()
+
+    def record(work: Callable[[], None], generators: Sequence[torch.Generator]) -> Callable[[], None]:
+        if exact is None:
+            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+        return work
+
+    monkeypatch.setattr(captured, "why_not", lambda *_: None)
+    monkeypatch.setattr(captured, "record_cuda_graph", record)
+    monkeypatch.setattr(captured, "is_exact", lambda *_: exact)
+    found, remark = settle_step_mode(step, mode, 1, lambda: loader.steps(0, 5))
+    assert found == used
+    assert (step.captured is not None) == (used == "captured")
+    assert (remark is None) == bool(exact)
+    assert "\n" not in (remark or "")
+
+
+def _two_ranks() -> str | None:
+    step, loader = make_step()
+    return settle_step_mode(step, "captured", 1, lambda: loader.steps(0, 5))[1]
+
+
+def test_several_processes_go_on_eagerly() -> None:
+    assert run_ranks(_two_ranks, 2) == ["--step-mode captured needs a CUDA GPU: steps are eager"] * 2
+
+
+@needs_gpu
+@pytest.mark.parametrize("optim", OPTIMIZERS, ids=lambda optim: optim["optimizer"])
+def test_a_cuda_graph_gives_the_same_weights(optim: dict[str, Any]) -> None:
+    eager, loader = make_step(batch=100, cpu=False, capturable=True, model=network(), **optim)
+    replayed, _ = make_step(batch=100, cpu=False, capturable=True, model=network(), **optim)
+    used, remark = settle_step_mode(replayed, "captured", 1, lambda: loader.steps(0, 5))
+    assert (used, remark) == ("captured", None)
+    assert train(replayed, loader, 20) == train(eager, loader, 20)
+    assert torch.equal(weights(replayed), weights(eager))
