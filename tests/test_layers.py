@@ -10,10 +10,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"config", "faults", "files", "seeding", "signals", "torchvision_compat"},
-    {"batches", "console", "download", "idx", "losses", "metrics", "models", "optim", "plan", "recipes", "transforms"},
-    {"checkpoint", "data", "engine", "export", "run_dir", "runtime", "tracking"},
+    {"batches", "console", "download", "features", "history", "idx", "losses", "metrics", "models", "optim", "plan"}
+    | {"recipes", "transforms"},
+    {"checkpoint", "data", "engine", "export", "pictures", "run_dir", "runtime", "tracking"},
+    {"gallery"},
     {"cli", "run"},
-    {"train_ddp"},
+    {"plots", "train_ddp"},
 ]
 STANDARD_LIBRARY_ONLY = {"config", "faults", "files", "seeding", "signals"}
 LAYER_OF = {module: layer for layer, modules in enumerate(LAYERS) for module in modules}

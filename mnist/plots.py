@@ -1,0 +1,331 @@
+"""Pictures of a run, of what it was fed and of what it has learnt; each command prints the path of what it wrote.
+
+python -m mnist.plots curves                       the newest run, while it runs or afterwards
+python -m mnist.plots curves --run runs/a runs/b   two runs in one picture
+python -m mnist.plots features --image 7           what a test image becomes, layer by layer
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from mnist.cli import parse_options, run_command
+from mnist.config import IMAGE_SIZES, RUNS, Model, TrainConfig, UserError, evolve, from_flat
+from mnist.recipes import RECIPES
+
+_Flag = tyro.conf.FlagCreatePairsOff[bool]
+# Lists of lists, so that both `--run A B` and `--run A --run B` mean two runs.
+_Runs = Annotated[tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]], tyro.conf.arg(metavar="DIR [DIR ...]")]
+_Dir = Annotated[str | None, tyro.conf.arg(metavar="DIR")]
+_Recipe = Annotated[str | None, tyro.conf.arg(metavar="NAME")]
+_File = Annotated[str | None, tyro.conf.arg(metavar="FILE.png")]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which run, and where the picture goes."""
+
+    run: _Dir = None
+    """A run directory, or a folder with an exported model; default: the newest finished run below runs/."""
+    out: _File = None
+    """The picture's file (.png, .pdf, .svg); default: <run>/pictures/<name>.png."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The first hundred training images in the order in which a run sees them, with their labels."""
+
+    place: Place = field(default_factory=Place)
+    recipe: _Recipe = None
+    """A recipe instead of a run."""
+    augmented: _Flag = False
+    """Below each image what augmentation makes of it."""
+    data_dir: _Dir = None
+    """Where the data are; default: $MNIST_DATA_DIR, else what the run was given."""
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Loss and accuracy over the steps of one run or of several, finished or not."""
+
+    run: _Runs = ()
+    """Run directories; default: the newest one below runs/."""
+    out: _File = None
+    """The picture's file (.png, .pdf, .svg); default: curves.png, or comparison.png, in <first run>/pictures/."""
+
+
+@dataclass(frozen=True)
+class Features:
+    """What one test image becomes from layer to layer, up to the logits."""
+
+    place: Place = field(default_factory=Place)
+    image: int = 0
+    """Place of the image in the test set."""
+    untrained: _Flag = False
+    """Through the random weights with which the run began."""
+    recipe: _Recipe = None
+    """A recipe instead of a run: its network before training."""
+    data_dir: _Dir = None
+    """Where the data are; default: $MNIST_DATA_DIR, else what the run was given."""
+
+
+@dataclass(frozen=True)
+class Filters:
+    """The weights of the first layer, and of small convolutions after it, as images."""
+
+    place: Place = field(default_factory=Place)
+    untrained: _Flag = False
+    """The random weights with which the run began."""
+    recipe: _Recipe = None
+    """A recipe instead of a run: its network before training."""
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """Which classes of the test set are taken for which others: counts and rates."""
+
+    place: Place = field(default_factory=Place)
+
+
+@dataclass(frozen=True)
+class Mistakes:
+    """The test images that the model gets wrong with the greatest confidence."""
+
+    place: Place = field(default_factory=Place)
+    data_dir: _Dir = None
+    """Where the data are; default: $MNIST_DATA_DIR, else what the run was given."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The table of layers, printed too: output shapes, parameters, multiply-accumulates."""
+
+    place: Place = field(default_factory=Place)
+    recipe: _Recipe = None
+    """A recipe instead of a run."""
+    model: Model | None = None
+    """A network instead of a run."""
+
+
+@tyro.conf.configure(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes)
+@dataclass(frozen=True)
+class Options:
+    """One picture."""
+
+    picture: Samples | Curves | Features | Filters | Confusion | Mistakes | Architecture
+
+
+if __name__ == "__main__":
+    OPTIONS = parse_options(Options, "plots", __doc__)  # before torch is imported: --help answers at once
+
+import torch
+from torch import nn
+
+from mnist import data, gallery, pictures
+from mnist.console import Console
+from mnist.export import CONFIG, find_export, load_model
+from mnist.features import as_table, layer_costs
+from mnist.history import read_history, read_result
+from mnist.models import build_model
+from mnist.runtime import seed_initial_weights
+from mnist.transforms import Augmentation, BatchTransform
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def main(options: Options) -> int:
+    """Draws one picture, writes it, prints where."""
+    match options.picture:
+        case Samples() as picture:
+            path = _samples(picture)
+        case Curves() as picture:
+            path = _curves(picture)
+        case Features() as picture:
+            path = _features(picture)
+        case Filters() as picture:
+            path = _filters(picture)
+        case Confusion() as picture:
+            path = _confusion(picture)
+        case Mistakes() as picture:
+            path = _mistakes(picture)
+        case Architecture() as picture:
+            path = _architecture(picture)
+    sys.stdout.write(f"{path}\n")
+    return 0
+
+
+def _samples(options: Samples) -> Path:
+    subject = _find_subject(options.place.run, options.recipe)
+    config = subject.config
+    augment = Augmentation(config.image, config.loop.seed, torch.device("cpu"))
+    if options.augmented and augment.is_identity:
+        raise UserError(f"--augmented: {config.recipe} trains on its images as they are; another recipe may not")
+    dataset = _read_data(config, options.data_dir)
+    figure = gallery.sample_figure(config, dataset, augment if options.augmented else None)
+    return _save(figure, subject.path("augmented" if options.augmented else "samples", options.place.out))
+
+
+def _curves(options: Curves) -> Path:
+    runs = [Path(run) for group in options.run for run in group] or [_newest_records()]
+    histories = [read_history(run) for run in dict.fromkeys(runs)]
+    figure = gallery.curve_figure(histories)
+    name = "curves" if len(histories) == 1 else "comparison"
+    return _save(figure, Subject(TrainConfig(), runs[0]).path(name, options.out))
+
+
+def _newest_records() -> Path:
+    found = sorted(RUNS.glob("*/metrics.jsonl"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise UserError("--run: no run below runs/; train one (python train_ddp.py), or name its directory")
+    return found[-1].parent
+
+
+def _features(options: Features) -> Path:
+    subject = _find_subject(options.place.run, options.recipe)
+    untrained = options.untrained or options.recipe is not None
+    model = _build(subject, options.place.run, untrained)
+    dataset = _read_data(subject.config, options.data_dir)
+    if not 0 <= options.image < len(dataset.test):
+        raise UserError(f"--image {options.image}: must lie in 0..{len(dataset.test) - 1}")
+    transform = BatchTransform(subject.config.image)
+    title = subject.title(untrained)
+    figure = gallery.feature_figure(dataset, model, transform, title, options.image)
+    name = "features" if options.image == 0 else f"features-{options.image}"
+    return _save(figure, subject.path(f"{name}-untrained" if untrained else name, options.place.out))
+
+
+def _filters(options: Filters) -> Path:
+    subject = _find_subject(options.place.run, options.recipe)
+    untrained = options.untrained or options.recipe is not None
+    model = _build(subject, options.place.run, untrained)
+    figure = gallery.filter_figure(model, subject.config.image.image_size, subject.title(untrained))
+    return _save(figure, subject.path("filters-untrained" if untrained else "filters", options.place.out))
+
+
+def _confusion(options: Confusion) -> Path:
+    subject = _find_subject(options.place.run)
+    confusion = subject.result.get("test_confusion")
+    if confusion is None:
+        raise UserError(f"--run {subject.folder}: no test scores in result.json; a run writes them when it finishes")
+    names = data.SOURCES[subject.config.data.dataset].class_names
+    return _save(
+        pictures.draw_confusion(confusion, names, subject.title()), subject.path("confusion", options.place.out)
+    )
+
+
+def _mistakes(options: Mistakes) -> Path:
+    subject = _find_subject(options.place.run)
+    model = _build(subject, options.place.run, untrained=False)
+    dataset = _read_data(subject.config, options.data_dir)
+    figure = gallery.mistake_figure(dataset, model, BatchTransform(subject.config.image), subject.title())
+    return _save(figure, subject.path("mistakes", options.place.out))
+
+
+def _architecture(options: Architecture) -> Path:
+    if sum(x is not None for x in (options.place.run, options.recipe, options.model)) > 1:
+        raise UserError("--run, --recipe, --model: give one of them")
+    if options.model is not None:
+        size = IMAGE_SIZES.get(options.model, 28)
+        subject = Subject(evolve(TrainConfig(), recipe=options.model, model=options.model, image_size=size), None)
+    else:
+        subject = _find_subject(options.place.run, options.recipe)
+    optim, image = subject.config.optim, subject.config.image
+    layers = layer_costs(build_model(optim.model), image.image_size)
+    rows = as_table(layers)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = [c.ljust(w) if i < 3 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        sys.stdout.write("  ".join(cells).rstrip() + "\n")
+    figure = pictures.draw_architecture(layers, optim.model)
+    return _save(figure, subject.path("architecture", options.place.out))
+
+
+# --- what the pictures are of ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A run, or a recipe that has not been run.
+
+    Attributes:
+        config: resolved, as far as it is known.
+        folder: the run directory, or None.
+    """
+
+    config: TrainConfig
+    folder: Path | None
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """result.json; {} where there is none."""
+        return {} if self.folder is None else read_result(self.folder)
+
+    def title(self, untrained: bool = False) -> str:
+        """Recipe, data set, seed, and at which step the weights are."""
+        best = self.result.get("best") or {}
+        step = ["before training"] if untrained else [f"step {best['step']:,}"] if "step" in best else []
+        return gallery.title_of(self.config, self.config.data.dataset, *step)
+
+    def path(self, name: str, out: str | None) -> Path:
+        """Where a picture goes.
+
+        Raises:
+            UserError: `out` names a format that is none of ours.
+        """
+        if out is not None and Path(out).suffix not in pictures.SUFFIXES:
+            raise UserError(f"--out {out}: must end in {', '.join(pictures.SUFFIXES)}")
+        if out is not None:
+            return Path(out)
+        return Path(f"{self.config.recipe}-{name}.png") if self.folder is None else self.folder / f"pictures/{name}.png"
+
+
+def _find_subject(run: str | None, recipe: str | None = None) -> Subject:
+    if recipe is not None and run is not None:
+        raise UserError("--run and --recipe: give one of them")
+    if recipe is not None and recipe not in RECIPES:
+        raise UserError(f"--recipe {recipe}: unknown; choose from {', '.join(RECIPES)}")
+    if recipe is not None:
+        return Subject(RECIPES[recipe](), None)
+    folder = find_export(None) if run is None else Path(run)
+    if folder.parent.name == "export":
+        folder = folder.parent.parent
+    try:
+        return Subject(from_flat(json.loads((folder / CONFIG).read_bytes())), folder)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"--run {folder}: no run there, its {CONFIG} is not readable ({error})") from error
+
+
+def _build(subject: Subject, run: str | None, untrained: bool) -> nn.Sequential:
+    """The network with the run's exported weights, or with those that it began with."""
+    if not untrained:
+        return load_model(find_export(run)).model
+    seed_initial_weights(subject.config.loop.seed)
+    return build_model(subject.config.optim.model)
+
+
+def _read_data(config: TrainConfig, data_dir: str | None) -> data.Dataset:
+    """The run's data set, from the folder that is named now, or else from where the run had it."""
+    folder = data_dir or os.environ.get("MNIST_DATA_DIR") or config.data.data_dir
+    wanted = dataclasses.replace(config.data, data_dir=folder)
+    choice = data.choose(wanted)
+    if choice.fallback_reason is not None:
+        Console().warn(f"NOT MNIST: these are the embedded digits, because it is {choice.fallback_reason}")
+    return data.read(choice.name, wanted)
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    pictures.save_picture(figure, path)
+    return path
+
+
+if __name__ == "__main__":
+    run_command(main, OPTIONS)
