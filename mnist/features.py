@@ -105,30 +105,31 @@ def layer_costs(model: nn.Sequential, image_size: int) -> list[LayerCost]:
 
 
 def _describe(layer: nn.Module) -> str:
+    words = type(layer).__name__
     match layer:
         case nn.Conv2d():
             parts = [f"convolution {layer.kernel_size[0]}x{layer.kernel_size[1]}"]
             parts += [f"stride {layer.stride[0]}"] if layer.stride[0] > 1 else []
             parts += [f"padding {layer.padding[0]}"] if layer.padding[0] else []
             parts += [f"{layer.groups} groups"] if layer.groups > 1 else []
-            return ", ".join(parts)
-        case nn.MaxPool2d():
-            return f"max pooling {layer.kernel_size}x{layer.kernel_size}"
-        case nn.AvgPool2d():
-            return f"average pooling {layer.kernel_size}x{layer.kernel_size}"
-        case nn.BatchNorm2d():
-            return "batch norm"
+            words = ", ".join(parts)
+        case nn.MaxPool2d() | nn.AvgPool2d():
+            kind = "max" if isinstance(layer, nn.MaxPool2d) else "average"
+            words = f"{kind} pooling {layer.kernel_size}x{layer.kernel_size}"
         case nn.LeakyReLU():
-            return f"leaky ReLU, slope {layer.negative_slope:g}"
+            words = f"leaky ReLU, slope {layer.negative_slope:g}"
         case nn.Dropout():
-            return f"dropout {layer.p:g}"
-    name = type(layer).__name__
-    return name if name.endswith("ReLU") else name.lower()
+            words = f"dropout {layer.p:g}"
+        case nn.BatchNorm2d():
+            words = "batch norm"
+        case nn.Linear() | nn.Sigmoid() | nn.Flatten():
+            words = words.lower()
+    return words
 
 
 def as_table(layers: Sequence[LayerCost]) -> list[tuple[str, ...]]:
     """The layers as text, in columns: head, a row per layer, totals."""
-    rows = [("layer", "what it is", "output", "parameters", "MAC")]
+    rows: list[tuple[str, ...]] = [("layer", "what it is", "output", "parameters", "MAC")]
     for layer in layers:
         numbers = (f"{number:,}" if number else "" for number in (layer.num_params, layer.macs))
         rows.append((layer.name, layer.description, describe_shape(layer.shape), *numbers))

@@ -90,18 +90,20 @@ def sample_figure(config: TrainConfig, dataset: Dataset, augment: Augmentation |
     if augment is not None:
         changed = [augment(b.images, step, b.rows, b.global_batch_size) for step, b in enumerate(steps)]
         subtitle, augmented = f"{subtitle}; below each what the network is trained on", torch.cat(changed)[:count]
-    return pictures.draw_samples(
-        images, labels, dataset.class_names, title_of(config, dataset.name), subtitle, augmented
-    )
+    title = title_of(config, dataset.name)
+    return pictures.draw_samples(images, labels, dataset.class_names, title, subtitle, augmented=augmented)
 
 
 def curve_figure(histories: Sequence[History]) -> Figure:
     """The curves of one run, or of several."""
+    training = "training as it was optimised, label smoothing and augmentation included"
     if len(histories) > 1:
-        return pictures.draw_curves(histories, f"{len(histories)} runs on {', '.join({h.dataset for h in histories})}")
+        title = f"{len(histories)} runs on {', '.join(dict.fromkeys(history.dataset for history in histories))}"
+        return pictures.draw_curves(histories, title, f"strong: validation or test; pale: {training}")
     (history,) = histories
-    status = history.result.get("status", "running")
-    return pictures.draw_curves(histories, f"{history.name} on {history.dataset}, {status}, step {history.last_step:,}")
+    status = history.result.get("status", "no result.json")
+    title = f"{history.name} on {history.dataset}, step {history.last_step:,}, {status}"
+    return pictures.draw_curves(histories, title, training)
 
 
 def feature_figure(dataset: Dataset, model: nn.Sequential, transform: Transform, title: str, index: int = 0) -> Figure:

@@ -1,8 +1,7 @@
-"""Drawing: tensors and plain numbers in, a matplotlib figure out, whose axes count pixels wherever images are shown.
+"""Drawing: tensors and plain numbers in, a matplotlib figure out.
 
-In: what a run or a network has to show. Out: `Figure`, and with `save_picture` a file. Matplotlib takes half a second
-to import, so that it is imported where the first figure is made; its global state (pyplot) is left alone. Positive
-values are red, negative ones blue, zero is white, in all pictures. Letters: N images, H and W sides in pixels.
+In: what a run or a network has to show. Out: `Figure`, and with `save_picture` a file. In all pictures positive values
+are red, negative ones blue, zero is white. Letters: N images.
 """
 
 from __future__ import annotations
@@ -11,13 +10,37 @@ import importlib
 import io
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
+from operator import mul
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from mnist.canvas import (
+    BLUE,
+    DPI,
+    GAP,
+    GREY,
+    HEAD,
+    INK,
+    LABEL,
+    LINES,
+    MARGIN,
+    PALE,
+    PITCH,
+    RED,
+    ROW_GAP,
+    TILE,
+    add_axes,
+    draw_label,
+    draw_tiles,
+    new_canvas,
+    new_figure,
+    on_paper,
+    signed,
+)
 from mnist.config import RunError
 from mnist.features import INPUT, LayerCost, Mistakes, as_table, describe_shape
 from mnist.files import write_atomically
@@ -27,20 +50,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-DPI = 110
 SUFFIXES = (".png", ".pdf", ".svg")
 MOST_MAPS = 32  # of one layer
-INK, GREY, PALE = "#222222", "#707070", "#d8d8d8"
-RED, BLUE = (0.70, 0.09, 0.17), (0.13, 0.40, 0.67)  # told apart by colour-blind people too
-LINES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe and Ito 2008
-MARGIN, HEAD = 24, 64  # pixels around a picture, and for its title
-LABEL = 170  # pixels for the label of a row
-TILE, GAP = 64, 6  # pixels of a map at most, and between two maps
-PITCH = TILE + 2 + GAP
-ROW_GAP = 14
-
-
-# --- figures, text, tiles --------------------------------------------------------------------------------------------
 
 
 def save_picture(figure: Figure, path: Path) -> None:
@@ -58,92 +69,14 @@ def save_picture(figure: Figure, path: Path) -> None:
         raise RunError(f"{path}: picture not written ({error.strerror or error})") from error
 
 
-def _new_figure(width: int, height: int, title: str, subtitle: str) -> Figure:
-    """A white figure of so many pixels with its title."""
-    figure: Figure = importlib.import_module("matplotlib.figure").Figure(
-        figsize=(width / DPI, height / DPI), dpi=DPI, facecolor="white"
-    )
-    figure.text(MARGIN / width, 1 - 20 / height, title, size=11, weight="bold", color=INK, va="center")
-    figure.text(MARGIN / width, 1 - 42 / height, subtitle, size=8.5, color=GREY, va="center")
-    return figure
-
-
-def _new_canvas(width: int, height: int, title: str, subtitle: str) -> tuple[Figure, Axes]:
-    """A figure with axes all over it that count pixels from its upper left corner."""
-    figure = _new_figure(width, height, title, subtitle)
-    axes = figure.add_axes((0, 0, 1, 1))
-    axes.set(xlim=(0, width), ylim=(height, 0))
-    axes.autoscale(False)
-    axes.axis("off")
-    return figure, axes
-
-
-def _add_axes(figure: Figure, left: float, top: float, width: float, height: float) -> Axes:
-    """Axes at a place that is given in pixels from the upper left corner."""
-    full_width, full_height = figure.get_size_inches() * DPI
-    place = (left / full_width, 1 - (top + height) / full_height, width / full_width, height / full_height)
-    axes = figure.add_axes(place)
-    axes.tick_params(labelsize=8, colors=INK, length=2)
-    for spine in axes.spines.values():
-        spine.set_color(PALE)
-    return axes
-
-
-def _on_paper(pixels: Tensor) -> Tensor:
-    """Pixels 0..255 (N, H, W) -> RGB (N, H, W, 3) in [0, 1], ink black on white."""
-    return (1 - pixels.detach().cpu().float() / 255).clamp(0, 1).unsqueeze(-1).expand(-1, -1, -1, 3)
-
-
-def _signed(values: Tensor, limit: float) -> Tensor:
-    """Numbers (..., ) in -limit..limit -> RGB (..., 3): blue below zero, white at zero, red above."""
-    share = (values.detach().cpu().float() / (limit or 1.0)).clamp(-1, 1).unsqueeze(-1)
-    return 1 - share.abs() * (1 - torch.where(share > 0, torch.tensor(RED), torch.tensor(BLUE)))
-
-
-def _draw_tiles(
-    axes: Axes, tiles: Tensor, left: int, top: int, columns: int, pitch: tuple[int, int], size: int = TILE
-) -> list[tuple[int, int]]:
-    """Puts framed tiles into a grid, every pixel of a tile a square of whole pixels of the picture.
-
-    Args:
-        axes: counting pixels.
-        tiles: RGB (N, H, W, 3).
-        left: of the grid, in pixels.
-        top: likewise.
-        columns: tiles in a row.
-        pitch: from tile to tile, across and down.
-        size: width of a tile at most, unless it has more pixels.
-
-    Returns:
-        Where the lower edge of each tile has its middle.
-    """
-    zoom = max(1, size // tiles.shape[2])
-    framed = F.pad(
-        tiles.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2), (0, 0, 1, 1, 1, 1), value=0.72
-    )  # (N, zoom H + 2, zoom W + 2, 3)
-    num_tiles, height, width = framed.shape[:3]
-    rows = math.ceil(num_tiles / columns)
-    grid = framed.new_ones((rows * columns, pitch[1], pitch[0], 3))
-    grid[:num_tiles, :height, :width] = framed
-    picture = grid.view(rows, columns, *grid.shape[1:]).transpose(1, 2).flatten(0, 1).flatten(1, 2)
-    extent = (left, left + columns * pitch[0], top + rows * pitch[1], top)
-    axes.imshow(picture.numpy(), extent=extent, aspect="auto", interpolation="nearest")
-    places = (divmod(tile, columns) for tile in range(num_tiles))
-    return [(left + column * pitch[0] + width // 2, top + row * pitch[1] + height) for row, column in places]
-
-
-def _draw_label(axes: Axes, top: float, name: str, *lines: str) -> None:
-    """The label at the left of a row: a name, and what there is to say about it."""
-    axes.text(MARGIN, top, name, size=9, weight="bold", color=INK, va="top")
-    for number, line in enumerate(lines, start=1):
-        axes.text(MARGIN, top + 15 * number + 1, line, size=7.5, color=GREY, va="top")
-
-
-# --- pictures --------------------------------------------------------------------------------------------------------
-
-
 def draw_samples(
-    images: Tensor, labels: Tensor, class_names: Sequence[str], title: str, subtitle: str, augmented: Tensor | None
+    images: Tensor,
+    labels: Tensor,
+    class_names: Sequence[str],
+    title: str,
+    subtitle: str,
+    *,
+    augmented: Tensor | None = None,
 ) -> Figure:
     """Images in a labelled grid of ten columns.
 
@@ -162,28 +95,28 @@ def draw_samples(
     pitch = (78, 2 * tiles.shape[1] + 24)
     rows = math.ceil(len(tiles) / columns)
     width, height = 2 * MARGIN + columns * pitch[0] - 20, HEAD + rows * pitch[1] + MARGIN // 2
-    figure, axes = _new_canvas(width, height, title, subtitle)
-    places = _draw_tiles(axes, _on_paper(tiles), MARGIN, HEAD, columns, pitch, size=56)
+    figure, axes = new_canvas(width, height, title, subtitle)
+    places = draw_tiles(axes, on_paper(tiles), left=MARGIN, top=HEAD, columns=columns, pitch=pitch, size=56)
     for (x, y), label in zip(places, labels.tolist(), strict=True):
         axes.text(x, y + 3, class_names[label], size=7.5, color=INK, ha="center", va="top")
     return figure
 
 
-def draw_curves(histories: Sequence[History], title: str) -> Figure:
+def draw_curves(histories: Sequence[History], title: str, subtitle: str) -> Figure:
     """Loss and accuracy over steps. One run has a colour per split; several have a colour each."""
     is_single = len(histories) == 1
-    thin = "training as it was optimised, label smoothing and augmentation included"
-    figure = _new_figure(1180, 480, title, thin if is_single else f"points: validation or test; thin lines: {thin}")
-    left, right = (_add_axes(figure, MARGIN + 50 + side * 570, HEAD + 40, 500, 320) for side in (0, 1))
+    figure = new_figure(1180, 480, title, subtitle)
+    left, right = (add_axes(figure, MARGIN + 50 + side * 580, HEAD + 40, 490, 320) for side in (0, 1))
     for number, history in enumerate(histories):
         for split, curve in history.curves.items():
             colour = LINES[SPLITS.index(split) if is_single else number % len(LINES)]
             name = split if is_single else f"{history.name}: {split}"
             is_named = is_single or split != "train" or len(history.curves) == 1
             label = f"{name} {curve.accuracies[-1]:.2%}" if is_named else None
-            strength = 1.0 if split != "train" or is_single else 0.5
-            _draw_curve(left, split, curve.steps, curve.losses, colour, strength, None)
-            _draw_curve(right, split, curve.steps, curve.accuracies, colour, strength, label)
+            for axes, values in ((left, curve.losses), (right, curve.accuracies)):
+                is_train = split == "train"
+                alpha = 0.5 if is_train and not is_single else 1.0
+                _draw_curve(axes, curve.steps, values, is_train=is_train, colour=colour, alpha=alpha, label=label)
     epoch_steps = {round(history.epoch_steps) for history in histories if math.isfinite(history.epoch_steps)}
     for axes, name in ((left, "loss"), (right, "accuracy")):
         axes.set_ylabel(name, size=9, color=INK)
@@ -197,26 +130,21 @@ def draw_curves(histories: Sequence[History], title: str) -> Figure:
 
 
 def _draw_curve(
-    axes: Axes, split: str, steps: list[int], values: list[float], colour: str, strength: float, label: str | None
+    axes: Axes, steps: list[int], values: list[float], *, is_train: bool, colour: str, alpha: float, label: str | None
 ) -> None:
-    """One line; of a long training the raw values are pale behind their running mean."""
+    """Training as a line, in a long run its running mean before the raw values; evaluations as points."""
     num_points = len(steps)
-    if split != "train":
-        marker = "o" if num_points <= 60 else None
-        axes.plot(steps, values, color=colour, linewidth=1.2, marker=marker, markersize=4, label=label)
-        return
-    if num_points > 200:
-        axes.plot(steps, values, color=colour, linewidth=0.5, alpha=0.3 * strength)
+    if is_train and num_points > 200:
+        axes.plot(steps, values, color=colour, linewidth=0.5, alpha=0.3 * alpha)
         window = num_points // 100
-        sums = torch.tensor([0.0, *values], dtype=torch.float64).cumsum(dim=0)
-        steps, values = steps[window - 1 :], ((sums[window:] - sums[:-window]) / window).tolist()
-    marker = "." if num_points <= 30 else None
-    axes.plot(steps, values, color=colour, linewidth=1.2, alpha=strength, marker=marker, markersize=4, label=label)
+        steps, values = steps[window - 1 :], torch.tensor(values).unfold(0, window, 1).mean(dim=1).tolist()
+    marker = "" if num_points > 60 else "." if is_train else "o"
+    axes.plot(steps, values, color=colour, linewidth=1.2, alpha=alpha, marker=marker, markersize=4, label=label)
 
 
 def _add_epochs(axes: Axes, epoch_steps: int) -> None:
     """The same axis in epochs, above."""
-    axis = axes.secondary_xaxis("top", functions=(lambda step: step / epoch_steps, lambda epoch: epoch * epoch_steps))
+    axis = axes.secondary_xaxis("top", functions=(partial(mul, 1 / epoch_steps), partial(mul, epoch_steps)))
     axis.set_xlabel("epochs", size=8.5, color=GREY)
     axis.tick_params(labelsize=8, colors=GREY, length=2)
     axis.spines["top"].set_color(PALE)
@@ -253,8 +181,8 @@ def draw_features(outputs: Mapping[str, Tensor], class_names: Sequence[str], tit
     heights = [math.ceil(len(maps[n]) / columns) * PITCH if n in maps else bar_height for n in outputs]
     heights[-1] = last
     width = MARGIN + LABEL + columns * PITCH + MARGIN
-    height = HEAD + sum(heights) + ROW_GAP * len(heights) + MARGIN
-    figure, axes = _new_canvas(width, height, title, subtitle)
+    height = HEAD + sum(heights) + ROW_GAP * len(heights)
+    figure, axes = new_canvas(width, height, title, subtitle)
     top, left = HEAD, MARGIN + LABEL
     *hidden, logits_name = outputs
     for name, row_height in zip(hidden, heights, strict=False):
@@ -265,14 +193,14 @@ def draw_features(outputs: Mapping[str, Tensor], class_names: Sequence[str], tit
             lines += [f"first {len(shown)} of {len(values)} maps"] if len(shown) < len(values) else []
             low, high = float(values.min()), float(values.max())
             is_image = name == INPUT
-            tiles = _on_paper(255 * (shown - low) / ((high - low) or 1)) if is_image else _signed(shown, _limit(shown))
-            _draw_tiles(axes, tiles, left, top, columns, (PITCH, PITCH))
+            tiles = on_paper(255 * (shown - low) / ((high - low) or 1)) if is_image else signed(shown, _limit(shown))
+            draw_tiles(axes, tiles, left=left, top=top, columns=columns, pitch=(PITCH, PITCH), size=TILE)
         else:
-            _draw_bars(axes, values, left, top, columns * PITCH - GAP, row_height)
-        _draw_label(axes, top, name, *lines)
+            _draw_bars(axes, values, left=left, top=top, width=columns * PITCH - GAP, height=row_height)
+        draw_label(axes, top, name, *lines)
         top += row_height + ROW_GAP
-    _draw_label(axes, top, logits_name, "logits", "probabilities above")
-    _draw_logits(_add_axes(figure, left, top, columns * PITCH - GAP, last - 30), outputs[logits_name], class_names)
+    draw_label(axes, top, logits_name, "bars: logits", "numbers: probabilities")
+    _draw_logits(add_axes(figure, left, top, columns * PITCH - GAP, last - 30), outputs[logits_name], class_names)
     return figure
 
 
@@ -280,7 +208,7 @@ def _limit(values: Tensor) -> float:
     return float(values.abs().max())
 
 
-def _draw_bars(axes: Axes, values: Tensor, left: int, top: int, width: int, height: int) -> None:
+def _draw_bars(axes: Axes, values: Tensor, *, left: int, top: int, width: int, height: int) -> None:
     """A vector (units,) as bars up and down from a line at zero, in the space given in pixels."""
     low, high = min(float(values.min()), 0.0), max(float(values.max()), 0.0)
     scale = height / ((high - low) or 1.0)
@@ -326,11 +254,12 @@ def draw_filters(weights: Mapping[str, Tensor], title: str, subtitle: str) -> Fi
         height = max(math.ceil(len(tiles) / per_row) * pitch, 80)
         blocks.append((name, lines, tiles, per_row, pitch, height))
     height = HEAD + sum(block[-1] + 2 * ROW_GAP for block in blocks)
-    figure, axes = _new_canvas(width, height, title, subtitle)
+    figure, axes = new_canvas(width, height, title, subtitle)
     top = HEAD
     for name, lines, tiles, per_row, pitch, block_height in blocks:
-        _draw_tiles(axes, _signed(tiles, _limit(tiles)), left, top, per_row, (pitch, pitch), size=pitch - 2 - 2)
-        _draw_label(axes, top, name, *lines)
+        colours, size = signed(tiles, _limit(tiles)), pitch - 4 if pitch < PITCH else TILE
+        draw_tiles(axes, colours, left=left, top=top, columns=per_row, pitch=(pitch, pitch), size=size)
+        draw_label(axes, top, name, *lines)
         top += block_height + 2 * ROW_GAP
     return figure
 
@@ -349,11 +278,11 @@ def draw_confusion(confusion: Sequence[Sequence[int]], class_names: Sequence[str
     side, edge, foot = 430, 96 if has_words else 60, 84 if has_words else 56
     width = 2 * (edge + side) + 2 * MARGIN
     subtitle = f"{num_mistakes:,} mistakes among {num_samples:,} test images; only mistakes are coloured"
-    figure = _new_figure(width, HEAD + 22 + side + foot, title, subtitle)
+    figure = new_figure(width, HEAD + 22 + side + foot, title, subtitle)
     rates = 100 * counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
     for number, (name, values) in enumerate((("images", counts), ("% of the true class", rates))):
         left = edge + number * (edge + side + MARGIN)
-        axes = _add_axes(figure, left, HEAD + 22, side, side)
+        axes = add_axes(figure, left, HEAD + 22, side, side)
         _draw_table(axes, values, "{:,.0f}" if number == 0 else "{:.1f}")
         axes.set_title(name, size=9, color=INK, loc="left")
         axes.set_xticks(range(10), class_names, rotation=40 if has_words else 0, ha="right" if has_words else "center")
@@ -367,7 +296,7 @@ def _draw_table(axes: Axes, values: Tensor, form: str) -> None:
     """Numbers (10, 10) in cells, the larger the darker, except on the diagonal."""
     mistakes = values * (1 - torch.eye(len(values), dtype=values.dtype))
     share = (mistakes / (float(mistakes.max()) or 1.0)).sqrt()  # the root lets single mistakes show beside many
-    colours = _signed(share * 0.95, 1.0)
+    colours = signed(share * 0.95, 1.0)
     colours[range(len(values)), range(len(values))] = 0.95
     axes.imshow(colours.numpy(), interpolation="nearest")
     for row, column in values.nonzero().tolist():
@@ -380,20 +309,20 @@ def _draw_table(axes: Axes, values: Tensor, form: str) -> None:
 
 def draw_mistakes(mistakes: Mistakes, class_names: Sequence[str], title: str) -> Figure:
     """Images that were taken for something else, with both classes, the confidence, and their place in the test set."""
-    columns, pitch = 8, (124, 146)
+    columns, pitch = 7, (140, 146)
     rows = max(1, math.ceil(len(mistakes.labels) / columns))
     rate = f"{mistakes.num_mistakes:,} mistakes among {mistakes.num_samples:,} test images"
     subtitle = f"{rate}; the most confident first" if mistakes.num_mistakes else f"{rate}: nothing to show"
     height = HEAD + rows * pitch[1] if mistakes.num_mistakes else HEAD
-    figure, axes = _new_canvas(2 * MARGIN + columns * pitch[0] - 30, height, title, subtitle)
+    figure, axes = new_canvas(2 * MARGIN + columns * pitch[0] - 30, height, title, subtitle)
     if not mistakes.num_mistakes:
         return figure
-    places = _draw_tiles(axes, _on_paper(mistakes.images), MARGIN, HEAD, columns, pitch, size=84)
+    places = draw_tiles(axes, on_paper(mistakes.images), left=MARGIN, top=HEAD, columns=columns, pitch=pitch, size=84)
     facts = (mistakes.indices, mistakes.labels, mistakes.predicted, mistakes.confidences)
     for (x, y), index, label, predicted, confidence in zip(places, *(fact.tolist() for fact in facts), strict=True):
         left = x - 43
         axes.text(left, y + 4, f"true {class_names[label]}", size=8, color=INK, va="top")
-        axes.text(left, y + 18, f"not {class_names[predicted]}", size=8, color=LINES[1], va="top")
+        axes.text(left, y + 18, f"taken for {class_names[predicted]}", size=8, color=LINES[1], va="top")
         axes.text(left, y + 32, f"{confidence:.1%}  #{index}", size=7, color=GREY, va="top")
     return figure
 
@@ -404,7 +333,7 @@ def draw_architecture(layers: Sequence[LayerCost], title: str) -> Figure:
     line, rights = 22, (0, 0, 520, 640, 760)  # right edges of the columns of numbers
     width, height = 2 * MARGIN + rights[-1], HEAD + line * (len(rows) + 1) + MARGIN
     subtitle = "output shapes are channels x height x width; MAC = multiply-accumulates per image"
-    figure, axes = _new_canvas(width, height, title, subtitle)
+    figure, axes = new_canvas(width, height, title, subtitle)
     for number, row in enumerate(rows):
         y = HEAD + line * (number + 0.5) + (6 if number == len(rows) - 1 else 0)
         weight = "bold" if number in (0, len(rows) - 1) else "normal"

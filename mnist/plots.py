@@ -1,4 +1,6 @@
-"""Pictures of a run, of what it was fed and of what it has learnt; each command prints the path of what it wrote.
+"""Pictures of a run, of what it was fed and of what it has learnt.
+
+In: a run directory, or a recipe. Out: a picture, in the run's pictures/; its path is printed.
 
 python -m mnist.plots curves                       the newest run, while it runs or afterwards
 python -m mnist.plots curves --run runs/a runs/b   two runs in one picture
@@ -191,7 +193,7 @@ def _newest_records() -> Path:
 
 def _features(options: Features) -> Path:
     subject = _find_subject(options.place.run, options.recipe)
-    untrained = options.untrained or options.recipe is not None
+    untrained = options.untrained or subject.folder is None
     model = _build(subject, options.place.run, untrained)
     dataset = _read_data(subject.config, options.data_dir)
     if not 0 <= options.image < len(dataset.test):
@@ -205,7 +207,7 @@ def _features(options: Features) -> Path:
 
 def _filters(options: Filters) -> Path:
     subject = _find_subject(options.place.run, options.recipe)
-    untrained = options.untrained or options.recipe is not None
+    untrained = options.untrained or subject.folder is None
     model = _build(subject, options.place.run, untrained)
     figure = gallery.filter_figure(model, subject.config.image.image_size, subject.title(untrained))
     return _save(figure, subject.path("filters-untrained" if untrained else "filters", options.place.out))
@@ -231,7 +233,8 @@ def _mistakes(options: Mistakes) -> Path:
 
 
 def _architecture(options: Architecture) -> Path:
-    if sum(x is not None for x in (options.place.run, options.recipe, options.model)) > 1:
+    given = [name for name in (options.place.run, options.recipe, options.model) if name is not None]
+    if len(given) > 1:
         raise UserError("--run, --recipe, --model: give one of them")
     if options.model is not None:
         size = IMAGE_SIZES.get(options.model, 28)

@@ -10,8 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"config", "faults", "files", "seeding", "signals", "torchvision_compat"},
-    {"batches", "console", "download", "features", "history", "idx", "losses", "metrics", "models", "optim", "plan"}
-    | {"recipes", "transforms"},
+    {"batches", "canvas", "console", "download", "features", "history", "idx", "losses", "metrics", "models", "optim"}
+    | {"plan", "recipes", "transforms"},
     {"checkpoint", "data", "engine", "export", "pictures", "run_dir", "runtime", "tracking"},
     {"gallery"},
     {"cli", "run"},
