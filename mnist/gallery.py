@@ -74,9 +74,10 @@ def write_run_pictures(
     return paths
 
 
-def title_of(config: TrainConfig, dataset: str, *more: str) -> str:
-    """What every picture says of the run it belongs to."""
-    return ", ".join([f"{config.recipe} on {dataset}", f"seed {config.loop.seed}", *more])
+def title_of(config: TrainConfig, dataset: str | None, *more: str) -> str:
+    """What every picture says of the run it belongs to; no data set where the picture needs none."""
+    name = config.recipe if dataset is None else f"{config.recipe} on {dataset}"
+    return ", ".join([name, f"seed {config.loop.seed}", *more])
 
 
 def sample_figure(config: TrainConfig, dataset: Dataset, augment: Augmentation | None) -> Figure:

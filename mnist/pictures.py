@@ -10,6 +10,7 @@ import importlib
 import io
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from operator import mul
 from pathlib import Path
@@ -44,14 +45,16 @@ from mnist.canvas import (
 from mnist.config import RunError
 from mnist.features import INPUT, LayerCost, Mistakes, as_table, describe_shape
 from mnist.files import write_atomically
-from mnist.history import SPLITS, Curve, History
+from mnist.history import SPLITS, History
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 SUFFIXES = (".png", ".pdf", ".svg")
-MOST_MAPS = 32  # of one layer
+MOST_MAPS, MOST_FILTERS = 32, 64  # of one layer
+COLUMNS = 16  # of maps
+MAPS_WIDTH = COLUMNS * PITCH - GAP  # in pixels
 
 
 def save_picture(figure: Figure, path: Path) -> None:
@@ -109,22 +112,16 @@ def draw_curves(histories: Sequence[History], title: str, subtitle: str) -> Figu
     left, right = (add_axes(figure, MARGIN + 50 + side * 580, HEAD + 40, 490, 320) for side in (0, 1))
     for number, history in enumerate(histories):
         for split, curve in history.curves.items():
+            is_train = split == "train"
             colour = LINES[SPLITS.index(split) if is_single else number % len(LINES)]
-            name = split if is_single else f"{history.name}: {split}"
-            is_named = is_single or split != "train" or len(history.curves) == 1
-            label = f"{name} {curve.accuracies[-1]:.2%}" if is_named else None
+            final = (_running_mean(curve.accuracies) if is_train else curve.accuracies)[-1]
+            label = f"{split if is_single else f'{history.name}: {split}'} {final:.2%}"
+            is_named = is_single or not is_train or len(history.curves) == 1
             for axes, values in ((left, curve.losses), (right, curve.accuracies)):
-                is_train = split == "train"
                 alpha = 0.5 if is_train and not is_single else 1.0
-                _draw_curve(axes, curve.steps, values, is_train=is_train, colour=colour, alpha=alpha, label=label)
-    epoch_steps = {round(history.epoch_steps) for history in histories if math.isfinite(history.epoch_steps)}
-    for axes, name in ((left, "loss"), (right, "accuracy")):
-        axes.set_ylabel(name, size=9, color=INK)
-        axes.set_xlabel("optimizer steps", size=9, color=INK)
-        axes.grid(color="#ececec", linewidth=0.7)
-        if len(epoch_steps) == 1:
-            _add_epochs(axes, epoch_steps.copy().pop())
-    _fit_curves(left, right, [curve for history in histories for curve in history.curves.values()])
+                label_here = label if is_named else None
+                _draw_curve(axes, curve.steps, values, is_train=is_train, colour=colour, alpha=alpha, label=label_here)
+    _fit_curves(left, right, histories)
     right.legend(loc="lower right", fontsize=8, frameon=False)
     return figure
 
@@ -133,13 +130,18 @@ def _draw_curve(
     axes: Axes, steps: list[int], values: list[float], *, is_train: bool, colour: str, alpha: float, label: str | None
 ) -> None:
     """Training as a line, in a long run its running mean before the raw values; evaluations as points."""
-    num_points = len(steps)
-    if is_train and num_points > 200:
+    smooth = _running_mean(values) if is_train else values
+    if smooth is not values:
         axes.plot(steps, values, color=colour, linewidth=0.5, alpha=0.3 * alpha)
-        window = num_points // 100
-        steps, values = steps[window - 1 :], torch.tensor(values).unfold(0, window, 1).mean(dim=1).tolist()
-    marker = "" if num_points > 60 else "." if is_train else "o"
-    axes.plot(steps, values, color=colour, linewidth=1.2, alpha=alpha, marker=marker, markersize=4, label=label)
+    marker = "" if len(values) > 60 else "." if is_train else "o"
+    points = steps[len(steps) - len(smooth) :]
+    axes.plot(points, smooth, color=colour, linewidth=1.2, alpha=alpha, marker=marker, markersize=4, label=label)
+
+
+def _running_mean(values: list[float]) -> list[float]:
+    """The mean of each value and those before it, over a hundredth of a long run; few values stay as they are."""
+    window = len(values) // 100 if len(values) > 200 else 1
+    return values if window == 1 else torch.tensor(values).unfold(0, window, 1).mean(dim=1).tolist()
 
 
 def _add_epochs(axes: Axes, epoch_steps: int) -> None:
@@ -150,20 +152,30 @@ def _add_epochs(axes: Axes, epoch_steps: int) -> None:
     axis.spines["top"].set_color(PALE)
 
 
-def _fit_curves(loss: Axes, accuracy: Axes, curves: Sequence[Curve]) -> None:
-    """A logarithmic loss where it spans much, and an accuracy axis that leaves a bad start below its edge."""
+def _fit_curves(loss: Axes, accuracy: Axes, histories: Sequence[History]) -> None:
+    """Scales and labels: a logarithmic loss where it spans much, and a bad start below the edge of the accuracy."""
+    ticker = importlib.import_module("matplotlib.ticker")
+    epoch_steps = {round(history.epoch_steps) for history in histories if math.isfinite(history.epoch_steps)}
+    for axes, name in ((loss, "loss"), (accuracy, "accuracy")):
+        axes.set_ylabel(name, size=9, color=INK)
+        axes.set_xlabel("optimizer steps", size=9, color=INK)
+        axes.set_xlim(left=0)
+        axes.xaxis.set_major_locator(ticker.MaxNLocator(8, integer=True))
+        axes.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,.0f}"))
+        axes.grid(color="#ececec", linewidth=0.7)
+        if len(epoch_steps) == 1:
+            _add_epochs(axes, next(iter(epoch_steps)))
+    curves = [curve for history in histories for curve in history.curves.values()]
     losses = [value for curve in curves for value in curve.losses if math.isfinite(value)]
     if losses and min(losses) > 0 and max(losses) > 10 * min(losses):
         loss.set_yscale("log")
-        plain = importlib.import_module("matplotlib.ticker").FuncFormatter(lambda value, _: f"{value:g}")
-        loss.yaxis.set_major_formatter(plain)
-        loss.yaxis.set_minor_formatter(importlib.import_module("matplotlib.ticker").NullFormatter())
+        loss.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+        loss.yaxis.set_minor_formatter(ticker.NullFormatter())
     values = sorted(value for curve in curves for value in curve.accuracies if math.isfinite(value))
     if values:
         low = values[len(values) // 10]
         accuracy.set_ylim(low - 0.25 * (1 - low) - 0.002, 1.0 + 0.03 * (1 - low) + 0.0005)
-    percent = importlib.import_module("matplotlib.ticker").PercentFormatter(1.0, symbol=" %")
-    accuracy.yaxis.set_major_formatter(percent)
+    accuracy.yaxis.set_major_formatter(ticker.PercentFormatter(1.0, symbol=" %"))
 
 
 def draw_features(outputs: Mapping[str, Tensor], class_names: Sequence[str], title: str, subtitle: str) -> Figure:
@@ -176,47 +188,54 @@ def draw_features(outputs: Mapping[str, Tensor], class_names: Sequence[str], tit
         title: of the picture.
         subtitle: likewise.
     """
-    columns, bar_height, last = 16, 48, 130
-    maps = {name: output[:MOST_MAPS] for name, output in outputs.items() if output.ndim == 3}
-    heights = [math.ceil(len(maps[n]) / columns) * PITCH if n in maps else bar_height for n in outputs]
-    heights[-1] = last
-    width = MARGIN + LABEL + columns * PITCH + MARGIN
-    height = HEAD + sum(heights) + ROW_GAP * len(heights)
-    figure, axes = new_canvas(width, height, title, subtitle)
-    top, left = HEAD, MARGIN + LABEL
     *hidden, logits_name = outputs
-    for name, row_height in zip(hidden, heights, strict=False):
+    heights = [_grid(min(len(outputs[n]), MOST_MAPS))[1] * PITCH if outputs[n].ndim == 3 else 48 for n in hidden]
+    last, left = 130, MARGIN + LABEL
+    height = HEAD + sum(heights) + ROW_GAP * len(outputs) + last
+    figure, axes = new_canvas(left + MAPS_WIDTH + MARGIN, height, title, subtitle)
+    top = HEAD
+    for name, row_height in zip(hidden, heights, strict=True):
         values = outputs[name].detach().cpu().float()
         lines = [describe_shape(values.shape), f"{float(values.min()):.2g} to {float(values.max()):.2g}"]
-        if name in maps:
+        if values.ndim == 3:
             shown = values[:MOST_MAPS]
             lines += [f"first {len(shown)} of {len(values)} maps"] if len(shown) < len(values) else []
-            low, high = float(values.min()), float(values.max())
-            is_image = name == INPUT
-            tiles = on_paper(255 * (shown - low) / ((high - low) or 1)) if is_image else signed(shown, _limit(shown))
-            draw_tiles(axes, tiles, left=left, top=top, columns=columns, pitch=(PITCH, PITCH), size=TILE)
+            tiles = _input_tiles(shown) if name == INPUT else signed(shown, _limit(shown))
+            draw_tiles(axes, tiles, left=left, top=top, columns=_grid(len(shown))[0], pitch=(PITCH, PITCH), size=TILE)
         else:
-            _draw_bars(axes, values, left=left, top=top, width=columns * PITCH - GAP, height=row_height)
+            _draw_bars(axes, values, left=left, top=top, height=row_height)
         draw_label(axes, top, name, *lines)
         top += row_height + ROW_GAP
-    draw_label(axes, top, logits_name, "bars: logits", "numbers: probabilities")
-    _draw_logits(add_axes(figure, left, top, columns * PITCH - GAP, last - 30), outputs[logits_name], class_names)
+    draw_label(axes, top, logits_name, "10 logits", "with their softmax")
+    _draw_logits(add_axes(figure, left, top, MAPS_WIDTH, last - 30), outputs[logits_name], class_names)
     return figure
+
+
+def _grid(num_maps: int) -> tuple[int, int]:
+    """Columns and rows, the rows as even as they can be."""
+    rows = math.ceil(num_maps / COLUMNS)
+    return math.ceil(num_maps / rows), rows
+
+
+def _input_tiles(images: Tensor) -> Tensor:
+    """What the network sees, normalised as it is, from white for its least value to black."""
+    low, high = images.min(), images.max()
+    return on_paper(255 * (images - low) / (high - low).clamp(min=1e-6))
 
 
 def _limit(values: Tensor) -> float:
     return float(values.abs().max())
 
 
-def _draw_bars(axes: Axes, values: Tensor, *, left: int, top: int, width: int, height: int) -> None:
+def _draw_bars(axes: Axes, values: Tensor, *, left: int, top: int, height: int) -> None:
     """A vector (units,) as bars up and down from a line at zero, in the space given in pixels."""
     low, high = min(float(values.min()), 0.0), max(float(values.max()), 0.0)
     scale = height / ((high - low) or 1.0)
     zero = top + high * scale
-    edges = torch.linspace(left, left + width, len(values) + 1).numpy()
+    edges = torch.linspace(left, left + MAPS_WIDTH, len(values) + 1).numpy()
     for part, colour in ((values.clamp(min=0), RED), (values.clamp(max=0), BLUE)):
         axes.stairs((zero - part * scale).numpy(), edges, baseline=zero, fill=True, color=colour, linewidth=0)
-    axes.plot([left, left + width], [zero, zero], color=GREY, linewidth=0.6)
+    axes.plot([left, left + MAPS_WIDTH], [zero, zero], color=GREY, linewidth=0.6)
 
 
 def _draw_logits(axes: Axes, logits: Tensor, class_names: Sequence[str]) -> None:
@@ -240,28 +259,43 @@ def draw_filters(weights: Mapping[str, Tensor], title: str, subtitle: str) -> Fi
         title: of the picture.
         subtitle: likewise.
     """
-    columns, most_rows = 16, 16
-    width, left = MARGIN + LABEL + columns * PITCH + MARGIN, MARGIN + LABEL
-    blocks = []
-    for name, weight in weights.items():
-        shown = weight[: 4 * columns].detach().cpu().float()
-        per_row, pitch = (columns, PITCH) if shown.shape[1] == 1 else (len(shown), 28)
-        tiles = shown[:, :most_rows].transpose(0, 1).flatten(0, 1)  # input by input
-        lines = [f"{len(weight)} filters" if weight.shape[1] == 1 else f"{weight.shape[1]} inputs (down)"]
-        lines += [f"x {len(weight)} filters (across)"] if weight.shape[1] > 1 else []
-        lines += [f"{weight.shape[2]}x{weight.shape[3]} weights", f"up to {_limit(shown):.2g} either way"]
-        lines += [f"first {len(shown)} shown"] if len(shown) < len(weight) else []
-        height = max(math.ceil(len(tiles) / per_row) * pitch, 80)
-        blocks.append((name, lines, tiles, per_row, pitch, height))
-    height = HEAD + sum(block[-1] + 2 * ROW_GAP for block in blocks)
-    figure, axes = new_canvas(width, height, title, subtitle)
+    blocks = [_filter_block(name, weight) for name, weight in weights.items()]
+    height = HEAD + sum(block.height + 2 * ROW_GAP for block in blocks)
+    figure, axes = new_canvas(MARGIN + LABEL + MAPS_WIDTH + MARGIN, height, title, subtitle)
     top = HEAD
-    for name, lines, tiles, per_row, pitch, block_height in blocks:
-        colours, size = signed(tiles, _limit(tiles)), pitch - 4 if pitch < PITCH else TILE
-        draw_tiles(axes, colours, left=left, top=top, columns=per_row, pitch=(pitch, pitch), size=size)
-        draw_label(axes, top, name, *lines)
-        top += block_height + 2 * ROW_GAP
+    for block in blocks:
+        pitch, size = (block.pitch, block.pitch), TILE if block.pitch == PITCH else block.pitch - 4
+        draw_tiles(axes, block.tiles, left=MARGIN + LABEL, top=top, columns=block.columns, pitch=pitch, size=size)
+        draw_label(axes, top, block.name, *block.lines)
+        top += block.height + 2 * ROW_GAP
     return figure
+
+
+@dataclass(frozen=True)
+class _FilterBlock:
+    """The filters of one layer: RGB tiles, tiles in a row, pixels from tile to tile, and of the whole."""
+
+    name: str
+    lines: list[str]
+    tiles: Tensor
+    columns: int
+    pitch: int
+    height: int
+
+
+def _filter_block(name: str, weight: Tensor) -> _FilterBlock:
+    """Filters of one input in rows of sixteen; of several inputs a column each, an input a row."""
+    num_filters, num_inputs, height, width = weight.shape
+    shown = weight[:MOST_FILTERS].detach().cpu().float()
+    limit = float(shown.abs().flatten().quantile(0.995))  # a single large weight would leave the others pale
+    columns, pitch = (COLUMNS, PITCH) if num_inputs == 1 else (len(shown), 28)
+    tiles = signed(shown.transpose(0, 1).flatten(0, 1), limit)  # input by input
+    lines = [f"{num_filters} filters, {height}x{width}"]
+    lines = [f"{num_filters} filters (across)", f"{num_inputs} inputs (down)"] if num_inputs > 1 else lines
+    lines += [f"full colour at {limit:.2g}"]
+    lines += [f"first {len(shown)} shown"] if len(shown) < num_filters else []
+    block_height = max(math.ceil(len(tiles) / columns) * pitch, 16 * (len(lines) + 1))
+    return _FilterBlock(name, lines, tiles, columns, pitch, block_height)
 
 
 def draw_confusion(confusion: Sequence[Sequence[int]], class_names: Sequence[str], title: str) -> Figure:

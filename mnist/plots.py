@@ -199,7 +199,7 @@ def _features(options: Features) -> Path:
     if not 0 <= options.image < len(dataset.test):
         raise UserError(f"--image {options.image}: must lie in 0..{len(dataset.test) - 1}")
     transform = BatchTransform(subject.config.image)
-    title = subject.title(untrained)
+    title = subject.title(dataset.name, untrained)
     figure = gallery.feature_figure(dataset, model, transform, title, options.image)
     name = "features" if options.image == 0 else f"features-{options.image}"
     return _save(figure, subject.path(f"{name}-untrained" if untrained else name, options.place.out))
@@ -209,7 +209,7 @@ def _filters(options: Filters) -> Path:
     subject = _find_subject(options.place.run, options.recipe)
     untrained = options.untrained or subject.folder is None
     model = _build(subject, options.place.run, untrained)
-    figure = gallery.filter_figure(model, subject.config.image.image_size, subject.title(untrained))
+    figure = gallery.filter_figure(model, subject.config.image.image_size, subject.title(None, untrained))
     return _save(figure, subject.path("filters-untrained" if untrained else "filters", options.place.out))
 
 
@@ -220,7 +220,8 @@ def _confusion(options: Confusion) -> Path:
         raise UserError(f"--run {subject.folder}: no test scores in result.json; a run writes them when it finishes")
     names = data.SOURCES[subject.config.data.dataset].class_names
     return _save(
-        pictures.draw_confusion(confusion, names, subject.title()), subject.path("confusion", options.place.out)
+        pictures.draw_confusion(confusion, names, subject.title(subject.config.data.dataset)),
+        subject.path("confusion", options.place.out),
     )
 
 
@@ -228,7 +229,7 @@ def _mistakes(options: Mistakes) -> Path:
     subject = _find_subject(options.place.run)
     model = _build(subject, options.place.run, untrained=False)
     dataset = _read_data(subject.config, options.data_dir)
-    figure = gallery.mistake_figure(dataset, model, BatchTransform(subject.config.image), subject.title())
+    figure = gallery.mistake_figure(dataset, model, BatchTransform(subject.config.image), subject.title(dataset.name))
     return _save(figure, subject.path("mistakes", options.place.out))
 
 
@@ -272,11 +273,11 @@ class Subject:
         """result.json; {} where there is none."""
         return {} if self.folder is None else read_result(self.folder)
 
-    def title(self, untrained: bool = False) -> str:
+    def title(self, dataset: str | None, untrained: bool = False) -> str:
         """Recipe, data set, seed, and at which step the weights are."""
         best = self.result.get("best") or {}
         step = ["before training"] if untrained else [f"step {best['step']:,}"] if "step" in best else []
-        return gallery.title_of(self.config, self.config.data.dataset, *step)
+        return gallery.title_of(self.config, dataset, *step)
 
     def path(self, name: str, out: str | None) -> Path:
         """Where a picture goes.
