@@ -164,7 +164,7 @@ def filters(model: nn.Sequential, image_size: int, most: int = 256) -> dict[str,
 
 
 def find_mistakes(
-    model: nn.Module, transform: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, most: int = 24
+    model: nn.Module, transform: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, most: int = 28
 ) -> Mistakes:
     """Predicts a whole split and returns its worst mistakes: the largest probabilities given to a wrong class.
 

@@ -101,7 +101,7 @@ def draw_samples(
     figure, axes = new_canvas(width, height, title, subtitle)
     places = draw_tiles(axes, on_paper(tiles), left=MARGIN, top=HEAD, columns=columns, pitch=pitch, size=56)
     for (x, y), label in zip(places, labels.tolist(), strict=True):
-        axes.text(x, y + 3, class_names[label], size=7.5, color=INK, ha="center", va="top")
+        axes.text(x, y + 13, class_names[label], size=7.5, color=INK, ha="center")
     return figure
 
 
@@ -160,7 +160,7 @@ def _fit_curves(loss: Axes, accuracy: Axes, histories: Sequence[History]) -> Non
         axes.set_ylabel(name, size=9, color=INK)
         axes.set_xlabel("optimizer steps", size=9, color=INK)
         axes.set_xlim(left=0)
-        axes.xaxis.set_major_locator(ticker.MaxNLocator(8, integer=True))
+        axes.xaxis.set_major_locator(ticker.MaxNLocator(8, integer=True, steps=[1, 2, 5, 10]))
         axes.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,.0f}"))
         axes.grid(color="#ececec", linewidth=0.7)
         if len(epoch_steps) == 1:
@@ -355,9 +355,9 @@ def draw_mistakes(mistakes: Mistakes, class_names: Sequence[str], title: str) ->
     facts = (mistakes.indices, mistakes.labels, mistakes.predicted, mistakes.confidences)
     for (x, y), index, label, predicted, confidence in zip(places, *(fact.tolist() for fact in facts), strict=True):
         left = x - 43
-        axes.text(left, y + 4, f"true {class_names[label]}", size=8, color=INK, va="top")
-        axes.text(left, y + 18, f"taken for {class_names[predicted]}", size=8, color=LINES[1], va="top")
-        axes.text(left, y + 32, f"{confidence:.1%}  #{index}", size=7, color=GREY, va="top")
+        axes.text(left, y + 14, f"true {class_names[label]}", size=8, color=INK)
+        axes.text(left, y + 28, f"taken for {class_names[predicted]}", size=8, color=LINES[1])
+        axes.text(left, y + 41, f"{confidence:.1%}  #{index}", size=7, color=GREY)
     return figure
 
 
