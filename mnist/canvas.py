@@ -98,7 +98,7 @@ def draw_tiles(
     grid[:num_tiles, :height, :width] = framed
     picture = grid.view(rows, columns, *grid.shape[1:]).transpose(1, 2).flatten(0, 1).flatten(1, 2)
     extent = (left, left + columns * pitch[0], top + rows * pitch[1], top)
-    axes.imshow(picture.numpy(), extent=extent, aspect="auto", interpolation="nearest")
+    axes.imshow(picture.mul(255).byte().numpy(), extent=extent, aspect="auto", interpolation="nearest")
     places = (divmod(tile, columns) for tile in range(num_tiles))
     return [(left + column * pitch[0] + width // 2, top + row * pitch[1] + height) for row, column in places]
 

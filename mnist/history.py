@@ -15,6 +15,7 @@ from typing import Any
 from mnist.config import UserError
 
 SPLITS = ("train", "val", "test")
+_FIELDS = {"step", "epoch", "split", "dataset", "loss", "accuracy"}
 
 
 @dataclass(frozen=True)
@@ -63,15 +64,11 @@ def read_history(run_dir: Path) -> History:
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"--run {run_dir}: no metrics.jsonl there ({error.strerror}); name a run directory") from error
-    records = []
-    for number, line in enumerate(content[: content.rfind(b"\n") + 1].splitlines(), start=1):
-        try:
-            records.append(json.loads(line))
-        except ValueError as error:
-            raise UserError(f"--run {run_dir}: line {number} of metrics.jsonl is not JSON ({error})") from error
-    curves = {split: _curve([r for r in records if r["split"] == split]) for split in SPLITS}
+    lines = content[: content.rfind(b"\n") + 1].splitlines()
+    records = [_parse(line, f"--run {run_dir}: line {number}") for number, line in enumerate(lines, start=1)]
     if not records:
         raise UserError(f"--run {run_dir}: no record in metrics.jsonl yet; the first comes after --log-every steps")
+    curves = {split: _curve([r for r in records if r["split"] == split]) for split in SPLITS}
     last = records[-1]
     return History(
         name=run_dir.resolve().name,
@@ -80,6 +77,17 @@ def read_history(run_dir: Path) -> History:
         curves={split: curve for split, curve in curves.items() if curve.steps},
         epoch_steps=last["step"] / last["epoch"] if last["epoch"] else math.nan,
     )
+
+
+def _parse(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        record: dict[str, Any] = json.loads(line)
+        missing = _FIELDS - record.keys()
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{where} of metrics.jsonl is no record ({error})") from error
+    if missing:
+        raise UserError(f"{where} of metrics.jsonl is no record (no {', '.join(sorted(missing))})")
+    return record
 
 
 def read_result(run_dir: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from operator import mul
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -64,7 +64,8 @@ def save_picture(figure: Figure, path: Path) -> None:
         RunError: `path` cannot be written.
     """
     buffer = io.BytesIO()
-    figure.savefig(buffer, format=path.suffix[1:], dpi=DPI)
+    quick = {"pil_kwargs": {"compress_level": 2}} if path.suffix == ".png" else {}  # a little larger
+    figure.savefig(buffer, format=path.suffix[1:], dpi=DPI, **quick)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, buffer.getvalue())
@@ -112,30 +113,29 @@ def draw_curves(histories: Sequence[History], title: str, subtitle: str) -> Figu
     left, right = (add_axes(figure, MARGIN + 50 + side * 580, HEAD + 40, 490, 320) for side in (0, 1))
     for number, history in enumerate(histories):
         for split, curve in history.curves.items():
-            is_train = split == "train"
-            colour = LINES[SPLITS.index(split) if is_single else number % len(LINES)]
+            is_train, turn = split == "train", SPLITS.index(split) if is_single else number
             final = (_running_mean(curve.accuracies) if is_train else curve.accuracies)[-1]
             label = f"{split if is_single else f'{history.name}: {split}'} {final:.2%}"
-            is_named = is_single or not is_train or len(history.curves) == 1
-            for axes, values in ((left, curve.losses), (right, curve.accuracies)):
-                alpha = 0.5 if is_train and not is_single else 1.0
-                label_here = label if is_named else None
-                _draw_curve(axes, curve.steps, values, is_train=is_train, colour=colour, alpha=alpha, label=label_here)
+            style = {
+                "color": LINES[turn % len(LINES)],
+                "linestyle": ("-", "--", ":")[turn // len(LINES) % 3],
+                "alpha": 0.5 if is_train and not is_single else 1.0,
+                "label": label if is_single or not is_train or len(history.curves) == 1 else None,
+            }
+            _draw_curve(left, curve.steps, curve.losses, is_train, style)
+            _draw_curve(right, curve.steps, curve.accuracies, is_train, style)
     _fit_curves(left, right, histories)
-    right.legend(loc="lower right", fontsize=8, frameon=False)
+    right.legend(loc="lower right", fontsize=8 if len(histories) <= 8 else 6, frameon=False)
     return figure
 
 
-def _draw_curve(
-    axes: Axes, steps: list[int], values: list[float], *, is_train: bool, colour: str, alpha: float, label: str | None
-) -> None:
+def _draw_curve(axes: Axes, steps: list[int], values: list[float], is_train: bool, style: dict[str, Any]) -> None:
     """Training as a line, in a long run its running mean before the raw values; evaluations as points."""
     smooth = _running_mean(values) if is_train else values
     if smooth is not values:
-        axes.plot(steps, values, color=colour, linewidth=0.5, alpha=0.3 * alpha)
+        axes.plot(steps, values, color=style["color"], linewidth=0.5, alpha=0.3 * style["alpha"])
     marker = "" if len(values) > 60 else "." if is_train else "o"
-    points = steps[len(steps) - len(smooth) :]
-    axes.plot(points, smooth, color=colour, linewidth=1.2, alpha=alpha, marker=marker, markersize=4, label=label)
+    axes.plot(steps[len(steps) - len(smooth) :], smooth, linewidth=1.2, marker=marker, markersize=4, **style)
 
 
 def _running_mean(values: list[float]) -> list[float]:
@@ -174,7 +174,7 @@ def _fit_curves(loss: Axes, accuracy: Axes, histories: Sequence[History]) -> Non
     values = sorted(value for curve in curves for value in curve.accuracies if math.isfinite(value))
     if values:
         low = values[len(values) // 10]
-        accuracy.set_ylim(low - 0.25 * (1 - low) - 0.002, 1.0 + 0.03 * (1 - low) + 0.0005)
+        accuracy.set_ylim(max(0.0, low - 0.25 * (1 - low) - 0.002), 1.0 + 0.03 * (1 - low) + 0.0005)
     accuracy.yaxis.set_major_formatter(ticker.PercentFormatter(1.0, symbol=" %"))
 
 

@@ -13,6 +13,7 @@ import dataclasses
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -167,21 +168,19 @@ def main(options: Options) -> int:
 
 def _samples(options: Samples) -> Path:
     subject = _find_subject(options.place.run, options.recipe)
+    path = subject.path("augmented" if options.augmented else "samples", options.place.out)
     config = subject.config
     augment = Augmentation(config.image, config.loop.seed, torch.device("cpu"))
     if options.augmented and augment.is_identity:
         raise UserError(f"--augmented: {config.recipe} trains on its images as they are; another recipe may not")
     dataset = _read_data(config, options.data_dir)
-    figure = gallery.sample_figure(config, dataset, augment if options.augmented else None)
-    return _save(figure, subject.path("augmented" if options.augmented else "samples", options.place.out))
+    return _save(gallery.sample_figure(config, dataset, augment if options.augmented else None), path)
 
 
 def _curves(options: Curves) -> Path:
-    runs = [Path(run) for group in options.run for run in group] or [_newest_records()]
-    histories = [read_history(run) for run in dict.fromkeys(runs)]
-    figure = gallery.curve_figure(histories)
-    name = "curves" if len(histories) == 1 else "comparison"
-    return _save(figure, Subject(TrainConfig(), runs[0]).path(name, options.out))
+    runs = list(dict.fromkeys(Path(run) for group in options.run for run in group)) or [_newest_records()]
+    path = _picture_path(options.out, runs[0] / "pictures", "curves" if len(runs) == 1 else "comparison")
+    return _save(gallery.curve_figure([read_history(run) for run in runs]), path)
 
 
 def _newest_records() -> Path:
@@ -194,63 +193,65 @@ def _newest_records() -> Path:
 def _features(options: Features) -> Path:
     subject = _find_subject(options.place.run, options.recipe)
     untrained = options.untrained or subject.folder is None
+    name = "features" if options.image == 0 else f"features-{options.image}"
+    path = subject.path(f"{name}-untrained" if untrained else name, options.place.out)
     model = _build(subject, options.place.run, untrained)
     dataset = _read_data(subject.config, options.data_dir)
     if not 0 <= options.image < len(dataset.test):
         raise UserError(f"--image {options.image}: must lie in 0..{len(dataset.test) - 1}")
-    transform = BatchTransform(subject.config.image)
-    title = subject.title(dataset.name, untrained)
-    figure = gallery.feature_figure(dataset, model, transform, title, options.image)
-    name = "features" if options.image == 0 else f"features-{options.image}"
-    return _save(figure, subject.path(f"{name}-untrained" if untrained else name, options.place.out))
+    transform, title = BatchTransform(subject.config.image), subject.title(dataset.name, untrained)
+    return _save(gallery.feature_figure(dataset, model, transform, title, options.image), path)
 
 
 def _filters(options: Filters) -> Path:
     subject = _find_subject(options.place.run, options.recipe)
     untrained = options.untrained or subject.folder is None
+    path = subject.path("filters-untrained" if untrained else "filters", options.place.out)
     model = _build(subject, options.place.run, untrained)
-    figure = gallery.filter_figure(model, subject.config.image.image_size, subject.title(None, untrained))
-    return _save(figure, subject.path("filters-untrained" if untrained else "filters", options.place.out))
+    return _save(gallery.filter_figure(model, subject.config.image.image_size, subject.title(None, untrained)), path)
 
 
 def _confusion(options: Confusion) -> Path:
     subject = _find_subject(options.place.run)
+    path = subject.path("confusion", options.place.out)
     confusion = subject.result.get("test_confusion")
     if confusion is None:
         raise UserError(f"--run {subject.folder}: no test scores in result.json; a run writes them when it finishes")
-    names = data.SOURCES[subject.config.data.dataset].class_names
-    return _save(
-        pictures.draw_confusion(confusion, names, subject.title(subject.config.data.dataset)),
-        subject.path("confusion", options.place.out),
-    )
+    dataset = subject.config.data.dataset
+    names = data.SOURCES[dataset].class_names
+    return _save(pictures.draw_confusion(confusion, names, subject.title(dataset)), path)
 
 
 def _mistakes(options: Mistakes) -> Path:
     subject = _find_subject(options.place.run)
+    path = subject.path("mistakes", options.place.out)
     model = _build(subject, options.place.run, untrained=False)
     dataset = _read_data(subject.config, options.data_dir)
-    figure = gallery.mistake_figure(dataset, model, BatchTransform(subject.config.image), subject.title(dataset.name))
-    return _save(figure, subject.path("mistakes", options.place.out))
+    transform, title = BatchTransform(subject.config.image), subject.title(dataset.name)
+    return _save(gallery.mistake_figure(dataset, model, transform, title), path)
 
 
 def _architecture(options: Architecture) -> Path:
     given = [name for name in (options.place.run, options.recipe, options.model) if name is not None]
     if len(given) > 1:
         raise UserError("--run, --recipe, --model: give one of them")
-    if options.model is not None:
+    if options.model is None:
+        subject = _find_subject(options.place.run, options.recipe)
+    else:
         size = IMAGE_SIZES.get(options.model, 28)
         subject = Subject(evolve(TrainConfig(), recipe=options.model, model=options.model, image_size=size), None)
-    else:
-        subject = _find_subject(options.place.run, options.recipe)
-    optim, image = subject.config.optim, subject.config.image
-    layers = layer_costs(build_model(optim.model), image.image_size)
-    rows = as_table(layers)
+    path = subject.path("architecture", options.place.out)
+    name = subject.config.optim.model
+    layers = layer_costs(build_model(name), subject.config.image.image_size)
+    sys.stdout.write(_align(as_table(layers)))
+    return _save(pictures.draw_architecture(layers, name), path)
+
+
+def _align(rows: Sequence[Sequence[str]]) -> str:
+    """Lines with columns of equal width, the last two, which hold numbers, flush right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = [c.ljust(w) if i < 3 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
-        sys.stdout.write("  ".join(cells).rstrip() + "\n")
-    figure = pictures.draw_architecture(layers, optim.model)
-    return _save(figure, subject.path("architecture", options.place.out))
+    forms = [f"{{:{'<' if i < len(widths) - 2 else '>'}{width}}}" for i, width in enumerate(widths)]
+    return "".join("  ".join(forms).format(*row).rstrip() + "\n" for row in rows)
 
 
 # --- what the pictures are of ----------------------------------------------------------------------------------------
@@ -280,16 +281,16 @@ class Subject:
         return gallery.title_of(self.config, dataset, *step)
 
     def path(self, name: str, out: str | None) -> Path:
-        """Where a picture goes.
+        """Where a picture goes: as asked for, or to the run, or, of a recipe, to the working directory."""
+        if self.folder is None:
+            return _picture_path(out, Path(), f"{self.config.recipe}-{name}")
+        return _picture_path(out, self.folder / "pictures", name)
 
-        Raises:
-            UserError: `out` names a format that is none of ours.
-        """
-        if out is not None and Path(out).suffix not in pictures.SUFFIXES:
-            raise UserError(f"--out {out}: must end in {', '.join(pictures.SUFFIXES)}")
-        if out is not None:
-            return Path(out)
-        return Path(f"{self.config.recipe}-{name}.png") if self.folder is None else self.folder / f"pictures/{name}.png"
+
+def _picture_path(out: str | None, folder: Path, name: str) -> Path:
+    if out is not None and Path(out).suffix not in pictures.SUFFIXES:
+        raise UserError(f"--out {out}: must end in {', '.join(pictures.SUFFIXES)}")
+    return folder / f"{name}.png" if out is None else Path(out)
 
 
 def _find_subject(run: str | None, recipe: str | None = None) -> Subject:
