@@ -64,7 +64,7 @@ def save_picture(figure: Figure, path: Path) -> None:
         RunError: `path` cannot be written.
     """
     buffer = io.BytesIO()
-    quick = {"pil_kwargs": {"compress_level": 2}} if path.suffix == ".png" else {}  # a little larger
+    quick: dict[str, Any] = {"pil_kwargs": {"compress_level": 2}} if path.suffix == ".png" else {}  # a little larger
     figure.savefig(buffer, format=path.suffix[1:], dpi=DPI, **quick)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
