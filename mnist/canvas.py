@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import importlib
 import math
-from typing import TYPE_CHECKING
+import os
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -31,12 +32,20 @@ ROW_GAP = 14
 
 def new_figure(width: int, height: int, title: str, subtitle: str) -> Figure:
     """A white figure of so many pixels with its title."""
-    figure: Figure = importlib.import_module("matplotlib.figure").Figure(
-        figsize=(width / DPI, height / DPI), dpi=DPI, facecolor="white"
-    )
+    figure: Figure = _matplotlib_figure().Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor="white")
     figure.text(MARGIN / width, 1 - 20 / height, title, size=11, weight="bold", color=INK, va="center")
     figure.text(MARGIN / width, 1 - 42 / height, subtitle, size=8.5, color=GREY, va="center")
     return figure
+
+
+def _matplotlib_figure() -> Any:
+    """The module, imported without $MPLBACKEND: notebooks set it to one of theirs, which need not exist here."""
+    backend = os.environ.pop("MPLBACKEND", None)
+    try:
+        return importlib.import_module("matplotlib.figure")
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
 
 
 def new_canvas(width: int, height: int, title: str, subtitle: str) -> tuple[Figure, Axes]:
@@ -53,7 +62,7 @@ def add_axes(figure: Figure, left: float, top: float, width: float, height: floa
     """Axes at a place that is given in pixels from the upper left corner."""
     full_width, full_height = figure.get_size_inches() * DPI
     place = (left / full_width, 1 - (top + height) / full_height, width / full_width, height / full_height)
-    axes = figure.add_axes(place)
+    axes = figure.add_axes(place, facecolor="white")  # whatever the user's own style is
     axes.tick_params(labelsize=8, colors=INK, length=2)
     for spine in axes.spines.values():
         spine.set_color(PALE)

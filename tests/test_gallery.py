@@ -46,8 +46,7 @@ def write_all(run_dir: Path, config: TrainConfig, model: nn.Sequential) -> dict[
     )
 
 
-@pytest.mark.parametrize("recipe", ["smoke", "lenet5_original", "mlp"])
-@pytest.mark.parametrize("is_training", [True, False])
+@pytest.mark.parametrize(("recipe", "is_training"), [("smoke", True), ("lenet5_original", False), ("mlp", True)])
 def test_a_run_leaves_six_pictures_and_no_other_trace(tmp_path: Path, recipe: str, is_training: bool) -> None:
     config = RECIPES[recipe]()
     model = build_model(config.optim.model).train(is_training)

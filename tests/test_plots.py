@@ -225,7 +225,8 @@ def test_the_data_folder_of_now_counts_more_than_the_one_of_then(
 @pytest.mark.launch
 def test_the_command_prints_the_path_alone_and_errors_in_one_line(run: str, tmp_path: Path) -> None:
     command = [*PYTHON, "-m", "mnist.plots"]
-    done = finish([*command, "curves", "--run", run, "--out", "a.png"], tmp_path)
+    notebook = "module://matplotlib_inline.backend_inline"  # in the environment of whatever a notebook starts
+    done = finish([*command, "curves", "--run", run, "--out", "a.png"], tmp_path, MPLBACKEND=notebook)
     assert (done.code, done.out, done.err) == (0, "a.png\n", "")
     wrong = finish([*command, "confusion", "--run", "none"], tmp_path)
     assert (wrong.code, wrong.out, wrong.err.count("\n")) == (2, "", 1)
