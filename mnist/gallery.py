@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from mnist import pictures
 from mnist.batches import TrainLoader
 from mnist.config import TrainConfig
+from mnist.curves import draw_curves
 from mnist.data import Dataset
 from mnist.features import activations, filters, find_mistakes
 from mnist.history import History, read_history
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 NUM_SAMPLES = 100
+ENDINGS = ("preempted", "failed", "diverged")  # of a run, those that its curves should tell of
 
 Transform = Callable[[Tensor], Tensor]
 
@@ -100,11 +102,12 @@ def curve_figure(histories: Sequence[History]) -> Figure:
     training = "training as it was optimised, label smoothing and augmentation included"
     if len(histories) > 1:
         title = f"{len(histories)} runs on {', '.join(dict.fromkeys(history.dataset for history in histories))}"
-        return pictures.draw_curves(histories, title, f"strong: validation or test; pale: {training}")
+        return draw_curves(histories, title, f"strong: validation or test; pale: {training}")
     (history,) = histories
-    status = history.result.get("status", "no result.json")
-    title = f"{history.name} on {history.dataset}, step {history.last_step:,}, {status}"
-    return pictures.draw_curves(histories, title, training)
+    status = history.result.get("status")
+    ending = f", {status}" if status in ENDINGS else ""
+    title = f"{history.name} on {history.dataset}, step {history.last_step:,}{ending}"
+    return draw_curves(histories, title, training)
 
 
 def feature_figure(dataset: Dataset, model: nn.Sequential, transform: Transform, title: str, index: int = 0) -> Figure:

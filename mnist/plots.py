@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -195,7 +195,7 @@ def _features(options: Features) -> Path:
     untrained = options.untrained or subject.folder is None
     name = "features" if options.image == 0 else f"features-{options.image}"
     path = subject.path(f"{name}-untrained" if untrained else name, options.place.out)
-    model = _build(subject, options.place.run, untrained)
+    model = _build(subject, untrained)
     dataset = _read_data(subject.config, options.data_dir)
     if not 0 <= options.image < len(dataset.test):
         raise UserError(f"--image {options.image}: must lie in 0..{len(dataset.test) - 1}")
@@ -207,14 +207,15 @@ def _filters(options: Filters) -> Path:
     subject = _find_subject(options.place.run, options.recipe)
     untrained = options.untrained or subject.folder is None
     path = subject.path("filters-untrained" if untrained else "filters", options.place.out)
-    model = _build(subject, options.place.run, untrained)
+    model = _build(subject, untrained)
     return _save(gallery.filter_figure(model, subject.config.image.image_size, subject.title(None, untrained)), path)
 
 
 def _confusion(options: Confusion) -> Path:
-    subject = _find_subject(options.place.run)
+    subject = dataclasses.replace(_find_subject(options.place.run), export="best")  # the one that is scored
+    assert subject.folder is not None
     path = subject.path("confusion", options.place.out)
-    confusion = subject.result.get("test_confusion")
+    confusion = read_result(subject.folder).get("test_confusion")
     if confusion is None:
         raise UserError(f"--run {subject.folder}: no test scores in result.json; a run writes them when it finishes")
     dataset = subject.config.data.dataset
@@ -225,7 +226,7 @@ def _confusion(options: Confusion) -> Path:
 def _mistakes(options: Mistakes) -> Path:
     subject = _find_subject(options.place.run)
     path = subject.path("mistakes", options.place.out)
-    model = _build(subject, options.place.run, untrained=False)
+    model = _build(subject)
     dataset = _read_data(subject.config, options.data_dir)
     transform, title = BatchTransform(subject.config.image), subject.title(dataset.name)
     return _save(gallery.mistake_figure(dataset, model, transform, title), path)
@@ -264,21 +265,19 @@ class Subject:
     Attributes:
         config: resolved, as far as it is known.
         folder: the run directory, or None.
+        export: "best" or "last", which of the run's weights are meant.
     """
 
     config: TrainConfig
     folder: Path | None
-
-    @property
-    def result(self) -> dict[str, Any]:
-        """result.json; {} where there is none."""
-        return {} if self.folder is None else read_result(self.folder)
+    export: str = "best"
 
     def title(self, dataset: str | None, untrained: bool = False) -> str:
         """Recipe, data set, seed, and at which step the weights are."""
-        best = self.result.get("best") or {}
-        step = ["before training"] if untrained else [f"step {best['step']:,}"] if "step" in best else []
-        return gallery.title_of(self.config, dataset, *step)
+        result = {} if self.folder is None else read_result(self.folder)
+        step = result.get("steps") if self.export == "last" else (result.get("best") or {}).get("step")
+        when = ["before training"] if untrained else [] if step is None else [f"step {step:,}"]
+        return gallery.title_of(self.config, dataset, *when)
 
     def path(self, name: str, out: str | None) -> Path:
         """Where a picture goes: as asked for, or to the run, or, of a recipe, to the working directory."""
@@ -300,19 +299,20 @@ def _find_subject(run: str | None, recipe: str | None = None) -> Subject:
         raise UserError(f"--recipe {recipe}: unknown; choose from {', '.join(RECIPES)}")
     if recipe is not None:
         return Subject(RECIPES[recipe](), None)
-    folder = find_export(None) if run is None else Path(run)
+    folder, export = find_export(None) if run is None else Path(run), "best"
     if folder.parent.name == "export":
-        folder = folder.parent.parent
+        folder, export = folder.parent.parent, folder.name
     try:
-        return Subject(from_flat(json.loads((folder / CONFIG).read_bytes())), folder)
+        return Subject(from_flat(json.loads((folder / CONFIG).read_bytes())), folder, export)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"--run {folder}: no run there, its {CONFIG} is not readable ({error})") from error
 
 
-def _build(subject: Subject, run: str | None, untrained: bool) -> nn.Sequential:
+def _build(subject: Subject, untrained: bool = False) -> nn.Sequential:
     """The network with the run's exported weights, or with those that it began with."""
-    if not untrained:
-        return load_model(find_export(run)).model
+    if not untrained and subject.folder is not None:
+        exported = subject.folder / "export" / subject.export
+        return load_model(find_export(str(exported if exported.is_dir() else subject.folder))).model
     seed_initial_weights(subject.config.loop.seed)
     return build_model(subject.config.optim.model)
 

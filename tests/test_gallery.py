@@ -12,6 +12,7 @@ from torch import nn
 from mnist import data, gallery, pictures
 from mnist.batches import TrainLoader
 from mnist.config import TrainConfig, evolve
+from mnist.history import Curve, History
 from mnist.models import build_model
 from mnist.recipes import RECIPES
 from mnist.transforms import Augmentation, BatchTransform
@@ -103,3 +104,16 @@ def test_augmented_samples_are_what_training_makes_of_them(drawn: dict[str, Any]
     expected = [augment(step.images, number, slice(0, 32), 32) for number, (step,) in enumerate(loader.steps(0, 2))]
     assert torch.equal(drawn["augmented"], torch.cat(expected)[:50])
     assert not torch.equal(drawn["augmented"], drawn["images"].float())
+
+
+@pytest.mark.parametrize(
+    ("status", "title"),
+    [
+        ("running", "run on digits, step 20"),
+        ("finished", "run on digits, step 20"),
+        ("diverged", "run on digits, step 20, diverged"),
+    ],
+)
+def test_curves_tell_of_a_bad_ending(status: str, title: str) -> None:
+    history = History("run", "digits", {"status": status}, {"train": Curve([20], [1.0], [0.5])}, 40.0)
+    assert title in [text.get_text() for text in gallery.curve_figure([history]).texts]

@@ -12,7 +12,7 @@ LAYERS = [
     {"config", "faults", "files", "seeding", "signals", "torchvision_compat"},
     {"batches", "canvas", "console", "download", "features", "history", "idx", "losses", "metrics", "models", "optim"}
     | {"plan", "recipes", "transforms"},
-    {"checkpoint", "data", "engine", "export", "pictures", "run_dir", "runtime", "tracking"},
+    {"checkpoint", "curves", "data", "engine", "export", "pictures", "run_dir", "runtime", "tracking"},
     {"gallery"},
     {"cli", "run"},
     {"plots", "train_ddp"},

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import ast
 import importlib.util
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +15,6 @@ from mnist import canvas, pictures
 from mnist.config import IMAGE_SIZES, RunError
 from mnist.data import SOURCES
 from mnist.features import Mistakes, activations, filters, layer_costs
-from mnist.history import Curve, History
 from mnist.models import MODELS, build_model
 
 if TYPE_CHECKING:
@@ -65,16 +63,6 @@ def overlapping_texts(figure: Figure) -> list[tuple[str, str]]:
     ]
 
 
-def history(name: str, points: int, **splits: list[float]) -> History:
-    steps = [10 * (point + 1) for point in range(points)]
-    losses = [2.3 / (1 + 0.5 * point) for point in range(points)]
-    curves = {"train": Curve(steps, losses, [1 - loss / 2.6 for loss in losses])}
-    for split, accuracies in splits.items():
-        ends = [round(steps[-1] * (place + 1) / len(accuracies)) for place in range(len(accuracies))]
-        curves[split] = Curve(ends, [1 - accuracy for accuracy in accuracies], accuracies)
-    return History(name, "mnist", {}, curves, 100.0)
-
-
 def mistakes(count: int, total: int) -> Mistakes:
     generator = torch.Generator().manual_seed(0)
     return Mistakes(
@@ -116,33 +104,6 @@ def test_every_pixel_of_an_image_is_a_square_of_whole_pixels(tmp_path: Path) -> 
     shown = grey[top : top + 56, left : left + 56]
     expected = (255 - images[0]).repeat_interleave(2, 0).repeat_interleave(2, 1)
     assert (shown.int() - expected.int()).abs().max() <= 1
-
-
-@pytest.mark.parametrize("points", [1, 10, 10_000])
-def test_curves_of_any_length(tmp_path: Path, points: int) -> None:
-    figure = pictures.draw_curves([history("a", points, val=[0.9], test=[0.8, 0.99])], "title", "subtitle")
-    pixels_of(figure, tmp_path / "curves.png")
-    written = texts(figure)
-    assert {"loss", "accuracy", "optimizer steps", "val 90.00%", "test 99.00%"} <= set(written)
-    steps = figure.axes[0].get_lines()[0].get_xdata()
-    assert list(steps) == [10 * (point + 1) for point in range(points)]
-    assert len(figure.axes[1].get_lines()) == (4 if points == 10_000 else 3)  # a running mean before the raw values
-
-
-def test_several_runs_share_the_picture(tmp_path: Path) -> None:
-    runs = [history(f"run {number}", 20, test=[0.9 + number / 100]) for number in range(9)]
-    figure = pictures.draw_curves(runs, "title", "subtitle")
-    pixels_of(figure, tmp_path / "curves.png")
-    assert [text for text in texts(figure) if "test" in text] == [f"run {n}: test {90 + n}.00%" for n in range(9)]
-    looks = {(line.get_color(), line.get_linestyle()) for line in figure.axes[1].get_lines()}
-    assert len(looks) == 9
-
-
-def test_a_run_that_diverged_is_drawn_as_far_as_it_went(tmp_path: Path) -> None:
-    broken = Curve([10, 20, 30], [2.0, math.nan, math.nan], [0.1, math.nan, 0.1])
-    pixels_of(
-        pictures.draw_curves([History("a", "mnist", {}, {"train": broken}, math.nan)], "t", "s"), tmp_path / "c.png"
-    )
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -230,7 +191,7 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
         pictures.save_picture(pictures.draw_architecture([], "empty"), tmp_path / "file" / "table.png")
 
 
-@pytest.mark.parametrize("module", ["canvas", "pictures", "gallery", "plots"])
+@pytest.mark.parametrize("module", ["canvas", "curves", "pictures", "gallery", "plots"])
 def test_matplotlib_waits_for_the_first_figure_and_its_global_state_is_left_alone(module: str) -> None:
     spec = importlib.util.find_spec(f"mnist.{module}")
     assert spec is not None

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from mnist import gallery, plots
-from mnist.config import UserError
-from mnist.export import load_model
+from mnist.config import UserError, to_flat
+from mnist.export import export_model, load_model
 from mnist.features import activations
 from mnist.plots import Architecture, Confusion, Curves, Features, Filters, Mistakes, Options, Place, Samples
 from tests.processes import PYTHON, ROOT, finish, train
@@ -76,6 +76,22 @@ def test_run_and_out_are_obeyed(run: str, capsys: pytest.CaptureFixture[str], ki
         lines = draw(kind(place=Place(run=folder, out="elsewhere/picture.png")), capsys)
         assert lines[-1] == "elsewhere/picture.png"
     assert not Path(run, "pictures").exists()
+
+
+def test_the_title_says_which_weights_are_shown(run: str) -> None:
+    result = json.loads(Path(run, "result.json").read_text())
+    Path(run, "result.json").write_text(json.dumps({**result, "best": {"step": 46}}))
+    steps = {"": "46", "/export/best": "46", "/export/last": "69"}
+    titles = {folder: plots._find_subject(run + folder).title("digits") for folder in steps}
+    assert titles == {folder: f"smoke on digits, seed 0, step {step}" for folder, step in steps.items()}
+
+
+def test_the_last_weights_are_shown_where_they_are_asked_for(run: str) -> None:
+    trained = load_model(Path(run, "export", "best"))
+    other = {name: value + 1 for name, value in trained.model.state_dict().items()}
+    export_model(Path(run, "export", "last"), other, to_flat(trained.config))
+    best, last = (plots._build(plots._find_subject(run + folder)).state_dict() for folder in ("", "/export/last"))
+    assert all(torch.equal(last[name], best[name] + 1) for name in best)
 
 
 def test_an_export_without_its_run_is_enough(run: str, capsys: pytest.CaptureFixture[str]) -> None:
