@@ -115,5 +115,4 @@ def draw_tiles(
 def draw_label(axes: Axes, top: float, name: str, *lines: str) -> None:
     """The label at the left of a row: a name, and what there is to say about it."""
     axes.text(MARGIN, top, name, size=9, weight="bold", color=INK, va="top")
-    for number, line in enumerate(lines, start=1):
-        axes.text(MARGIN, top + 15 * number + 1, line, size=7.5, color=GREY, va="top")
+    axes.text(MARGIN, top + 17, "\n".join(lines), size=7.5, color=GREY, va="top", linespacing=1.3)

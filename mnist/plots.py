@@ -2,9 +2,9 @@
 
 In: a run directory, or a recipe. Out: a picture, in the run's pictures/; its path is printed.
 
-python -m mnist.plots curves                       the newest run, while it runs or afterwards
-python -m mnist.plots curves --run runs/a runs/b   two runs in one picture
-python -m mnist.plots features --image 7           what a test image becomes, layer by layer
+  python -m mnist.plots curves                       the newest run, while it runs or afterwards
+  python -m mnist.plots curves --run runs/a runs/b   two runs in one picture
+  python -m mnist.plots features --image 7           what a test image becomes, layer by layer
 """
 
 from __future__ import annotations
@@ -304,8 +304,10 @@ def _find_subject(run: str | None, recipe: str | None = None) -> Subject:
         folder, export = folder.parent.parent, folder.name
     try:
         return Subject(from_flat(json.loads((folder / CONFIG).read_bytes())), folder, export)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"--run {folder}: no run there, its {CONFIG} is not readable ({error})") from error
+    except OSError as error:
+        raise UserError(f"--run {folder}: no run there ({CONFIG}: {error.strerror})") from error
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"--run {folder}: its {CONFIG} is not readable ({error})") from error
 
 
 def _build(subject: Subject, untrained: bool = False) -> nn.Sequential:

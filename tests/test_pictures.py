@@ -47,7 +47,7 @@ def texts(figure: Figure) -> list[str]:
             found += [label.get_text() for label in (*axes.get_xticklabels(), *axes.get_yticklabels())]
         legend = axes.get_legend()
         found += [text.get_text() for text in legend.get_texts()] if legend is not None else []
-    return [text for text in found if text]
+    return [line for text in found for line in text.splitlines() if line]
 
 
 def overlapping_texts(figure: Figure) -> list[tuple[str, str]]:

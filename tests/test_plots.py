@@ -190,6 +190,7 @@ def test_the_table_of_layers_is_printed(run: str, capsys: pytest.CaptureFixture[
         (Filters(place=Place(run="bare")), "--run bare: no exported model there"),
         (Confusion(place=Place(run="bare")), "--run bare: no test scores in result.json"),
         (Mistakes(place=Place(run="bare")), "--run bare: no exported model there"),
+        (Samples(place=Place(run="broken")), "--run broken: its config.json is not readable"),
         (Curves(run=(("bare",),)), "--run bare: no record in metrics.jsonl yet"),
         (Samples(recipe="lenet"), "--recipe lenet: unknown; choose from fast, accurate"),
         (Samples(recipe="smoke", place=Place(run="bare")), "--run and --recipe: give one of them"),
@@ -205,6 +206,8 @@ def test_a_mistake_is_one_line(run: str, picture: Any, message: str) -> None:
     Path("bare").mkdir()
     shutil.copy(Path(run, "config.json"), "bare")
     Path("bare", "metrics.jsonl").touch()
+    Path("broken").mkdir()
+    Path("broken", "config.json").write_text("[]")
     with pytest.raises(UserError, match=message) as caught:
         plots.main(Options(picture))
     assert "\n" not in str(caught.value)
