@@ -9,25 +9,15 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
-    {"config", "faults", "files", "seeding", "signals", "torchvision_compat"},
-    {
-        "batches",
-        "console",
-        "download",
-        "idx",
-        "losses",
-        "metrics",
-        "models",
-        "optim",
-        "plan",
-        "recipes",
-        "transforms",
-        "wandb_run",
-    },
-    {"checkpoint", "data", "engine", "export", "run_dir", "runtime", "tracking"},
-    {"captured", "cli", "report", "resume"},
-    {"run"},
-    {"train_ddp", "evaluate", "reproduce"},
+    set(line.split())
+    for line in (
+        "config faults files seeding signals torchvision_compat",
+        "batches canvas console download features history idx losses metrics models optim plan recipes transforms wandb_run",
+        "checkpoint curves data engine export pictures run_dir runtime tracking",
+        "captured cli gallery report resume",
+        "run",
+        "evaluate plots reproduce train_ddp",
+    )
 ]
 STANDARD_LIBRARY_ONLY = {"config", "faults", "files", "seeding", "signals"}
 LAYER_OF = {module: layer for layer, modules in enumerate(LAYERS) for module in modules}
