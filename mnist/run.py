@@ -13,23 +13,25 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 
 from mnist import report, runtime, signals, tracking
 from mnist import resume as resuming
 from mnist.batches import TrainLoader
 from mnist.captured import settle_step_mode
 from mnist.checkpoint import Checkpoint, CheckpointError, load_checkpoint, module_tensors, save_checkpoint
-from mnist.config import RankError, TrainConfig, evolve, to_flat
+from mnist.config import RankError, RunError, TrainConfig, evolve, to_flat
 from mnist.console import Console
 from mnist.data import Choice, Dataset, Split
 from mnist.engine import DivergedError, TrainRecord, TrainState, TrainStep, evaluate
 from mnist.export import export_model
 from mnist.faults import Watchdog
 from mnist.files import write_json
+from mnist.gallery import write_run_pictures
 from mnist.losses import build_loss
 from mnist.metrics import Scores
 from mnist.models import count_parameters
@@ -68,8 +70,10 @@ class Run:
 
     def __post_init__(self) -> None:
         self.state = TrainState()
-        self.model = self.accelerator.unwrap_model(self.train_step.model, keep_torch_compile=False)
-        self.eval_model = self.model if self.average is None else self.average.module
+        self.model = cast(
+            "nn.Sequential", self.accelerator.unwrap_model(self.train_step.model, keep_torch_compile=False)
+        )
+        self.eval_model = self.model if self.average is None else cast("nn.Sequential", self.average.module)
         self.eval_loss = build_loss(self.config.optim.loss)  # without smoothing, which is a means of training
         self.scores: dict[str, Scores] = {}  # of this step
         self.val_scores: dict[str, Any] | None = None  # of the last evaluation on validation
@@ -327,6 +331,7 @@ class Run:
         self._export("best")
         test = self.scores["test"]
         code = self._gate(test.accuracy)
+        self._together(lambda: self._show_results(test))
         self._together(lambda: self._close("finished", gate_passed=code == EXIT_FINISHED))
         rows = report.closing(test, self.dataset, self.choice, self.plan, self.state)
         times = f"{self.state.train_time_s:.1f} s training, {self._total_time_s():.1f} s in all"
@@ -374,6 +379,33 @@ class Run:
         )
         weights = partial(module_tensors, self.eval_model)
         self._together(lambda: export_model(self.path / "export" / name, weights(), to_flat(executed)))
+
+    def _show_results(self, test: Scores) -> None:
+        """Pictures, confusion matrix and models, for the run directory and the trackers."""
+        step = int(self.state.best["step"]) if self.state.best else self.state.step  # of the weights that were scored
+        if self.config.output.pictures:
+            try:
+                self.tracker.pictures(self.state.step, self._draw(test, step))
+            except (ImportError, RunError) as error:
+                self.console.warn(f"no pictures: {error}")
+        self.tracker.confusion(self.state.step, test.confusion, self.dataset.class_names)
+        if step == self.state.step:
+            self.tracker.model(self.path / "export" / "best", ["best", "last"], {"step": step, **test.as_dict()})
+        else:
+            self.tracker.model(self.path / "export" / "last", ["last"], {"step": self.state.step})
+            self.tracker.model(self.path / "export" / "best", ["best"], {"step": step, **test.as_dict()})
+
+    def _draw(self, test: Scores, step: int) -> dict[str, Path]:
+        return write_run_pictures(
+            self.path,
+            config=self.config,
+            dataset=self.dataset,
+            model=self.eval_model,
+            transform=self.train_step.transform,
+            augment=self.train_step.augment,
+            confusion=test.confusion,
+            step=step,
+        )
 
     def _close(self, status: str, **facts: Any) -> None:
         """result.json and trackers; nothing on other ranks than 0."""

@@ -24,7 +24,10 @@ from mnist.files import write_atomically, write_json
 
 UNFINISHED = ("running", "preempted")
 # What a run writes; `--resume never` sets it aside.
-CONTENTS = ("config.json", "environment.json", "metrics.jsonl", "result.json", "wandb_id", "checkpoints", "export")
+CONTENTS = (
+    *("config.json", "environment.json", "metrics.jsonl", "result.json", "wandb_id"),
+    *("checkpoints", "export", "pictures", "tensorboard"),
+)
 # Fields that say where and how loudly, not what: a run may be continued whatever they are.
 _INCIDENTAL = {f.name for f in dataclasses.fields(sections()["output"])} | {"data_dir", "num_threads", "timeout_s"}
 

@@ -38,7 +38,7 @@ class Sink(Protocol):
     def confusion(self, step: int, counts: Counts, class_names: Sequence[str]) -> None:
         """Confusion matrix of the test set, a row per true class."""
 
-    def model(self, folder: Path, alias: str, metadata: dict[str, Any]) -> None:
+    def model(self, folder: Path, aliases: Sequence[str], metadata: dict[str, Any]) -> None:
         """An exported model."""
 
     def finish(self, status: str, summary: dict[str, Any]) -> None:
@@ -118,9 +118,9 @@ class Tracker:
         """Shows the confusion matrix of the test set."""
         self._each(lambda sink: sink.confusion(step, counts, class_names))
 
-    def model(self, folder: Path, alias: str, metadata: dict[str, Any]) -> None:
+    def model(self, folder: Path, aliases: Sequence[str], metadata: dict[str, Any]) -> None:
         """Keeps an exported model."""
-        self._each(lambda sink: sink.model(folder, alias, metadata))
+        self._each(lambda sink: sink.model(folder, aliases, metadata))
 
     def finish(self, status: str, summary: dict[str, Any]) -> list[Hint]:
         """Closes all sinks with the final numbers; says what to type next."""
@@ -174,7 +174,7 @@ class TensorBoardRun:
         lines += [[name, *map(str, row)] for name, row in zip(class_names, counts, strict=True)]
         self._writer.add_text("test/confusion", "\n".join("|".join(["", *line, ""]) for line in lines), step)
 
-    def model(self, folder: Path, alias: str, metadata: dict[str, Any]) -> None:
+    def model(self, folder: Path, aliases: Sequence[str], metadata: dict[str, Any]) -> None:
         """TensorBoard keeps no models."""
 
     def finish(self, status: str, summary: dict[str, Any]) -> None:

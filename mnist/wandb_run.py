@@ -117,12 +117,13 @@ class WandbRun:
         rows = [[name, *row] for name, row in zip(class_names, counts, strict=True)]
         self._run.log({"test/confusion": wandb.Table(columns=["true", *class_names], data=rows), STEP: step})
 
-    def model(self, folder: Path, alias: str, metadata: dict[str, Any]) -> None:
+    def model(self, folder: Path, aliases: Sequence[str], metadata: dict[str, Any]) -> None:
         """Adds an exported model as a version of this run's artifact. (W&B keeps the alias `latest` for itself.)"""
         wandb = importlib.import_module("wandb")
         artifact = wandb.Artifact(f"model-{self._run.id}", type="model", metadata=metadata)
-        artifact.add_dir(str(folder), policy="immutable")
-        self._run.log_artifact(artifact, aliases=[alias])
+        for path in folder.iterdir():
+            artifact.add_file(str(path))
+        self._run.log_artifact(artifact, aliases=list(aliases))
 
     def finish(self, status: str, summary: dict[str, Any]) -> None:
         """Closes the run with its final numbers."""

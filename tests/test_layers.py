@@ -8,17 +8,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LAYERS = [
-    set(line.split())
-    for line in (
-        "config faults files seeding signals torchvision_compat",
-        "batches canvas console download features history idx losses metrics models optim plan recipes transforms wandb_run",
-        "checkpoint curves data engine export pictures run_dir runtime tracking",
-        "captured cli gallery report resume",
-        "run",
-        "evaluate plots reproduce train_ddp",
-    )
-]
+_LAYERS = """
+    config faults files seeding signals torchvision_compat
+    batches canvas console download features history idx losses metrics models optim plan recipes transforms wandb_run
+    checkpoint curves data engine export pictures run_dir runtime tracking
+    captured cli gallery report resume
+    run
+    evaluate plots reproduce train_ddp
+"""
+LAYERS = [set(line.split()) for line in _LAYERS.strip().splitlines()]
 STANDARD_LIBRARY_ONLY = {"config", "faults", "files", "seeding", "signals"}
 LAYER_OF = {module: layer for layer, modules in enumerate(LAYERS) for module in modules}
 FILES = [ROOT / "train_ddp.py", *sorted((ROOT / "mnist").glob("*.py"))]
