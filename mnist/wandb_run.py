@@ -122,7 +122,7 @@ class WandbRun:
         wandb = importlib.import_module("wandb")
         artifact = wandb.Artifact(f"model-{self._run.id}", type="model", metadata=metadata)
         for path in folder.iterdir():
-            artifact.add_file(str(path))
+            artifact.add_file(str(path.resolve()))  # `wandb sync` may be typed elsewhere
         self._run.log_artifact(artifact, aliases=list(aliases))
 
     def finish(self, status: str, summary: dict[str, Any]) -> None:

@@ -102,9 +102,30 @@ def test_two_ranks_leave_one_offline_run_without_a_prompt(tmp_path: Path) -> Non
     assert found["summary"]["test/accuracy"]["last"] == accuracy
     assert found["config"]["global_batch_size"] == 64
     assert found["exit_code"] == 0
-    rows = [json.loads(line).get("history") for line in inspect(tmp_path / "run").splitlines()]
-    points = [(row["item"]["trainer/step"], "train/loss" in row["item"]) for row in rows if row]
-    assert points == [(23, True), (23, False), (46, True), (46, False)], "each step once, although two ranks ran"
+    assert found["summary"]["best/accuracy"] == accuracy
+    assert found["summary"]["test/loss"].keys() == {"min", "last"}
+    records = [json.loads(line) for line in inspect(tmp_path / "run").splitlines()]
+    items = [record["history"]["item"] for record in records if record["type"] == "history"]
+    points = [(item["trainer/step"], name) for item in items for name in ("train/loss", "test/loss") if name in item]
+    assert points == [(23, "train/loss"), (23, "test/loss"), (46, "train/loss"), (46, "test/loss")], "each step once"
+    assert {item["trainer/step"] for item in items if "pictures/samples._type" in item} == {46}
+    shown = {path.name.split("_")[0] for path in (tmp_path / "run").glob("wandb/*/files/media/images/pictures/*.png")}
+    assert shown == {"samples", "curves", "features", "filters", "confusion", "mistakes"}
+    models = [r["artifact"] for r in records if r["type"] == "artifact" and r["artifact"]["type"] == "model"]
+    assert [sorted(model["aliases"]) for model in models] == [["best", "last", "latest"]]
+    listed = {entry["path"] for entry in models[0]["manifest"]["contents"]}
+    assert listed == {"config.json", "model.safetensors"}
+
+
+@pytest.mark.launch
+def test_best_and_last_are_two_versions_where_they_differ(tmp_path: Path) -> None:
+    rising = ["--schedule", "one_cycle", "--warmup", "0.8", "--lr", "1", "--epochs", "4", "--val-size", "300"]
+    done = finish(train(*SMOKE, *rising, "--wandb", "offline", "--no-pictures"), tmp_path)
+    assert done.code == 0, done.err
+    assert not (tmp_path / "run" / "pictures").exists()
+    records = [json.loads(line) for line in inspect(tmp_path / "run").splitlines()]
+    models = [r["artifact"] for r in records if r["type"] == "artifact" and r["artifact"]["type"] == "model"]
+    assert [sorted(set(model["aliases"]) - {"latest"}) for model in models] == [["last"], ["best"]]
 
 
 @pytest.mark.launch
