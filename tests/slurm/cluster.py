@@ -14,7 +14,7 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -48,7 +48,7 @@ def cluster(folder: Path) -> Iterator[dict[str, str]]:
     try:
         munge = [f"--{name}-file={folder / name}" for name in ("key", "pid", "log", "seed")]
         start("munged", "--foreground", "--force", f"--socket={folder / 'munge.socket'}", *munge)
-        wait_for(lambda: (folder / "munge.socket").exists(), daemons)
+        wait_for((folder / "munge.socket").exists, daemons)
         start("slurmctld", "-D", "-c")
         for node in ("n1", "n2"):
             start("slurmd", "-D", "-N", node)
@@ -89,9 +89,12 @@ def ask(environment: dict[str, str], *command: str) -> str:
     return found.stdout.strip()
 
 
-def wait_for(condition: object, daemons: Sequence[subprocess.Popen[bytes]] = (), timeout_s: float = START_TIMEOUT_S) -> None:
+def wait_for(
+    condition: Callable[[], bool],
+    daemons: Sequence[subprocess.Popen[bytes]] = (),
+    timeout_s: float = START_TIMEOUT_S,
+) -> None:
     """Waits until `condition()` holds; a daemon that ends first is an error."""
-    assert callable(condition)
     deadline = time.monotonic() + timeout_s
     while not condition():
         for process in daemons:
