@@ -8,15 +8,18 @@ that is ended with the test: nothing of the machine's own SLURM, if it has one, 
 
 from __future__ import annotations
 
+import ctypes
 import os
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from tests.ranks import free_port
 
@@ -42,8 +45,8 @@ def cluster(folder: Path) -> Iterator[dict[str, str]]:
 
     def start(*command: str) -> None:
         with (folder / "daemons.log").open("ab") as log:
-            process = subprocess.Popen(command, env={**os.environ, **environment}, stdout=log, stderr=log, cwd=folder)
-        daemons.append(process)
+            options: dict[str, Any] = {"stdout": log, "stderr": log, "cwd": folder, "preexec_fn": die_with_parent}
+            daemons.append(subprocess.Popen(command, env={**os.environ, **environment}, **options))
 
     try:
         munge = [f"--{name}-file={folder / name}" for name in ("key", "pid", "log", "seed")]
@@ -64,6 +67,11 @@ def cluster(folder: Path) -> Iterator[dict[str, str]]:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+
+def die_with_parent() -> None:
+    """A test run that is killed leaves no daemon behind."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def configure(folder: Path) -> None:
