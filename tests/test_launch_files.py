@@ -23,7 +23,7 @@ from mnist.cli import parse_command_line
 from mnist.config import TrainConfig
 from tests.processes import ACCELERATE, ROOT, finish, members, started
 from tests.ranks import free_port
-from tests.test_launch import wait_until
+from tests.test_launch import has_records, wait_until
 from tests.test_run import metrics, result
 
 LAUNCH = ROOT / "launch"
@@ -158,10 +158,23 @@ def machines(**environment: str) -> list[dict[str, str]]:
 
 
 @pytest.mark.launch
-def test_two_machines_static(tmp_path: Path) -> None:
-    environments = machines(NNODES="2")
-    together([[str(LAUNCH / "multi_node.sh"), *SMOKE]] * 2, environments, tmp_path)
-    run_of(tmp_path / "runs" / "multi-node", 2)
+@pytest.mark.timeout(300)
+def test_two_machines_static_one_is_told_to_stop_and_both_go_on_later(tmp_path: Path) -> None:
+    command = [str(LAUNCH / "multi_node.sh"), "--recipe", "smoke", "--epochs", "40", "--num-threads", "1"]
+    folder = tmp_path / "runs" / "multi-node"
+    first, second = machines(NNODES="2")
+    with (
+        started(command, tmp_path, PATH=PATH, **first) as one,
+        started(command, tmp_path, PATH=PATH, **second) as other,
+    ):
+        wait_until(lambda: has_records(folder))
+        other.send_signal(signal.SIGUSR1)
+        assert [process.wait(timeout=60) for process in (one, other)] == [1, 1]
+        assert members(one) == members(other) == []
+    assert result(folder)["status"] == "preempted"
+    errors = together([command] * 2, machines(NNODES="2"), tmp_path)
+    assert "resuming runs/multi-node at step" in "".join(errors)
+    run_of(folder, 2)
 
 
 @pytest.mark.launch
