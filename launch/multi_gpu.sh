@@ -9,7 +9,7 @@ NUM_PROCESSES=${NUM_PROCESSES:-$(python -c 'import torch; print(torch.cuda.devic
 RUN_DIR=${RUN_DIR:-runs/multi-gpu} # one directory, one run: the same command continues it
 
 if [[ "$NUM_PROCESSES" == 0 ]]; then
-    echo "multi_gpu.sh: PyTorch sees no GPU on $(hostname); launch/cpu.sh trains without one" >&2
+    echo "multi_gpu.sh: PyTorch sees no GPU on $HOSTNAME; launch/cpu.sh trains without one" >&2
     exit 2
 fi
 

@@ -7,7 +7,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 RUN_DIR=${RUN_DIR:-runs/single-gpu} # one directory, one run: the same command continues it
 
 if ! python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-    echo "single_gpu.sh: PyTorch sees no GPU on $(hostname); launch/cpu.sh trains without one" >&2
+    echo "single_gpu.sh: PyTorch sees no GPU on $HOSTNAME; launch/cpu.sh trains without one" >&2
     exit 2
 fi
 

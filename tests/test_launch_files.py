@@ -31,6 +31,7 @@ SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
 FILES = sorted(LAUNCH.iterdir())
 SMOKE = ["--recipe", "smoke", "--epochs", "2", "--min-accuracy", "0.1"]
 PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+WITHOUT_GPUS = {"PATH": PATH, "CUDA_VISIBLE_DEVICES": ""}
 SHELLCHECK = shutil.which("shellcheck", path=PATH)
 
 
@@ -38,7 +39,7 @@ def together(commands: list[list[str]], environments: list[dict[str, str]], cwd:
     """Runs commands side by side, as machines would; all must end well. What each wrote to stderr."""
     with ExitStack() as stack:
         processes = [
-            stack.enter_context(started(command, cwd, PATH=PATH, **environment))
+            stack.enter_context(started(command, cwd, **WITHOUT_GPUS, **environment))
             for command, environment in zip(commands, environments, strict=True)
         ]
         errors = [process.communicate(timeout=100)[1] for process in processes]
@@ -116,7 +117,7 @@ def test_cpu(tmp_path: Path, num_processes: int) -> None:
 @pytest.mark.launch
 @pytest.mark.parametrize("name", ["single_gpu.sh", "multi_gpu.sh"])
 def test_a_missing_gpu_is_one_line(tmp_path: Path, name: str) -> None:
-    done = finish([str(LAUNCH / name), *SMOKE], tmp_path, PATH=PATH, CUDA_VISIBLE_DEVICES="")
+    done = finish([str(LAUNCH / name), *SMOKE], tmp_path, **WITHOUT_GPUS)
     assert done.code == 2
     assert re.fullmatch(rf"{name}: PyTorch sees no GPU on \S+; launch/cpu.sh trains without one\n", done.err)
     assert not list(tmp_path.iterdir())
@@ -124,8 +125,8 @@ def test_a_missing_gpu_is_one_line(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.launch
 def test_several_gpus_rehearsed_on_the_cpu(tmp_path: Path) -> None:
-    environment = {"PATH": PATH, "CUDA_VISIBLE_DEVICES": "", "NUM_PROCESSES": "2", "RUN_DIR": "elsewhere"}
-    done = finish([str(LAUNCH / "multi_gpu.sh"), *SMOKE], tmp_path, **environment)
+    command = [str(LAUNCH / "multi_gpu.sh"), *SMOKE]
+    done = finish(command, tmp_path, **WITHOUT_GPUS, NUM_PROCESSES="2", RUN_DIR="elsewhere")
     assert done.code == 0, done.err
     assert run_of(tmp_path / "elsewhere", 2)["launcher"] == "accelerate launch"
 
@@ -142,7 +143,7 @@ def test_a_configuration_does_not_depend_on_the_user_s_own(tmp_path: Path, path:
     own.write_text("{distributed_type: MULTI_GPU, num_processes: 3, mixed_precision: bf16, num_machines: 1}\n")
     assert Path(default_yaml_config_file).parts[-2:] == own.parts[-2:], "this is where Accelerate would look"
     command = [*ACCELERATE, "--config_file", str(path), str(ROOT / "train_ddp.py"), *SMOKE, "--run-dir", "run"]
-    done = finish(command, tmp_path, HF_HOME=str(tmp_path))
+    done = finish(command, tmp_path, **WITHOUT_GPUS, HF_HOME=str(tmp_path))
     assert done.code == 0, done.err
     run_of(tmp_path / "run", world_size)
     assert result(tmp_path / "run")["precision"] == "fp32"
@@ -164,8 +165,8 @@ def test_two_machines_static_one_is_told_to_stop_and_both_go_on_later(tmp_path: 
     folder = tmp_path / "runs" / "multi-node"
     first, second = machines(NNODES="2")
     with (
-        started(command, tmp_path, PATH=PATH, **first) as one,
-        started(command, tmp_path, PATH=PATH, **second) as other,
+        started(command, tmp_path, **WITHOUT_GPUS, **first) as one,
+        started(command, tmp_path, **WITHOUT_GPUS, **second) as other,
     ):
         wait_until(lambda: has_records(folder))
         other.send_signal(signal.SIGUSR1)
@@ -206,7 +207,7 @@ def test_what_a_machine_must_be_told_is_asked_for_by_name(tmp_path: Path, given:
 
 # Steps long enough for the other machine to come back before the last one, however fast this machine is.
 ELASTIC = [
-    *("--dataset", "digits", "--recipe", "convnet", "--epochs", "50", "--lr", "1e-3", "--log-every", "3"),
+    *("--dataset", "digits", "--recipe", "convnet", "--epochs", "70", "--lr", "1e-3", "--log-every", "3"),
     *("--checkpoint-every", "3", "--num-threads", "1"),
 ]
 
@@ -223,20 +224,20 @@ def test_an_elastic_job_loses_a_machine_goes_on_and_takes_it_back(tmp_path: Path
         has_begun = (folder / "result.json").exists() and result(folder)["world_size"] == world_size
         return has_begun and len(metrics(folder)) > num_records
 
-    with started(command, tmp_path, PATH=PATH, **environment) as first:
+    with started(command, tmp_path, **WITHOUT_GPUS, **environment) as first:
         num_records = 4  # a checkpoint or two
-        with started(command, tmp_path, PATH=PATH, **environment) as second:
+        with started(command, tmp_path, **WITHOUT_GPUS, **environment) as second:
             wait_until(lambda: goes_on(2), timeout=120)
             for pid in [second.pid, *members(second)]:
                 os.kill(pid, signal.SIGKILL)
         num_records = len(metrics(folder))
         wait_until(lambda: goes_on(1), timeout=120)
-        with started(command, tmp_path, PATH=PATH, **environment) as again:
+        with started(command, tmp_path, **WITHOUT_GPUS, **environment) as again:
             errors = [process.communicate(timeout=120)[1] for process in (first, again)]
             assert [first.returncode, again.returncode] == [0, 0], errors
     found = result(folder)
-    assert (found["status"], found["world_size"], found["steps"]) == ("finished", 2, 150)
-    assert [record["step"] for record in metrics(folder) if record["split"] == "train"] == list(range(3, 151, 3))
+    assert (found["status"], found["world_size"], found["steps"]) == ("finished", 2, 210)
+    assert [record["step"] for record in metrics(folder) if record["split"] == "train"] == list(range(3, 211, 3))
     for note in ("processes 2 -> 1 (same global batches)", "processes 1 -> 2 (same global batches)"):
         assert note in "".join(errors)
 

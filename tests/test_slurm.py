@@ -26,7 +26,7 @@ pytestmark = [
 
 ARGUMENTS = [
     *("--recipe", "smoke", "--epochs", "40", "--log-every", "10", "--min-accuracy", "0.5"),
-    *("--rotation", "10", "--num-threads", "1"),
+    *("--rotation", "10", "--num-threads", "1", "--cpu"),
 ]
 
 

@@ -56,17 +56,25 @@ def cluster(folder: Path) -> Iterator[dict[str, str]]:
         for node in ("n1", "n2"):
             start("slurmd", "-D", "-N", node)
         wait_for(lambda: ask(environment, "sinfo", "--noheader", "--format=%T").split() == ["idle"], daemons)
+    except AssertionError as error:
+        stop(daemons)
+        raise AssertionError(f"{error}\n{(folder / 'daemons.log').read_text()}") from error
+    try:
         yield environment
+        cancel_everything(environment)
     finally:
-        if len(daemons) > 1 and daemons[1].poll() is None:
-            cancel_everything(environment)
-        for process in reversed(daemons):
-            process.terminate()
-            try:
-                process.wait(timeout=10)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        stop(daemons)
+
+
+def stop(daemons: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Ends the daemons, the last one first."""
+    for process in reversed(daemons):
+        process.terminate()
+        try:
+            process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def die_with_parent() -> None:
