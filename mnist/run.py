@@ -27,7 +27,7 @@ from mnist.console import Console
 from mnist.data import Choice, Dataset, Split
 from mnist.engine import DivergedError, TrainRecord, TrainState, TrainStep, evaluate
 from mnist.export import export_model
-from mnist.faults import Watchdog
+from mnist.faults import Fault, Watchdog, parse_fault
 from mnist.files import write_json
 from mnist.losses import build_loss
 from mnist.metrics import Scores
@@ -74,6 +74,7 @@ class Run:
         self._directory: RunDir | None = None  # on rank 0
         self._saved_step = -1
         self._has_begun = False
+        self._has_resumed = _is_restart()
         self._watchdog = Watchdog(self.config.runtime.timeout_s)
         self._upload_hint: str | None = None
 
@@ -109,8 +110,7 @@ class Run:
     @property
     def _resume_mode(self) -> str:
         """--resume, but auto when a launcher or a scheduler has restarted the job: it has started over once already."""
-        restarts = (os.environ.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
-        return "auto" if any(count != "0" for count in restarts) else self.config.output.resume
+        return "auto" if _is_restart() else self.config.output.resume
 
     def is_finished(self) -> bool:
         """Whether an earlier start in this directory has done all that is asked for now; says so.
@@ -160,6 +160,7 @@ class Run:
             self.state.stop_reason = None  # whoever asks for more steps wants to go on
         self.train_step.load_sums(self.state.interval)
         self._saved_step = self.state.step
+        self._has_resumed = True
         self.console.say(f"resuming {self.path} at step {self.state.step}")
         for note in notes:
             self.console.warn(note)
@@ -229,6 +230,11 @@ class Run:
             lines.insert(
                 0, f"NOT MNIST: training on the 1,797 embedded digits, because it is {self.choice.fallback_reason}"
             )
+        if self.config.output.inject:
+            drill = f"DRILL: --inject {' '.join(self.config.output.inject)}"
+            lines.append(
+                f"{drill}: not again, this run goes on" if self._has_resumed else f"{drill}: this run is made to fail"
+            )
         idle = runtime.idle_hardware(self.accelerator)
         return [*lines, idle] if idle else lines
 
@@ -252,6 +258,13 @@ class Run:
     def goes_on(self) -> bool:
         """Whether another step is to be taken."""
         return self.state.step < self.plan.num_steps and not self.state.is_stopping and self.state.stop_reason is None
+
+    def faults(self) -> list[Fault]:
+        """What --inject has in store for this rank; nothing once it has been started again, or it would never end."""
+        if self._has_resumed:
+            return []
+        rank = self.accelerator.process_index
+        return [fault for fault in map(parse_fault, self.config.output.inject) if fault.rank == rank]
 
     @property
     def _epoch(self) -> float:
@@ -500,3 +513,9 @@ class Run:
 
     def _together(self, work: Any) -> Any:
         return runtime.together(self.accelerator, work)
+
+
+def _is_restart() -> bool:
+    """Whether a launcher or a scheduler has started this job before."""
+    names = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+    return any(os.environ.get(name, "0") != "0" for name in names)
