@@ -78,7 +78,7 @@ class Tracker:
             return
         if config.wandb == "online" and mode != "online":
             self._warn("--wandb online: no key is configured (wandb login, or $WANDB_API_KEY): tracking offline")
-        if mode == "online" and not _answers():
+        if mode == "online" and not server_answers():
             self._warn(f"W&B does not answer within {PROBE_TIMEOUT_S} s: this run is tracked offline")
             mode = "offline"
         for attempt in dict.fromkeys((mode, "offline")):
@@ -172,7 +172,7 @@ def _run_id(run_dir: Path) -> str:
     return path.read_text().strip()
 
 
-def _answers() -> bool:
+def server_answers() -> bool:
     """Whether W&B's server takes a TCP connection at all; its own client would wait much longer for the same answer."""
     url = urlsplit(importlib.import_module("wandb").Settings().base_url)
     try:

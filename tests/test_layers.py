@@ -14,8 +14,9 @@ LAYERS = [
     {"config"},
     {"batches", "console", "download", "idx", "losses", "metrics", "models", "optim", "plan", "recipes", "transforms"},
     {"checkpoint", "data", "engine", "export", "run_dir", "runtime", "tracking"},
-    {"cli", "run"},
-    {"train_ddp"},
+    {"checkup", "cli", "run"},
+    {"checks_compute", "checks_machine"},
+    {"doctor", "train_ddp"},
 ]
 STANDARD_LIBRARY_ONLY = {"config", "faults", "files", "seeding", "signals"}
 LAYER_OF = {module: layer for layer, modules in enumerate(LAYERS) for module in modules}
