@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import signal
 import socket
 import sys
 import threading
@@ -26,6 +27,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from types import FrameType
 from typing import Any
 
 from mnist.cli import parse_options, run_command
@@ -117,14 +119,14 @@ def main(options: Options) -> int:
     started = time.perf_counter()
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
     findings: list[Finding] = []
+    signal.signal(signal.SIGTERM, _end)
     try:
         findings.extend(examine(options))
-    except (UserError, RuntimeError, OSError) as error:
-        name, reason = CHECKS[len(findings)].name, " ".join(str(error).split())
-        line = reason if isinstance(error, UserError) else f"rank {rank} on {socket.gethostname()}: {reason}"
-        findings.append(Finding(name, "fail", line))
+    except (UserError, RuntimeError, OSError, SystemExit) as error:
+        name, where = CHECKS[len(findings)].name, f"rank {rank} on {socket.gethostname()}"
+        findings.append(Finding(name, "fail", _explain(error, where)))
         if rank != "0":
-            print_error(error if isinstance(error, UserError) else RankError(f"{name}: {line}"))
+            print_error(error if isinstance(error, UserError) else RankError(f"{name}: {_explain(error, where)}"))
     is_fit = not any(
         finding.verdict == "fail" or (options.strict and finding.verdict == "warn") for finding in findings
     )
@@ -135,6 +137,21 @@ def main(options: Options) -> int:
         else:
             show(findings, is_fit, seconds)
     return EXIT_FIT if is_fit else EXIT_UNFIT
+
+
+def _end(_number: int, _frame: FrameType | None) -> None:
+    """So that rank 0 can say what has happened until a launcher ended it, because another rank was killed."""
+    raise SystemExit("ended by SIGTERM, as launchers do when another rank has died")
+
+
+def _explain(error: BaseException, where: str) -> str:
+    reason = " ".join(str(error).split())
+    if isinstance(error, UserError):
+        return reason
+    if isinstance(error, RunError | SystemExit):
+        return f"{where}: {reason}"
+    cause = reason.partition(" This is typically")[0]  # gloo's own advice
+    return f"{where} has lost another rank, which has died or does not answer ({cause})"
 
 
 def examine(options: Options) -> Iterator[Finding]:
