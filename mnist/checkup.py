@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from mnist import runtime
-from mnist.config import TrainConfig
+from mnist.config import RunError, TrainConfig, UserError
 
 Verdict = Literal["pass", "warn", "fail"]
 Judgement = tuple[Verdict, str]
@@ -77,7 +77,8 @@ def run_check(check: Check, patient: Patient) -> Finding:
     except Exception as caught:  # whatever it is, it belongs into the report
         if runtime.is_lost_contact(caught):
             raise
-        error = " ".join(f"{type(caught).__name__}: {caught}".split())
+        kind = "" if isinstance(caught, UserError | RunError) else f"{type(caught).__name__}: "
+        error = kind + " ".join(str(caught).split())
     own = (patient.accelerator.process_index, socket.gethostname(), value, error)
     facts = [Fact(*row) for row in gather_object([own])]
     values = tuple(fact.value for fact in facts)

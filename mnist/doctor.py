@@ -59,13 +59,18 @@ class Options:
     """Warnings count as failures."""
 
     def __post_init__(self) -> None:
-        if self.recipe not in RECIPES:
-            raise UserError(f"--recipe {self.recipe}: unknown; choose from {', '.join(RECIPES)}")
         self.config()
 
     def config(self) -> TrainConfig:
-        """The run that would be started; deterministic, so that repeating it can be asked for."""
-        config = RECIPES[self.recipe]()
+        """The run that would be started; deterministic, so that repeating it can be asked for.
+
+        Raises:
+            UserError: no such recipe, or a value out of its range.
+        """
+        recipe = RECIPES.get(self.recipe)
+        if recipe is None:
+            raise UserError(f"--recipe {self.recipe}: unknown; choose from {', '.join(RECIPES)}")
+        config = recipe()
         return evolve(
             config,
             data_dir=self.data_dir,
@@ -161,8 +166,10 @@ def examine(options: Options) -> Iterator[Finding]:
         UserError, RuntimeError, OSError: ranks do not find one another, or one is lost on the way.
     """
     config = options.config()
-    patience = partial(_patience, Watchdog(options.timeout_s + 6), options.timeout_s + 4)
+    watchdog = Watchdog(options.timeout_s + 4)
+    patience = partial(_patience, watchdog, options.timeout_s + 2)
     with ExitStack() as stack:
+        stack.callback(watchdog.rest)
         with patience("reaching rank 0"):
             reach_rank_0(options.timeout_s)
         with patience("meeting the other ranks"):
@@ -192,7 +199,6 @@ def _patience(watchdog: Watchdog, seconds: float, doing: str) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
-        watchdog.rest()
 
 
 def reach_rank_0(timeout_s: float) -> None:

@@ -43,6 +43,7 @@ class Watchdog:
 
     def rest(self) -> None:
         """Stops watching."""
+        self._armed_at = -1.0
         faulthandler.cancel_dump_traceback_later()
 
 
