@@ -99,6 +99,7 @@ from mnist.faults import Watchdog
 from mnist.runtime import open_accelerator
 
 EXIT_FIT, EXIT_UNFIT = 0, 1
+CHECKS = (*MACHINE_CHECKS, *COMPUTE_CHECKS)
 STYLES = {"pass": "green", "warn": "yellow", "fail": "bold red"}
 # What is shown of each rank: title, check, key of its value.
 COLUMNS = (
@@ -116,9 +117,6 @@ COLUMNS = (
 )
 
 
-CHECKS = (*MACHINE_CHECKS, *COMPUTE_CHECKS)
-
-
 def main(options: Options) -> int:
     """Examines, reports from rank 0, returns the exit code. Every rank calls it."""
     started = time.perf_counter()
@@ -126,9 +124,9 @@ def main(options: Options) -> int:
     findings: list[Finding] = []
     signal.signal(signal.SIGTERM, _end)
     try:
-        findings.extend(examine(options))
+        findings.extend(examine(options))  # an error leaves those before it
     except (UserError, RuntimeError, OSError, SystemExit) as error:
-        name, where = CHECKS[len(findings)].name, f"rank {rank} on {socket.gethostname()}"
+        name, where = CHECKS[min(len(findings), len(CHECKS) - 1)].name, f"rank {rank} on {socket.gethostname()}"
         findings.append(Finding(name, "fail", _explain(error, where)))
         if rank != "0":
             print_error(error if isinstance(error, UserError) else RankError(f"{name}: {_explain(error, where)}"))
@@ -155,6 +153,10 @@ def _explain(error: BaseException, where: str) -> str:
         return reason
     if isinstance(error, RunError | SystemExit):
         return f"{where}: {reason}"
+    if "Duplicate GPU" in reason:  # NCCL finds out before ranks can compare devices
+        return (
+            f"{where} shares its GPU: give each process its own LOCAL_RANK, or its own CUDA_VISIBLE_DEVICES ({reason})"
+        )
     cause = reason.partition(" This is typically")[0]  # gloo's own advice
     return f"{where} has lost another rank, which has died or does not answer ({cause})"
 

@@ -401,6 +401,12 @@ def test_bandwidth_is_what_each_link_carries(world_size: int, share: float) -> N
     assert table[-1][0] == 16 << 20
 
 
+def test_what_nccl_says_about_two_ranks_on_one_gpu_is_not_taken_for_a_lost_rank() -> None:
+    error = RuntimeError("NCCL error ... Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 1000")
+    assert doctor._explain(error, "rank 1 on a").startswith("rank 1 on a shares its GPU: give each process its own")
+    assert "has lost another rank" in doctor._explain(RuntimeError("Connection closed by peer"), "rank 1 on a")
+
+
 def test_a_collective_that_adds_wrongly_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     def add() -> dict[str, int]:
         with open_accelerator(RuntimeConfig(cpu=True, num_threads=1)) as accelerator:
