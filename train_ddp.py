@@ -101,7 +101,7 @@ def train(config: TrainConfig, accelerator: Accelerator) -> int:
         run.begin(train_loader)
         while run.goes_on():
             steps = train_loader.steps(run.state.step, run.next_epoch_end())
-            steps = faults.inject(steps, run.state.step, accelerator.process_index)
+            steps = faults.inject(steps, run.faults(), run.state.step, model.parameters())
             for record in train_one_epoch(
                 train_step, steps, run.state, pauses_at=plan.pauses_at, heartbeat=run.heartbeat
             ):

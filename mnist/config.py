@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
+from mnist.faults import parse_fault
+
 RUNS = Path("runs")  # where runs are kept whose --run-dir is not given
 
 Dataset = Literal["auto", "mnist", "fashion_mnist", "kmnist", "digits"]
@@ -274,6 +276,8 @@ class OutputConfig:
     """Print warnings, errors and the closing lines only."""
     debug: bool = False
     """Show the whole traceback of an error that is otherwise one line."""
+    inject: tuple[str, ...] = ()
+    """A drill: nan@30, kill@rank1:50 (or hang, raise, exit; before that step), slow@rank1:0.05 (seconds per step)."""
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -282,6 +286,11 @@ class OutputConfig:
         _require(self.checkpoint_every >= 0, f"--checkpoint-every {self.checkpoint_every}: must be 0 or more")
         _require(self.keep_last >= 1, f"--keep-last {self.keep_last}: must be 1 or more")
         _require(self.keep_best >= 0, f"--keep-best {self.keep_best}: must be 0 or more")
+        for text in self.inject:
+            try:
+                parse_fault(text)
+            except ValueError as error:
+                raise UserError(f"--inject {text}: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,23 @@
 """What goes wrong: a watchdog against stalls, and faults on demand for drills.
 
-In: time, and the environment variable MNIST_FAULT. Out: the stacks of a stalled process and its end; or the fault asked
-for. Standard library only.
+In: time, and what `--inject` asks for. Out: the stacks of a stalled process and its end; or the fault asked for.
+Standard library only.
 """
 
 from __future__ import annotations
 
 import faulthandler
+import math
 import os
+import re
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from typing import TypeVar
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
-FAULT_VARIABLE = "MNIST_FAULT"  # such as "kill rank=1 step=33"; kill, raise, hang or exit, in the first attempt only
+_FAULT = re.compile(r"(?:(nan|kill|hang|raise|exit)@(?:rank(\d+):)?([1-9]\d*)|slow@(?:rank(\d+):)?(\d+(?:\.\d+)?))")
 
 T = TypeVar("T")
 
@@ -40,32 +43,76 @@ class Watchdog:
 
     def rest(self) -> None:
         """Stops watching."""
+        self._armed_at = -1.0
         faulthandler.cancel_dump_traceback_later()
 
 
-def inject(steps: Iterator[T], first_step: int, rank: int) -> Iterator[T]:
-    """`steps` as they are, or, in a drill, with the fault of MNIST_FAULT when its rank is about to take its step."""
-    drill = os.environ.get(FAULT_VARIABLE)
-    if drill is None or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
-        return steps
-    kind, *conditions = drill.split()
-    where = {name: int(value) for name, value in (condition.split("=") for condition in conditions)}
-    return _with_fault(steps, kind, where["step"] - first_step) if where["rank"] == rank else steps
+@dataclass(frozen=True)
+class Fault:
+    """Something that shall go wrong on one rank.
+
+    Attributes:
+        kind: nan, kill, hang, raise, exit or slow.
+        rank: where.
+        step: when, counted from 1: just before this step is taken; 0 = before every step.
+        seconds: what a slow rank loses before every step.
+    """
+
+    kind: str
+    rank: int
+    step: int = 0
+    seconds: float = 0.0
 
 
-def _with_fault(steps: Iterator[T], kind: str, at_index: int) -> Iterator[T]:
-    for index, step in enumerate(steps):
-        if index == at_index:
-            _fail(kind)
+def parse_fault(text: str) -> Fault:
+    """`nan@30`, `kill@rank1:50`, `slow@rank1:0.05` -> `Fault`; without a rank, rank 0 is meant.
+
+    Raises:
+        ValueError: another form; says which forms there are.
+    """
+    match = _FAULT.fullmatch(text)
+    if match is None:
+        raise ValueError(
+            "give KIND@STEP or KIND@rankN:STEP with nan, kill, hang, raise or exit and a step of 1 or more, or "
+            "slow@rankN:SECONDS"
+        )
+    kind, rank, step, slow_rank, seconds = match.groups()
+    if kind is None:
+        return Fault("slow", int(slow_rank or 0), seconds=float(seconds))
+    return Fault(kind, int(rank or 0), step=int(step))
+
+
+def inject(steps: Iterator[T], faults: Sequence[Fault], steps_done: int, weights: Iterable[Any]) -> Iterator[T]:
+    """`steps` as they are, or, in a drill, with `faults` before the steps that they name.
+
+    Args:
+        steps: what this rank is about to work on.
+        faults: what shall go wrong on this rank.
+        steps_done: steps taken before the first of `steps`.
+        weights: the model's tensors, of which nan spoils the first: the next loss is then no number.
+    """
+    return _with_faults(steps, faults, steps_done, weights) if faults else steps
+
+
+def _with_faults(steps: Iterator[T], faults: Sequence[Fault], steps_done: int, weights: Iterable[Any]) -> Iterator[T]:
+    for number, step in enumerate(steps, start=steps_done + 1):
+        for fault in faults:
+            if fault.step in (0, number):
+                _happen(fault, weights)
         yield step
 
 
-def _fail(kind: str) -> None:
-    if kind == "kill":
-        os.kill(os.getpid(), signal.SIGKILL)
-    elif kind == "hang":
-        time.sleep(3600)
-    elif kind == "exit":
-        raise SystemExit(0)
-    else:
-        raise RuntimeError(f"{FAULT_VARIABLE} asked for this: {kind}")
+def _happen(fault: Fault, weights: Iterable[Any]) -> None:
+    match fault.kind:
+        case "nan":
+            next(iter(weights)).data.fill_(math.nan)
+        case "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "hang":
+            time.sleep(3600)
+        case "slow":
+            time.sleep(fault.seconds)
+        case "exit":
+            raise SystemExit(0)
+        case _:
+            raise RuntimeError("--inject asked for this")

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 
 from mnist.config import TrainConfig, UserError
+from mnist.faults import parse_fault
 
 MNIST_TRAIN_SIZE = 60_000
 
@@ -77,7 +78,7 @@ def build_plan(config: TrainConfig, num_train: int, world_size: int, accumulatio
         accumulation_steps: A.
 
     Raises:
-        UserError: a global batch that does not fit the data or the processes.
+        UserError: a global batch that does not fit the data or the processes; a drill that would never happen.
     """
     loop = config.loop
     batch = loop.global_batch_size
@@ -91,14 +92,20 @@ def build_plan(config: TrainConfig, num_train: int, world_size: int, accumulatio
     pass_steps = math.ceil(num_train / batch)
     is_stretched = loop.stretch_epochs and num_train + config.data.val_size < MNIST_TRAIN_SIZE
     epoch_steps = math.ceil(MNIST_TRAIN_SIZE / batch) if is_stretched else pass_steps
-    num_steps = loop.epochs * epoch_steps
+    num_steps = min(loop.epochs * epoch_steps, loop.max_steps or loop.epochs * epoch_steps)
+    for text in config.output.inject:
+        fault = parse_fault(text)
+        if fault.rank >= world_size or fault.step > num_steps:
+            raise UserError(
+                f"--inject {text}: would never happen in {num_steps:,} steps of ranks 0 to {world_size - 1}"
+            )
     return Plan(
         global_batch_size=batch,
         accumulation_steps=accumulation_steps,
         world_size=world_size,
         pass_steps=pass_steps,
         epoch_steps=epoch_steps,
-        num_steps=min(num_steps, loop.max_steps or num_steps),
+        num_steps=num_steps,
         log_steps=loop.log_every or epoch_steps,
         eval_steps=loop.eval_every or epoch_steps,
         checkpoint_steps=config.output.checkpoint_every or epoch_steps,

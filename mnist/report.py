@@ -41,6 +41,14 @@ def data_warnings(dataset: Dataset, choice: Choice) -> list[str]:
     return [*([fallback] if choice.fallback_reason is not None else []), *dataset.warnings]
 
 
+def drill_warnings(config: TrainConfig, *, has_resumed: bool) -> list[str]:
+    """A loud word about faults on demand."""
+    if not config.output.inject:
+        return []
+    meaning = "not again, this run goes on" if has_resumed else "this run is made to fail"
+    return [f"DRILL: --inject {' '.join(config.output.inject)}: {meaning}"]
+
+
 def result(
     plan: Plan, state: TrainState, scores: dict[str, Scores], val: dict[str, Any] | None, num_train: int
 ) -> dict[str, Any]:

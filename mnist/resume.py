@@ -35,8 +35,13 @@ _STOPPING_FIELDS = ("target_accuracy", "target_loss", "patience")
 
 def resume_mode(config: TrainConfig) -> str:
     """--resume, but auto when a launcher or a scheduler has restarted the job: it has started over once already."""
-    restarts = (os.environ.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
-    return "auto" if any(count != "0" for count in restarts) else config.output.resume
+    return "auto" if is_restart() else config.output.resume
+
+
+def is_restart() -> bool:
+    """Whether a launcher or a scheduler has started this job before."""
+    names = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+    return any(os.environ.get(name, "0") != "0" for name in names)
 
 
 def check_finished(previous: dict[str, Any], old: dict[str, Any], config: TrainConfig, plan: Plan, path: Path) -> bool:

@@ -29,7 +29,7 @@ from mnist.console import Console
 from mnist.data import Choice, Dataset, Split
 from mnist.engine import DivergedError, TrainRecord, TrainState, TrainStep, evaluate
 from mnist.export import export_model
-from mnist.faults import Watchdog
+from mnist.faults import Fault, Watchdog, parse_fault
 from mnist.files import write_json
 from mnist.gallery import write_run_pictures
 from mnist.losses import build_loss
@@ -81,6 +81,7 @@ class Run:
         self._directory: RunDir | None = None  # on rank 0
         self._saved_step = -1
         self._has_begun = False
+        self._has_resumed = resuming.is_restart()
         self._watchdog = Watchdog(self.config.runtime.timeout_s)
         self._hints: list[tracking.Hint] = []
 
@@ -140,6 +141,7 @@ class Run:
         self.state = resuming.restore(saved, self.train_step, self.average)
         self.val_scores = saved.scores.get("val")
         self._saved_step = self.state.step
+        self._has_resumed = True
         self.console.say(f"resuming {self.path} at step {self.state.step}")
         for note in notes:
             self.console.warn(note)
@@ -154,7 +156,9 @@ class Run:
         plan = report.banner(self.config, self.plan, self.dataset, self._facts, environment)
         self.console.banner([*plan, ("run", str(self.path)), ("W&B", wandb_mode(self.config.output))])
         idle = runtime.idle_hardware(self.accelerator)
-        for line in [*report.data_warnings(self.dataset, self.choice), *([idle] if idle else [])]:
+        warnings = report.data_warnings(self.dataset, self.choice)
+        warnings += report.drill_warnings(self.config, has_resumed=self._has_resumed)
+        for line in [*warnings, *([idle] if idle else [])]:
             self.console.warn(line)
         self._together(lambda: self._write_down(environment))
         self._has_begun = True
@@ -197,6 +201,13 @@ class Run:
     def goes_on(self) -> bool:
         """Whether another step is to be taken."""
         return self.state.step < self.plan.num_steps and not self.state.is_stopping and self.state.stop_reason is None
+
+    def faults(self) -> list[Fault]:
+        """What --inject has in store for this rank; nothing once it has been started again, or it would never end."""
+        if self._has_resumed:
+            return []
+        rank = self.accelerator.process_index
+        return [fault for fault in map(parse_fault, self.config.output.inject) if fault.rank == rank]
 
     @property
     def _epoch(self) -> float:

@@ -19,6 +19,9 @@ import pytest
 import train_ddp
 from mnist import checkpoint, signals
 from mnist.cli import parse_command_line
+from mnist.config import TrainConfig, UserError, evolve
+from mnist.faults import Fault, inject, parse_fault
+from mnist.plan import build_plan
 from mnist.run import Run
 from tests.processes import CONFIGURED, TORCHRUN, Finished, finish, members, started, train
 from tests.ranks import run_ranks
@@ -153,8 +156,8 @@ def test_a_signal_to_one_rank_ends_both_after_one_checkpoint(tmp_path: Path, num
 
 @pytest.mark.launch
 def test_a_second_ctrl_c_ends_a_run_that_does_not_listen(tmp_path: Path) -> None:
-    command = train("--recipe", "smoke", "--epochs", "50", "--run-dir", "run")
-    with started(command, tmp_path, MNIST_FAULT="hang rank=0 step=30") as process:
+    command = train("--recipe", "smoke", "--epochs", "50", "--run-dir", "run", "--inject", "hang@30")
+    with started(command, tmp_path) as process:
         wait_until((tmp_path / "run" / "metrics.jsonl").exists)
         time.sleep(1)
         os.kill(process.pid, signal.SIGINT)
@@ -172,17 +175,17 @@ def pid_of_rank(folder: Path, rank: int) -> int:
 
 
 def drill(tmp_path: Path, fault: str, *launcher: str, arguments: tuple[str, ...] = ()) -> Finished:
-    command = train(*SMALL, *arguments, "--run-dir", "run", launcher=launcher or TWO)
-    return finish(command, tmp_path, timeout=60, MNIST_FAULT=fault)
+    command = train(*SMALL, *arguments, "--run-dir", "run", "--inject", fault, launcher=launcher or TWO)
+    return finish(command, tmp_path, timeout=60)
 
 
 @pytest.mark.launch
 @pytest.mark.parametrize(
     ("fault", "words"),
     [
-        ("kill rank=1 step=33", ["rank 0 after step", "lost another rank", "SIGKILL"]),
-        ("raise rank=1 step=33", ["on rank 1 after step 33", "MNIST_FAULT asked for this"]),
-        ("exit rank=1 step=33", ["rank 0 after step", "lost another rank"]),
+        ("kill@rank1:33", ["rank 0 after step", "lost another rank", "SIGKILL"]),
+        ("raise@rank1:33", ["on rank 1 after step 32", "--inject asked for this"]),
+        ("exit@rank1:33", ["rank 0 after step", "lost another rank"]),
     ],
 )
 def test_a_rank_that_fails_ends_the_job_in_seconds_and_the_next_start_goes_on(
@@ -205,7 +208,7 @@ def test_a_rank_that_fails_ends_the_job_in_seconds_and_the_next_start_goes_on(
     ids=["torchrun", "accelerate"],
 )
 def test_a_launcher_that_restarts_goes_on_by_itself(tmp_path: Path, launcher: list[str]) -> None:
-    done = drill(tmp_path, "kill rank=1 step=33", *launcher)
+    done = drill(tmp_path, "kill@rank1:33", *launcher)
     assert done.code == 0, done.err
     assert "resuming run at step 23" in done.err
     run_ranks(run, 2, tmp_path / "a", *SMALL)
@@ -215,10 +218,10 @@ def test_a_launcher_that_restarts_goes_on_by_itself(tmp_path: Path, launcher: li
 
 @pytest.mark.launch
 def test_a_rank_that_hangs_shows_where_and_ends_the_job(tmp_path: Path) -> None:
-    done = drill(tmp_path, "hang rank=1 step=33", arguments=("--timeout-s", "4"))
+    done = drill(tmp_path, "hang@rank1:33", arguments=("--timeout-s", "4"))
     assert done.code != 0
     assert "faults.py" in done.err, "the stack of the rank that hangs"
-    assert "_fail" in done.err
+    assert "_happen" in done.err
     assert done.seconds < 30
 
 
@@ -231,6 +234,55 @@ def test_a_busy_port_does_not_matter(tmp_path: Path) -> None:
         done = finish(train(*SMALL, "--run-dir", "run", launcher=[*CONFIGURED, "--num_processes", "2"]), tmp_path)
     assert done.code == 0, done.err
     assert result(tmp_path / "run")["world_size"] == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("nan@30", Fault("nan", 0, step=30)),
+        ("kill@rank1:50", Fault("kill", 1, step=50)),
+        ("slow@rank12:0.05", Fault("slow", 12, seconds=0.05)),
+        ("slow@2", Fault("slow", 0, seconds=2.0)),
+    ],
+)
+def test_a_drill_in_words(text: str, fault: Fault) -> None:
+    assert parse_fault(text) == fault
+    assert evolve(TrainConfig(), inject=(text,)).output.inject == (text,)
+
+
+@pytest.mark.parametrize("text", ["", "nan", "nan@0", "nan@1.5", "kill@1:50", "burn@3", "slow@rank1", "kill@rank1:"])
+def test_a_drill_that_makes_no_sense_is_one_line(text: str) -> None:
+    with pytest.raises(UserError, match=r"--inject .*: give KIND@STEP") as caught:
+        evolve(TrainConfig(), inject=("nan@30", text))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["kill@rank2:5", "kill@rank1:201", "slow@rank2:1"])
+def test_a_drill_that_would_never_happen_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match=f"--inject {text}: would never happen in 200 steps of ranks 0 to 1"):
+        build_plan(evolve(TrainConfig(), max_steps=200, inject=(text,)), 60_000, 2, 1)
+
+
+def test_a_slow_rank_loses_its_time_before_every_step_and_without_a_drill_nothing_is_touched() -> None:
+    steps = iter([1, 2, 3])
+    assert inject(steps, [], 0, []) is steps
+    started_at = time.monotonic()
+    assert list(inject(steps, [Fault("slow", 0, seconds=0.05)], 0, [])) == [1, 2, 3]
+    assert time.monotonic() - started_at >= 0.15
+
+
+def test_a_drilled_nan_is_found_where_it_was_put_and_the_next_start_is_spared(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    fault = ["--inject", "nan@rank1:30"]
+    assert run_ranks(run, 2, tmp_path, *SMALL, *fault) == [1, 1]
+    error = capfd.readouterr().err
+    assert "DRILL: --inject nan@rank1:30: this run is made to fail" in error
+    assert "nan or inf at step 30 on rank 1" in error
+    assert result(tmp_path)["status"] == "diverged"
+    checkpoint_23 = str(tmp_path / "checkpoints" / "step-00000023")
+    assert run_ranks(run, 2, tmp_path, *SMALL, *fault, "--resume", checkpoint_23) == [0, 0]
+    assert "not again, this run goes on" in capfd.readouterr().err
 
 
 # --- disks -----------------------------------------------------------------------------------------------------------
