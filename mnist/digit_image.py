@@ -1,0 +1,320 @@
+"""Any picture of a digit -> the form of MNIST: 28x28, light on black, 20 pixels long, centred by mass.
+
+In: a picture file of any kind, size and colour: ink on paper or chalk on a board, anywhere in the frame, unevenly lit.
+Out: `SeenDigit`, whose pixels are what a network trained on MNIST expects; a picture that is already in MNIST's form is
+taken as it is, bit for bit. Letters: H, W rows and columns of the picture, once it has its working size.
+
+The steps: grey values in which ink stands out; the paper's brightness at every pixel, by morphology; ink = what differs
+from it; connected pieces of ink, of which one digit is chosen; its pixels brought to MNIST's frame in one resampling.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageFilter, ImageOps, UnidentifiedImageError
+
+MAX_PIXELS = 2**26  # larger files are refused before they are decoded; cameras reach 50 million
+WORKING_SIDES = (160, 640)  # the longer side of a picture is brought into this range, in pixels
+STROKE_SHARE = 0.3  # strokes are thinner than this share of the frame's shorter side, shadows are wider
+INK_SHARE = 0.4  # of the strongest ink: what has more of it is a stroke
+MIN_CONTRAST = 0.06  # of the brightness range; below it a picture is blank
+MIN_CONTRAST_NOISE = 6.0  # ... and so it is below this many standard deviations of its noise
+MIN_STROKE, MAX_STROKE = 1.6, 5.0  # pixels of the 20; strokes outside this range are made thicker or thinner
+
+Array = npt.NDArray[Any]
+Mask = npt.NDArray[np.bool_]
+Box = tuple[int, int, int, int]  # left, top, right, bottom
+
+
+class PictureError(ValueError):
+    """A picture in which no digit can be seen, or a file that is no picture: one line for people."""
+
+
+@dataclass(frozen=True)
+class SeenDigit:
+    """What a network is shown of a picture.
+
+    Attributes:
+        pixels: uint8 (28, 28), light on black.
+        box: where the digit was found, in the picture as `read_picture` returns it.
+        warning: why the digit may not be what was meant, or None.
+    """
+
+    pixels: npt.NDArray[np.uint8]
+    box: Box
+    warning: str | None = None
+
+
+def read_picture(file: Path | BinaryIO) -> Image.Image:
+    """The picture in a file, upright, without transparency, in mode L or RGB, of working size.
+
+    Raises:
+        PictureError: not a picture, damaged, cut short, or too large.
+    """
+    try:
+        with Image.open(file) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise PictureError(
+                    f"{image.width:,} x {image.height:,} pixels; more than {MAX_PIXELS:,} are not opened"
+                )
+            image.draft("RGB", (WORKING_SIDES[1], WORKING_SIDES[1]))  # JPEG decodes faster to a smaller size
+            image.load()
+            picture = _without_transparency(ImageOps.exif_transpose(image))
+    except UnidentifiedImageError:
+        raise PictureError("not a picture, or of a kind that Pillow does not read") from None
+    except Image.DecompressionBombError as error:
+        raise PictureError(f"too large ({error})") from None
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        if isinstance(error, PictureError):
+            raise
+        raise PictureError(f"not readable as a picture ({_one_line(error)})") from error
+    picture.thumbnail((WORKING_SIDES[1], WORKING_SIDES[1]), Image.Resampling.BOX)
+    return picture
+
+
+def _one_line(error: Exception) -> str:
+    strerror = getattr(error, "strerror", None)
+    return " ".join(str(strerror or error).split())
+
+
+def _without_transparency(image: Image.Image) -> Image.Image:
+    """Mode L or RGB. What is drawn in the alpha channel alone counts as ink, else transparent pixels become paper."""
+    if image.mode.startswith("I") or image.mode == "F":  # 16 or 32 bits, whatever part of the range they use
+        values = np.nan_to_num(np.asarray(image, np.float32))
+        values = values - min(0.0, values.min())
+        return Image.fromarray((values * (255 / max(values.max(), 1e-9))).round().astype(np.uint8))
+    if not image.has_transparency_data:
+        return image.convert("L" if image.mode in ("1", "L") else "RGB")
+    rgba = image.convert("RGBA")
+    alpha = np.asarray(rgba.getchannel("A"))
+    opaque = np.asarray(rgba.convert("L"))[alpha > 127]
+    if opaque.size and np.ptp(np.percentile(opaque, (2, 98))) < 50 and alpha.min() < 128:
+        return Image.fromarray(255 - alpha)
+    paper = Image.new("RGBA", rgba.size, (int(np.median(opaque)) if opaque.size else 255,) * 3 + (255,))
+    return Image.alpha_composite(paper, rgba).convert("RGB")
+
+
+def see_digit(picture: Image.Image) -> SeenDigit:
+    """Finds the digit in a picture and brings it to MNIST's form.
+
+    Args:
+        picture: as `read_picture` returns it.
+
+    Raises:
+        PictureError: the picture is blank.
+    """
+    pixels = _as_it_is(picture)
+    if pixels is not None:
+        return SeenDigit(pixels, (0, 0, 28, 28))
+    longer = max(picture.size)
+    zoom = max(1.0, WORKING_SIDES[0] / longer)
+    size = (max(2, round(picture.width * zoom)), max(2, round(picture.height * zoom)))
+    grey = _grey(picture.resize(size, Image.Resampling.BICUBIC) if zoom > 1 else picture)
+    ink = _find_ink(grey)
+    mask, box, warning = _choose_digit(ink)
+    left, top, right, bottom = (round(side / zoom) for side in box)
+    return SeenDigit(_to_mnist_frame(ink, mask), (left, top, right, bottom), warning)
+
+
+def _as_it_is(picture: Image.Image) -> npt.NDArray[np.uint8] | None:
+    """The pixels of a picture in MNIST's own form, else None.
+
+    That form is 28x28, grey, with a black border, and either larger than the 20 pixels of a digit (clothes are) or
+    centred by mass.
+    """
+    if picture.size != (28, 28):
+        return None
+    channels = np.asarray(picture).reshape(28, 28, -1)
+    pixels = channels[:, :, 0]
+    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    if (channels != channels[:, :, :1]).any() or np.median(border) > 32 or pixels.max() < 128:
+        return None
+    rows, columns = np.nonzero(pixels)
+    if max(np.ptp(rows), np.ptp(columns)) >= 20:
+        return pixels
+    mass = pixels[rows, columns].astype(np.float64)
+    offset = max(abs(np.average(rows, weights=mass) - 13.75), abs(np.average(columns, weights=mass) - 13.75))
+    return pixels if offset <= 1 else None
+
+
+def _grey(picture: Image.Image) -> Array:
+    """(H, W) in 0..1: the mixture of red, green and blue in which ink and paper differ most."""
+    rgb = np.asarray(picture, np.float32) / 255
+    if rgb.ndim == 2:
+        return rgb
+    around = np.asarray(picture.filter(ImageFilter.BoxBlur(min(picture.size) * STROKE_SHARE / 2)), np.float32) / 255
+    differences = (rgb - around).reshape(-1, 3)
+    weighted = differences * (differences**2).sum(axis=1, keepdims=True)
+    direction = np.linalg.eigh(weighted.T @ differences)[1][:, -1]
+    mixture = np.clip(direction * np.sign(direction.sum()), 0, None)
+    return (rgb @ (mixture / max(mixture.sum(), 1e-9))).astype(np.float32)
+
+
+def _find_ink(grey: Array) -> Array:
+    """(H, W): 0 = paper, 1 = the strongest ink, whether darker or lighter than the paper.
+
+    Raises:
+        PictureError: nothing stands out.
+    """
+    noise = 1.4826 * float(np.median(np.abs(np.diff(grey, axis=1)))) / 2**0.5
+    smooth = _blur(grey, 1)
+    size = max(3, round(min(grey.shape) * STROKE_SHARE))
+    around = _blur(smooth, size // 2)
+    if ((smooth - around) ** 3).sum() > 0:  # ink is what there is less of: here, what is light
+        paper = -_closing(-smooth, size)
+        ink = grey - paper
+    else:
+        paper = _closing(smooth, size)
+        ink = 1 - grey / np.maximum(paper, 0.02)  # light and shadow are factors
+    ink = ink - np.median(ink)
+    strongest = float(np.sort(_blur(ink, 1), axis=None)[-40:].mean())
+    if strongest < max(MIN_CONTRAST, MIN_CONTRAST_NOISE * noise / 3):
+        raise PictureError("blank: nothing in it stands out like ink from paper")
+    return ink / strongest
+
+
+def _closing(a: Array, size: int) -> Array:
+    """Morphological closing with a square: fills what is dark and narrower than `size`; keeps gradients and edges."""
+    padded = np.pad(a, size - 1, mode="edge")
+    widened = _running_max(_running_max(padded, size).T, size).T
+    return -_running_max(_running_max(-widened, size).T, size).T
+
+
+def _running_max(a: Array, size: int) -> Array:
+    """(H, W) -> (H, W - size + 1): the maximum of each `size` neighbours in a row, in log2(size) steps."""
+    reach = 1
+    while reach < size:
+        step = min(reach, size - reach)
+        a = np.maximum(a[:, :-step], a[:, step:])
+        reach += step
+    return a
+
+
+def _blur(a: Array, radius: int) -> Array:
+    """Mean over squares of 2 radius + 1 pixels, twice over (which is nearly a Gaussian); edges continued."""
+    size = 2 * radius + 1
+    for _ in range(2):
+        for axis in (0, 1):
+            width = [(0, 0), (0, 0)]
+            width[axis] = (radius + 1, radius)
+            sums = np.pad(a, width, mode="edge").cumsum(axis=axis, dtype=np.float64)
+            ends, starts = (sums[size:], sums[:-size]) if axis == 0 else (sums[:, size:], sums[:, :-size])
+            a = ((ends - starts) / size).astype(np.float32)
+    return a
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A connected piece of ink."""
+
+    label: int
+    mass: float
+    box: Box
+    touches_frame: bool
+
+    @property
+    def height(self) -> int:
+        return self.box[3] - self.box[1]
+
+
+def _choose_digit(ink: Array) -> tuple[Mask, Box, str | None]:
+    """Which ink belongs to the digit (H, W), its box, and a warning where there may be several.
+
+    Raises:
+        PictureError: nothing but specks.
+    """
+    smooth = _blur(ink, 1)
+    strokes = smooth > INK_SHARE
+    labels = _label(strokes)
+    pieces = _pieces(labels, np.where(strokes, smooth, 0))
+    if not pieces:
+        raise PictureError("blank: nothing in it stands out like ink from paper")
+    inner = [piece for piece in pieces if not piece.touches_frame]
+    largest = max(pieces, key=lambda piece: piece.mass)
+    main = max(inner, key=lambda piece: piece.mass) if inner else largest
+    if largest.touches_frame and main.mass < 0.2 * largest.mass:
+        main = largest
+    chosen, box, others = [main.label], main.box, 0
+    rest = sorted((piece for piece in pieces if piece is not main), key=lambda piece: _distance(piece.box, main.box))
+    for piece in rest:
+        is_far = _distance(piece.box, box) > 0.25 * (box[3] - box[1])
+        if _is_digit_of_its_own(piece, main, box):
+            others += 1
+        elif not is_far and piece.mass > 0.02 * main.mass and not piece.touches_frame:
+            chosen.append(piece.label)
+            box = _union(box, piece.box)
+    warning = None
+    if others:
+        warning = f"{others + 1} digits or more in one picture: only the largest was read"
+    elif box[2] - box[0] > 1.6 * (box[3] - box[1]):
+        warning = "wider than a digit: several that touch, or a picture on its side?"
+    return np.isin(labels, chosen), box, warning
+
+
+def _is_digit_of_its_own(piece: _Piece, main: _Piece, box: Box) -> bool:
+    """Whether a piece stands beside (or above, or below) the main one as a digit does, not as a part of it."""
+    if piece.height < 0.5 * main.height or piece.mass < 0.12 * main.mass or piece.touches_frame:
+        return False
+    gap_x = max(piece.box[0] - box[2], box[0] - piece.box[2])
+    gap_y = max(piece.box[1] - box[3], box[1] - piece.box[3])
+    return max(gap_x, gap_y) > 0.08 * main.height
+
+
+def _union(a: Box, b: Box) -> Box:
+    return min(a[0], b[0]), min(a[1], b[1]), max(a[2], b[2]), max(a[3], b[3])
+
+
+def _distance(a: Box, b: Box) -> int:
+    """Pixels of paper between two boxes, 0 where they overlap."""
+    return max(0, a[0] - b[2], b[0] - a[2], a[1] - b[3], b[1] - a[3])
+
+
+def _label(mask: Mask) -> npt.NDArray[np.int32]:
+    """(H, W): 0 where `mask` is false, else a number that all pixels of a connected piece share."""
+    height, width = mask.shape
+    labels = np.arange(1, mask.size + 1, dtype=np.int32).reshape(height, width) * mask
+    while True:
+        # Every pixel takes the largest number among its neighbours, then that of the pixel which this number names.
+        largest = _running_max(_running_max(np.pad(labels, 1), 3).T, 3).T * mask
+        jumped = np.concatenate([[0], largest.ravel()]).astype(np.int32)[largest]
+        if (jumped == labels).all():
+            return labels
+        labels = jumped
+
+
+def _pieces(labels: npt.NDArray[np.int32], ink: Array) -> list[_Piece]:
+    rows, columns = np.nonzero(labels)
+    names, index = np.unique(labels[rows, columns], return_inverse=True)
+    mass = np.bincount(index, weights=ink[rows, columns])
+    height, width = labels.shape
+    pieces = []
+    for i in np.nonzero(mass >= 0.01 * mass.max(initial=0))[0]:
+        y, x = rows[index == i], columns[index == i]
+        box = (int(x.min()), int(y.min()), int(x.max()) + 1, int(y.max()) + 1)
+        touches = box[0] == 0 or box[1] == 0 or box[2] == width or box[3] == height
+        pieces.append(_Piece(int(names[i]), float(mass[i]), box, touches))
+    return pieces
+
+
+def _to_mnist_frame(ink: Array, mask: Mask) -> npt.NDArray[np.uint8]:
+    """The chosen ink as uint8 (28, 28): 20 pixels long, strokes at 255, centred by mass."""
+    reach = 5
+    near = _running_max(_running_max(np.pad(mask, reach // 2), reach).T, reach).T
+    level = float(np.percentile(ink[mask], 60))
+    clean = np.clip((ink / level - 0.15) / 0.8, 0, 1) * near
+    rows, columns = np.nonzero(_blur(clean, 1) * near > 0.25)
+    side = max(np.ptp(rows), np.ptp(columns)) + 1
+    y, x = np.indices(clean.shape)
+    centre_y, centre_x = (float((axis * clean).sum() / clean.sum()) for axis in (y, x))
+    zoom = side / 20
+    left, top = centre_x + 0.5 - 14.5 * zoom, centre_y + 0.5 - 14.5 * zoom
+    margin = round(15 * zoom) + 1
+    padded = Image.fromarray(np.pad(clean, margin).astype(np.float32))
+    box = (left + margin, top + margin, left + margin + 28 * zoom, top + margin + 28 * zoom)
+    small = np.asarray(padded.resize((28, 28), Image.Resampling.BOX, box=box))
+    return (small.clip(0, 1) * 255).round().astype(np.uint8)
