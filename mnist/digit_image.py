@@ -19,7 +19,8 @@ import numpy.typing as npt
 from PIL import Image, ImageFilter, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 2**26  # larger files are refused before they are decoded; cameras reach 50 million
-WORKING_SIDES = (160, 640)  # the longer side of a picture is brought into this range, in pixels
+MAX_SIDE = 1600  # larger pictures are reduced to it at once
+LOOK_SIDE = 224  # the longer side of what is looked at, in pixels
 STROKE_SHARE = 0.3  # strokes are thinner than this share of the frame's shorter side, shadows are wider
 INK_SHARE = 0.4  # of the strongest ink: what has more of it is a stroke
 MIN_CONTRAST = 0.06  # of the brightness range; below it a picture is blank
@@ -62,7 +63,7 @@ def read_picture(file: Path | BinaryIO) -> Image.Image:
                 raise PictureError(
                     f"{image.width:,} x {image.height:,} pixels; more than {MAX_PIXELS:,} are not opened"
                 )
-            image.draft("RGB", (WORKING_SIDES[1], WORKING_SIDES[1]))  # JPEG decodes faster to a smaller size
+            image.draft("RGB", (MAX_SIDE, MAX_SIDE))  # JPEG decodes faster to a smaller size
             image.load()
             picture = _without_transparency(ImageOps.exif_transpose(image))
     except UnidentifiedImageError:
@@ -73,7 +74,7 @@ def read_picture(file: Path | BinaryIO) -> Image.Image:
         if isinstance(error, PictureError):
             raise
         raise PictureError(f"not readable as a picture ({_one_line(error)})") from error
-    picture.thumbnail((WORKING_SIDES[1], WORKING_SIDES[1]), Image.Resampling.BOX)
+    picture.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.BOX)
     return picture
 
 
@@ -111,14 +112,39 @@ def see_digit(picture: Image.Image) -> SeenDigit:
     pixels = _as_it_is(picture)
     if pixels is not None:
         return SeenDigit(pixels, (0, 0, 28, 28))
-    longer = max(picture.size)
-    zoom = max(1.0, WORKING_SIDES[0] / longer)
-    size = (max(2, round(picture.width * zoom)), max(2, round(picture.height * zoom)))
-    grey = _grey(picture.resize(size, Image.Resampling.BICUBIC) if zoom > 1 else picture)
-    ink = _find_ink(grey)
+    first = _look(picture, (0, 0, *picture.size))
+    left, top, right, bottom = first.box
+    margin = round(0.5 * max(right - left, bottom - top)) + 2
+    around = (left - margin, top - margin, right + margin, bottom + margin)
+    second = _look(picture, _intersection(around, (0, 0, *picture.size)))
+    return SeenDigit(_to_mnist_frame(second.ink, second.mask), second.box, first.warning or second.warning)
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What was found in a part of a picture: ink (H, W), which of it is the digit, and where, in the whole picture."""
+
+    ink: Array
+    mask: Mask
+    box: Box
+    warning: str | None
+
+
+def _look(picture: Image.Image, part: Box) -> _Look:
+    zoom = LOOK_SIDE / max(part[2] - part[0], part[3] - part[1])
+    width, height = (max(8, round((part[i + 2] - part[i]) * zoom)) for i in (0, 1))
+    resample = Image.Resampling.BOX if zoom < 1 else Image.Resampling.BICUBIC
+    ink = _find_ink(_grey(picture.resize((width, height), resample, box=part)))
     mask, box, warning = _choose_digit(ink)
-    left, top, right, bottom = (round(side / zoom) for side in box)
-    return SeenDigit(_to_mnist_frame(ink, mask), (left, top, right, bottom), warning)
+    scale_x, scale_y = (part[2] - part[0]) / width, (part[3] - part[1]) / height
+    left, top, right, bottom = box
+    corners = (left * scale_x, top * scale_y, right * scale_x, bottom * scale_y)
+    in_picture = tuple(round(corner + part[i % 2]) for i, corner in enumerate(corners))
+    return _Look(ink, mask, in_picture, warning)
+
+
+def _intersection(a: Box, b: Box) -> Box:
+    return max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3])
 
 
 def _as_it_is(picture: Image.Image) -> npt.NDArray[np.uint8] | None:
