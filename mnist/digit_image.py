@@ -26,6 +26,8 @@ INK_SHARE = 0.4  # of the strongest ink: what has more of it is a stroke
 MIN_CONTRAST = 0.06  # of the brightness range; below it a picture is blank
 MIN_CONTRAST_NOISE = 6.0  # ... and so it is below this many standard deviations of its noise
 MIN_STROKE, MAX_STROKE = 1.6, 5.0  # pixels of the 20; strokes outside this range are made thicker or thinner
+MASS_CENTRE = 14.5  # MNIST puts the centre of mass on the middle of pixel 14, which begins 14 pixels from the edge
+BLANK = "blank: nothing in it stands out like ink from paper"
 
 Array = npt.NDArray[Any]
 Mask = npt.NDArray[np.bool_]
@@ -137,10 +139,9 @@ def _look(picture: Image.Image, part: Box) -> _Look:
     ink = _find_ink(_grey(picture.resize((width, height), resample, box=part)))
     mask, box, warning = _choose_digit(ink)
     scale_x, scale_y = (part[2] - part[0]) / width, (part[3] - part[1]) / height
-    left, top, right, bottom = box
-    corners = (left * scale_x, top * scale_y, right * scale_x, bottom * scale_y)
-    in_picture = tuple(round(corner + part[i % 2]) for i, corner in enumerate(corners))
-    return _Look(ink, mask, in_picture, warning)
+    left, right = (round(part[0] + side * scale_x) for side in (box[0], box[2]))
+    top, bottom = (round(part[1] + side * scale_y) for side in (box[1], box[3]))
+    return _Look(ink, mask, (left, top, right, bottom), warning)
 
 
 def _intersection(a: Box, b: Box) -> Box:
@@ -155,7 +156,7 @@ def _as_it_is(picture: Image.Image) -> npt.NDArray[np.uint8] | None:
     """
     if picture.size != (28, 28):
         return None
-    channels = np.asarray(picture).reshape(28, 28, -1)
+    channels: npt.NDArray[np.uint8] = np.asarray(picture).reshape(28, 28, -1)
     pixels = channels[:, :, 0]
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     if (channels != channels[:, :, :1]).any() or np.median(border) > 32 or pixels.max() < 128:
@@ -178,7 +179,8 @@ def _grey(picture: Image.Image) -> Array:
     weighted = differences * (differences**2).sum(axis=1, keepdims=True)
     direction = np.linalg.eigh(weighted.T @ differences)[1][:, -1]
     mixture = np.clip(direction * np.sign(direction.sum()), 0, None)
-    return (rgb @ (mixture / max(mixture.sum(), 1e-9))).astype(np.float32)
+    grey: Array = rgb @ (mixture / max(mixture.sum(), 1e-9))
+    return grey
 
 
 def _find_ink(grey: Array) -> Array:
@@ -190,8 +192,8 @@ def _find_ink(grey: Array) -> Array:
     noise = 1.4826 * float(np.median(np.abs(np.diff(grey, axis=1)))) / 2**0.5
     smooth = _blur(grey, 1)
     size = max(3, round(min(grey.shape) * STROKE_SHARE))
-    around = _blur(smooth, size // 2)
-    if ((smooth - around) ** 3).sum() > 0:  # ink is what there is less of: here, what is light
+    exposure = np.log(smooth + 0.1)  # so that light and shadow weigh the same on both sides of their edge
+    if ((exposure - _blur(exposure, size // 2)) ** 3).sum() > 0:  # ink is what there is less of: here, what is light
         paper = -_closing(-smooth, size)
         ink = grey - paper
     else:
@@ -200,7 +202,7 @@ def _find_ink(grey: Array) -> Array:
     ink = ink - np.median(ink)
     strongest = float(np.sort(_blur(ink, 1), axis=None)[-40:].mean())
     if strongest < max(MIN_CONTRAST, MIN_CONTRAST_NOISE * noise / 3):
-        raise PictureError("blank: nothing in it stands out like ink from paper")
+        raise PictureError(BLANK)
     return ink / strongest
 
 
@@ -236,16 +238,12 @@ def _blur(a: Array, radius: int) -> Array:
 
 @dataclass(frozen=True)
 class _Piece:
-    """A connected piece of ink."""
+    """A connected piece of ink; its weight is the energy of its edges, which a soft shadow has little of."""
 
     label: int
-    mass: float
+    weight: float
     box: Box
     touches_frame: bool
-
-    @property
-    def height(self) -> int:
-        return self.box[3] - self.box[1]
 
 
 def _choose_digit(ink: Array) -> tuple[Mask, Box, str | None]:
@@ -255,40 +253,40 @@ def _choose_digit(ink: Array) -> tuple[Mask, Box, str | None]:
         PictureError: nothing but specks.
     """
     smooth = _blur(ink, 1)
-    strokes = smooth > INK_SHARE
-    labels = _label(strokes)
-    pieces = _pieces(labels, np.where(strokes, smooth, 0))
+    labels = _label(smooth > INK_SHARE)
+    pieces = _pieces(labels, smooth)
     if not pieces:
-        raise PictureError("blank: nothing in it stands out like ink from paper")
-    inner = [piece for piece in pieces if not piece.touches_frame]
-    largest = max(pieces, key=lambda piece: piece.mass)
-    main = max(inner, key=lambda piece: piece.mass) if inner else largest
-    if largest.touches_frame and main.mass < 0.2 * largest.mass:
-        main = largest
+        raise PictureError(BLANK)
+    main = max(pieces, key=lambda piece: piece.weight * (0.2 if piece.touches_frame else 1.0))
     chosen, box, others = [main.label], main.box, 0
-    rest = sorted((piece for piece in pieces if piece is not main), key=lambda piece: _distance(piece.box, main.box))
-    for piece in rest:
-        is_far = _distance(piece.box, box) > 0.25 * (box[3] - box[1])
-        if _is_digit_of_its_own(piece, main, box):
-            others += 1
-        elif not is_far and piece.mass > 0.02 * main.mass and not piece.touches_frame:
+    rest = [piece for piece in pieces if piece is not main]
+    while rest:
+        piece = min(rest, key=lambda piece: _distance(piece.box, box))
+        rest.remove(piece)
+        if _belongs(piece, box):
             chosen.append(piece.label)
             box = _union(box, piece.box)
+        elif _height(piece.box) > 0.5 * _height(box) and piece.weight > 0.2 * main.weight and not piece.touches_frame:
+            others += 1
     warning = None
     if others:
-        warning = f"{others + 1} digits or more in one picture: only the largest was read"
-    elif box[2] - box[0] > 1.6 * (box[3] - box[1]):
+        warning = f"{others + 1} digits in one picture: only the largest was read"
+    elif box[2] - box[0] > 1.6 * _height(box):
         warning = "wider than a digit: several that touch, or a picture on its side?"
     return np.isin(labels, chosen), box, warning
 
 
-def _is_digit_of_its_own(piece: _Piece, main: _Piece, box: Box) -> bool:
-    """Whether a piece stands beside (or above, or below) the main one as a digit does, not as a part of it."""
-    if piece.height < 0.5 * main.height or piece.mass < 0.12 * main.mass or piece.touches_frame:
-        return False
-    gap_x = max(piece.box[0] - box[2], box[0] - piece.box[2])
-    gap_y = max(piece.box[1] - box[3], box[1] - piece.box[3])
-    return max(gap_x, gap_y) > 0.08 * main.height
+def _belongs(piece: _Piece, box: Box) -> bool:
+    """Whether a piece is part of the digit in `box`: near it, and not a digit's height beside it."""
+    union = _union(piece.box, box)
+    size = max(union[2] - union[0], _height(union))
+    gap = _distance(piece.box, box)
+    stands_beside = min(_height(piece.box), _height(box)) > 0.6 * _height(union) and gap > 0.1 * _height(union)
+    return gap <= 0.2 * size and not stands_beside and not piece.touches_frame
+
+
+def _height(box: Box) -> int:
+    return box[3] - box[1]
 
 
 def _union(a: Box, b: Box) -> Box:
@@ -314,33 +312,50 @@ def _label(mask: Mask) -> npt.NDArray[np.int32]:
 
 
 def _pieces(labels: npt.NDArray[np.int32], ink: Array) -> list[_Piece]:
+    """The pieces that are more than specks."""
+    by_row, by_column = np.gradient(ink)
+    energy = by_row**2 + by_column**2
     rows, columns = np.nonzero(labels)
     names, index = np.unique(labels[rows, columns], return_inverse=True)
-    mass = np.bincount(index, weights=ink[rows, columns])
+    weight = np.bincount(index, weights=energy[rows, columns])
     height, width = labels.shape
     pieces = []
-    for i in np.nonzero(mass >= 0.01 * mass.max(initial=0))[0]:
+    for i in np.nonzero(weight >= 0.02 * weight.max(initial=0))[0]:
         y, x = rows[index == i], columns[index == i]
         box = (int(x.min()), int(y.min()), int(x.max()) + 1, int(y.max()) + 1)
-        touches = box[0] == 0 or box[1] == 0 or box[2] == width or box[3] == height
-        pieces.append(_Piece(int(names[i]), float(mass[i]), box, touches))
+        touches_frame = box[0] == 0 or box[1] == 0 or box[2] == width or box[3] == height
+        pieces.append(_Piece(int(names[i]), float(weight[i]), box, touches_frame))
     return pieces
 
 
 def _to_mnist_frame(ink: Array, mask: Mask) -> npt.NDArray[np.uint8]:
     """The chosen ink as uint8 (28, 28): 20 pixels long, strokes at 255, centred by mass."""
-    reach = 5
-    near = _running_max(_running_max(np.pad(mask, reach // 2), reach).T, reach).T
     level = float(np.percentile(ink[mask], 60))
-    clean = np.clip((ink / level - 0.15) / 0.8, 0, 1) * near
-    rows, columns = np.nonzero(_blur(clean, 1) * near > 0.25)
-    side = max(np.ptp(rows), np.ptp(columns)) + 1
-    y, x = np.indices(clean.shape)
-    centre_y, centre_x = (float((axis * clean).sum() / clean.sum()) for axis in (y, x))
-    zoom = side / 20
-    left, top = centre_x + 0.5 - 14.5 * zoom, centre_y + 0.5 - 14.5 * zoom
+    clean = np.clip((ink / level - 0.15) / 0.8, 0, 1) * _widened(mask, 5)
+    side = max(np.ptp(axis) + 1 for axis in np.nonzero(mask))
+    edges = np.count_nonzero(np.diff(mask, axis=0)) + np.count_nonzero(np.diff(mask, axis=1))
+    stroke = 2 * np.count_nonzero(mask) / (edges * np.pi / 4) / side * 20  # of 20 pixels; area / half the outline
+    if stroke < MIN_STROKE:
+        clean = _widened(clean, 1 + round((MIN_STROKE - stroke) * side / 20))
+    if stroke > MAX_STROKE:
+        clean = 1 - _widened(1 - clean, 1 + round((stroke - MAX_STROKE) * side / 20))
+    return _centred(clean)
+
+
+def _widened(a: Array, size: int) -> Array:
+    """The maximum over a square of `size` pixels around each pixel."""
+    padded = np.pad(a, ((size // 2, (size - 1) // 2),) * 2)
+    return _running_max(_running_max(padded, size).T, size).T
+
+
+def _centred(clean: Array) -> npt.NDArray[np.uint8]:
+    rows, columns = np.nonzero(_blur(clean, 1) > 0.25)
+    zoom = (max(np.ptp(rows), np.ptp(columns)) + 1) / 20
+    weights = clean / clean.sum()
+    centre_x, centre_y = (float(weights.sum(axis=axis) @ np.arange(weights.shape[1 - axis])) for axis in (0, 1))
     margin = round(15 * zoom) + 1
+    left, top = (centre + 0.5 - MASS_CENTRE * zoom + margin for centre in (centre_x, centre_y))
     padded = Image.fromarray(np.pad(clean, margin).astype(np.float32))
-    box = (left + margin, top + margin, left + margin + 28 * zoom, top + margin + 28 * zoom)
-    small = np.asarray(padded.resize((28, 28), Image.Resampling.BOX, box=box))
+    frame = (left, top, left + 28 * zoom, top + 28 * zoom)
+    small = np.asarray(padded.resize((28, 28), Image.Resampling.BOX, box=frame))
     return (small.clip(0, 1) * 255).round().astype(np.uint8)
