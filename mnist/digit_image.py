@@ -10,6 +10,7 @@ from it; connected pieces of ink, of which one digit is chosen; its pixels broug
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,7 +26,7 @@ STROKE_SHARE = 0.3  # strokes are thinner than this share of the frame's shorter
 INK_SHARE = 0.4  # of the strongest ink: what has more of it is a stroke
 MIN_CONTRAST = 0.06  # of the brightness range; below it a picture is blank
 MIN_CONTRAST_NOISE = 6.0  # ... and so it is below this many standard deviations of its noise
-MIN_STROKE, MAX_STROKE = 1.6, 5.0  # pixels of the 20; strokes outside this range are made thicker or thinner
+MIN_STROKE, MAX_STROKE = 1.6, 6.0  # pixels of the 20; strokes outside this range are made thicker or thinner
 MASS_CENTRE = 14.5  # MNIST puts the centre of mass on the middle of pixel 14, which begins 14 pixels from the edge
 BLANK = "blank: nothing in it stands out like ink from paper"
 
@@ -60,29 +61,27 @@ def read_picture(file: Path | BinaryIO) -> Image.Image:
         PictureError: not a picture, damaged, cut short, or too large.
     """
     try:
-        with Image.open(file) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise PictureError(
-                    f"{image.width:,} x {image.height:,} pixels; more than {MAX_PIXELS:,} are not opened"
-                )
-            image.draft("RGB", (MAX_SIDE, MAX_SIDE))  # JPEG decodes faster to a smaller size
-            image.load()
+        with warnings.catch_warnings(action="ignore"), Image.open(file) as image:
+            _check_size(image)
+            image.draft("RGB", (MAX_SIDE, MAX_SIDE))  # a JPEG is decoded to a smaller size at once
             picture = _without_transparency(ImageOps.exif_transpose(image))
+    except PictureError:
+        raise
+    except Image.DecompressionBombError:
+        raise PictureError(f"too large: at most {MAX_PIXELS / 1e6:.0f} million pixels") from None
     except UnidentifiedImageError:
         raise PictureError("not a picture, or of a kind that Pillow does not read") from None
-    except Image.DecompressionBombError as error:
-        raise PictureError(f"too large ({error})") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        if isinstance(error, PictureError):
-            raise
-        raise PictureError(f"not readable as a picture ({_one_line(error)})") from error
+    except Exception as error:  # Pillow's decoders raise whatever a damaged file leads them to
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise PictureError(f"cannot be read ({' '.join(reason.split()) or type(error).__name__})") from error
     picture.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.BOX)
     return picture
 
 
-def _one_line(error: Exception) -> str:
-    strerror = getattr(error, "strerror", None)
-    return " ".join(str(strerror or error).split())
+def _check_size(image: Image.Image) -> None:
+    num_pixels = image.width * image.height
+    if num_pixels > MAX_PIXELS:
+        raise PictureError(f"too large: {num_pixels / 1e6:,.0f} million pixels, at most {MAX_PIXELS / 1e6:.0f}")
 
 
 def _without_transparency(image: Image.Image) -> Image.Image:
@@ -179,8 +178,7 @@ def _grey(picture: Image.Image) -> Array:
     weighted = differences * (differences**2).sum(axis=1, keepdims=True)
     direction = np.linalg.eigh(weighted.T @ differences)[1][:, -1]
     mixture = np.clip(direction * np.sign(direction.sum()), 0, None)
-    grey: Array = rgb @ (mixture / max(mixture.sum(), 1e-9))
-    return grey
+    return np.asarray(rgb @ (mixture / max(mixture.sum(), 1e-9)), np.float32)
 
 
 def _find_ink(grey: Array) -> Array:
@@ -203,7 +201,7 @@ def _find_ink(grey: Array) -> Array:
     strongest = float(np.sort(_blur(ink, 1), axis=None)[-40:].mean())
     if strongest < max(MIN_CONTRAST, MIN_CONTRAST_NOISE * noise / 3):
         raise PictureError(BLANK)
-    return ink / strongest
+    return np.asarray(ink / strongest)
 
 
 def _closing(a: Array, size: int) -> Array:

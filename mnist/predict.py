@@ -138,7 +138,7 @@ def _drawings(files: Sequence[str], save: str | None) -> list[Path]:
 
 def find_pictures(names: Sequence[str]) -> Iterator[str]:
     """Files from files, folders and patterns, in order; what is not there stays as it is, to be named as an error."""
-    suffixes = set(Image.registered_extensions())
+    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     for name in names:
         path = Path(name)
         if path.is_dir():
@@ -171,6 +171,8 @@ def predict(trained: TrainedModel, files: Sequence[str]) -> list[Prediction]:
 
 def _look(file: str) -> SeenDigit | str:
     """What is to be shown to the network, or why there is nothing."""
+    if Path(file).is_dir():
+        return "a folder without pictures"
     try:
         return see_digit(_read(file))
     except PictureError as error:
