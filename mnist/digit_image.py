@@ -25,7 +25,7 @@ LOOK_SIDE = 224  # the longer side of what is looked at, in pixels
 STROKE_SHARE = 0.3  # strokes are thinner than this share of the frame's shorter side, shadows are wider
 INK_SHARE = 0.4  # of the strongest ink: what has more of it is a stroke
 MIN_CONTRAST = 0.06  # of the brightness range; below it a picture is blank
-MIN_CONTRAST_NOISE = 6.0  # ... and so it is below this many standard deviations of its noise
+MIN_CONTRAST_NOISE = 1.5  # ... and below this many standard deviations of its noise, of which a blur leaves 0.23
 MIN_STROKE, MAX_STROKE = 1.6, 6.0  # pixels of the 20; strokes outside this range are made thicker or thinner
 MASS_CENTRE = 14.5  # MNIST puts the centre of mass on the middle of pixel 14, which begins 14 pixels from the edge
 BLANK = "blank: nothing in it stands out like ink from paper"
@@ -187,7 +187,6 @@ def _find_ink(grey: Array) -> Array:
     Raises:
         PictureError: nothing stands out.
     """
-    noise = 1.4826 * float(np.median(np.abs(np.diff(grey, axis=1)))) / 2**0.5
     smooth = _blur(grey, 1)
     size = max(3, round(min(grey.shape) * STROKE_SHARE))
     exposure = np.log(smooth + 0.1)  # so that light and shadow weigh the same on both sides of their edge
@@ -198,8 +197,9 @@ def _find_ink(grey: Array) -> Array:
         paper = _closing(smooth, size)
         ink = 1 - grey / np.maximum(paper, 0.02)  # light and shadow are factors
     ink = ink - np.median(ink)
+    noise = 1.05 * float(np.median(np.abs(np.diff(ink, axis=1))))  # its standard deviation, unmoved by strokes
     strongest = float(np.sort(_blur(ink, 1), axis=None)[-40:].mean())
-    if strongest < max(MIN_CONTRAST, MIN_CONTRAST_NOISE * noise / 3):
+    if strongest < max(MIN_CONTRAST, MIN_CONTRAST_NOISE * noise):
         raise PictureError(BLANK)
     return np.asarray(ink / strongest)
 
