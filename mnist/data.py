@@ -213,10 +213,10 @@ def to_mnist_form(images: Tensor) -> Tensor:
     grey = images.unsqueeze(1).float() * (255 / 16)
     box = F.interpolate(grey, size=20, mode="bicubic", align_corners=False).clamp(0, 255)
     padded = F.pad(box, (4, 4, 4, 4)).squeeze(1)
-    pixels = torch.arange(28.0)
+    pixels = torch.arange(28.0)  # MNIST's centres of mass lie on pixel 14 on the average
     mass = padded.sum(dim=(1, 2))
-    shift_y = (13.5 - (padded.sum(dim=2) @ pixels) / mass).round().long()
-    shift_x = (13.5 - (padded.sum(dim=1) @ pixels) / mass).round().long()
+    shift_y = (14 - (padded.sum(dim=2) @ pixels) / mass).round().long()
+    shift_x = (14 - (padded.sum(dim=1) @ pixels) / mass).round().long()
     rows = (torch.arange(28) - shift_y[:, None]).remainder(28)  # a shift of at most 4: only paper wraps around
     columns = (torch.arange(28) - shift_x[:, None]).remainder(28)
     samples = torch.arange(len(padded))[:, None, None]

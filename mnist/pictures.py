@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -26,6 +28,7 @@ from mnist.canvas import (
     LABEL,
     LINES,
     MARGIN,
+    PALE,
     PITCH,
     RED,
     ROW_GAP,
@@ -295,4 +298,44 @@ def draw_architecture(layers: Sequence[LayerCost], title: str) -> Figure:
             axes.text(x, y, text, size=8.5, color=INK, weight=weight, ha=side, va="center")
     for y in (HEAD, HEAD + line, HEAD + line * (len(rows) - 1) + 3):
         axes.plot([MARGIN, width - MARGIN], [y, y], color=GREY, linewidth=0.8)
+    return figure
+
+
+def draw_prediction(
+    source: npt.NDArray[np.uint8],
+    seen: npt.NDArray[np.uint8],
+    probabilities: Sequence[float],
+    class_names: Sequence[str],
+    box: tuple[int, int, int, int],
+) -> Figure:
+    """Three panels: a person's picture, what the network sees of it, what it says.
+
+    Args:
+        source: grey (H, W) or RGB (H, W, 3).
+        seen: (28, 28), 255 = ink.
+        probabilities: of the ten classes.
+        class_names: likewise.
+        box: left, top, right, bottom of the digit in `source`.
+    """
+    best = max(range(len(probabilities)), key=probabilities.__getitem__)
+    title = f"{class_names[best]}, {probabilities[best]:.1%}"
+    figure = new_figure(960, 360, title, "left the picture, with the digit framed")
+    picture = add_axes(figure, MARGIN, HEAD, 270, 270)
+    network = add_axes(figure, MARGIN + 300, HEAD, 270, 270)
+    bars = add_axes(figure, MARGIN + 660, HEAD, 240, 270)
+    picture.imshow(source, cmap="gray", vmin=0, vmax=255)
+    left, top, right, bottom = (edge - 0.5 for edge in box)
+    picture.plot([left, right, right, left, left], [top, top, bottom, bottom, top], color=RED, linewidth=1.5)
+    network.imshow(seen, cmap="gray_r", vmin=0, vmax=255)
+    network.set_title("what the network sees", size=9, color=GREY)
+    for axes in (picture, network):
+        axes.set(xticks=[], yticks=[])
+    rows = range(len(class_names))
+    bars.barh(rows, probabilities, color=[BLUE if row == best else PALE for row in rows])
+    for row, probability in enumerate(probabilities):
+        bars.text(probability + 0.02, row, f"{probability:.1%}", va="center", size=8, color=INK)
+    bars.set(xlim=(0, 1.2), xticks=[], yticks=rows)
+    bars.set_yticklabels(class_names)
+    bars.invert_yaxis()
+    bars.set_title("what it says", size=9, color=GREY)
     return figure

@@ -217,7 +217,7 @@ def test_the_digits_have_the_form_of_mnist():
     mass = images.float().sum(dim=(1, 2))
     for axis in (1, 2):
         centres = images.float().sum(dim=3 - axis) @ pixels / mass
-        assert (centres - 13.5).abs().max() <= 0.51
+        assert (centres - 14).abs().max() <= 0.51
         has_ink = images.amax(dim=3 - axis) > 0
         extent = 28 - has_ink.int().argmax(dim=1) - has_ink.flip(1).int().argmax(dim=1)
         assert extent.max() <= 20

@@ -12,13 +12,14 @@ ROOT = Path(__file__).parents[1]
 _LAYERS = """
     faults files seeding signals torchvision_compat
     config
-    batches canvas console download features history idx losses metrics models optim plan recipes transforms wandb_run
+    batches canvas console digit_image download features history idx losses metrics
+        models optim plan recipes transforms wandb_run
     checkpoint curves data engine export pictures run_dir runtime tracking
     captured checkup cli gallery report resume
     checks_compute checks_machine run
-    doctor evaluate plots reproduce train_ddp
+    doctor evaluate plots predict reproduce train_ddp
 """
-LAYERS = [set(line.split()) for line in _LAYERS.strip().splitlines()]
+LAYERS = [set(layer.split()) for layer in _LAYERS.replace("\n        ", " ").strip().splitlines()]
 STANDARD_LIBRARY_ONLY = {"config", "faults", "files", "seeding", "signals"}
 LAYER_OF = {module: layer for layer, modules in enumerate(LAYERS) for module in modules}
 FILES = [ROOT / "train_ddp.py", *sorted((ROOT / "mnist").glob("*.py"))]
