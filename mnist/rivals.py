@@ -1,8 +1,8 @@
-"""The contestants of `mnist.bench`: this project's loop, and the loops that it is measured against, as others write them.
+"""The contestants of `mnist.bench`: this project's loop, and the loops that others write.
 
-In: a `Job` (configuration, images). Out: a pass: its index -> the sum of the losses of all images seen, and their number.
-All train the same network from the same weights with the same update rule and batch size, at a constant
-learning rate. Letters: B images of a batch, N images of a pass.
+In: a `Job` (configuration and images). Out: a `Pass`: its index -> the sum of the losses of all images seen, and how
+many they were. All train the same network from the same weights with the same update rule and batch size, at a
+constant learning rate.
 """
 
 from __future__ import annotations
@@ -72,15 +72,15 @@ def has_torchvision_files(name: str, data_dir: str) -> bool:
     return folder is not None and all(Path(data_dir, folder, "raw", file).is_file() for file in files)
 
 
-def usual_loader(job: Job) -> DataLoader[tuple[Tensor, Tensor]]:
-    """torchvision's data set, one Python call per image and transform, shuffled. Workers live as long as the loader."""
+def usual_loader(job: Job) -> DataLoader[Any]:
+    """The data set of torchvision, one Python call per image and transform, shuffled; workers live on."""
     transforms = import_torchvision("transforms")
     image = job.config.image
     resize = [transforms.Resize((image.image_size, image.image_size))] if image.image_size != 28 else []
     normalise = [transforms.Normalize((image.mean,), (image.std,))] if (image.mean, image.std) != (0, 1) else []
     transform = transforms.Compose([*resize, transforms.ToTensor(), *normalise])
     name, data_dir = job.config.data.dataset, job.config.data.data_dir
-    dataset: Dataset[tuple[Tensor, int]] = PILImages(job.split, transform)
+    dataset: Dataset[Any] = PILImages(job.split, transform)
     if has_torchvision_files(name, data_dir):
         of_torchvision = getattr(import_torchvision("datasets"), str(SOURCES[name].torchvision_class))
         dataset = Subset(of_torchvision(data_dir, train=True, transform=transform), range(len(job.split)))
@@ -97,7 +97,7 @@ def usual_loader(job: Job) -> DataLoader[tuple[Tensor, Tensor]]:
 def pipeline(job: Job) -> Pass:
     """The loop of the tutorials: PIL, transforms per image, a DataLoader, `.item()` at each batch."""
     device = find_device(job.config)
-    model = fresh_model(job.config).to(device, memory_format=torch.contiguous_format)
+    model = plain_model(job.config).to(device)
     optimizer = plain_optimizer(model, job.config.optim)
     loss_fn = build_loss(job.config.optim.loss, job.config.optim.label_smoothing)
     loader = usual_loader(job)
@@ -106,9 +106,8 @@ def pipeline(job: Job) -> Pass:
         model.train()
         loss_sum, num_images = 0.0, 0
         for images, labels in loader:
-            images, labels = images.to(device), labels.to(device)
             optimizer.zero_grad()
-            loss = loss_fn(model(images), labels).mean()
+            loss = loss_fn(model(images.to(device)), labels.to(device)).mean()
             loss.backward()
             optimizer.step()
             loss_sum += loss.item() * len(labels)
@@ -120,9 +119,11 @@ def pipeline(job: Job) -> Pass:
 
 def prepared(job: Job) -> Pass:
     """The loop of Accelerate's examples: the same pipeline with everything passed through `accelerator.prepare`."""
-    accelerator = Accelerator(cpu=find_device(job.config).type == "cpu", mixed_precision=job.config.runtime.mixed_precision)
+    accelerator = Accelerator(
+        cpu=find_device(job.config).type == "cpu", mixed_precision=job.config.runtime.mixed_precision
+    )
     torch.set_num_threads(job.config.runtime.num_threads)  # Accelerate has set its own
-    model = fresh_model(job.config).to(memory_format=torch.contiguous_format)
+    model = plain_model(job.config)
     optimizer = plain_optimizer(model, job.config.optim)
     scheduler = LambdaLR(optimizer, lambda _: 1.0)
     loss_fn = build_loss(job.config.optim.loss, job.config.optim.label_smoothing)
@@ -198,14 +199,19 @@ def project(job: Job) -> Pass:
     return train_pass
 
 
-def build_step(accelerator: Accelerator, config: TrainConfig) -> TrainStep:
-    """The training step of train_ddp.py, without averaging and clipping."""
-    model = fresh_model(config).to(accelerator.device)
-    optimizer = build_optimizer(model.parameters(), config.optim)
-    model, optimizer = accelerator.prepare(model, optimizer)
+def build_step(accelerator: Accelerator, config: TrainConfig, *, communicates: bool = True) -> TrainStep:
+    """The training step of train_ddp.py, without averaging and clipping.
+
+    Args:
+        accelerator: over any number of ranks.
+        config: the recipe.
+        communicates: false = no DDP around the model: every rank trains its own.
+    """
+    bare_model = fresh_model(config).to(accelerator.device)
+    optimizer = accelerator.prepare_optimizer(build_optimizer(bare_model.parameters(), config.optim))
     return TrainStep(
         accelerator=accelerator,
-        model=model,
+        model=accelerator.prepare_model(bare_model, evaluation_mode=not communicates),
         optimizer=optimizer,
         scheduler=build_scheduler(optimizer, config.optim, num_steps=1, epoch_steps=1),
         loss_fn=build_loss(config.optim.loss, config.optim.label_smoothing),
@@ -227,6 +233,11 @@ def fresh_model(config: TrainConfig) -> nn.Module:
     """The recipe's network with the weights of its seed."""
     seed_initial_weights(config.loop.seed)
     return build_model(config.optim.model)
+
+
+def plain_model(config: TrainConfig) -> nn.Module:
+    """The same network in torch's default memory format."""
+    return fresh_model(config).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload, no-any-return]
 
 
 def plain_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:

@@ -12,8 +12,9 @@ LAYERS = [
     {"config", "faults", "files", "seeding", "signals", "torchvision_compat"},
     {"batches", "console", "download", "idx", "losses", "metrics", "models", "optim", "plan", "recipes", "transforms"},
     {"checkpoint", "data", "engine", "export", "run_dir", "runtime", "tracking"},
-    {"cli", "run"},
-    {"train_ddp"},
+    {"cli", "report", "rivals", "run"},
+    {"contest", "scaling"},
+    {"bench", "startup", "train_ddp"},
 ]
 STANDARD_LIBRARY_ONLY = {"config", "faults", "files", "seeding", "signals"}
 LAYER_OF = {module: layer for layer, modules in enumerate(LAYERS) for module in modules}
