@@ -99,8 +99,15 @@ NAMES = {
 
 
 def main(options: Options) -> int:
-    """Measures, prints, and returns the exit code."""
-    if options.measure == "scaling" and int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    """Measures, prints, and returns the exit code.
+
+    Raises:
+        UserError: several processes were started for what one measures.
+    """
+    is_launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if is_launched and options.measure != "scaling":
+        raise UserError(f"{options.measure}: is measured by one process; start it without a launcher")
+    if not is_launched and options.measure == "scaling":
         return launch_ranks(options)
     measure = {"loops": bench_loops, "recipe": bench_recipes, "scaling": bench_scaling, "startup": bench_startup}
     report = measure[options.measure](options)

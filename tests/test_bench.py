@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from mnist.bench import Options, check_losses, compare, contestants, paired_ratio, settle, summarise
+from mnist.bench import Options, check_losses, compare, contestants, main, paired_ratio, settle, summarise
 from mnist.config import DataConfig, RunError, TrainConfig, UserError, evolve
 from mnist.contest import Contestant, Entry, hold_contest
 from mnist.data import read
@@ -147,6 +147,12 @@ def test_who_takes_part(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_mistakes_name_the_flag(mistake: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         Options(**mistake)
+
+
+def test_one_process_measures_all_but_scaling(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="loops: is measured by one process"):
+        main(Options())
 
 
 @pytest.mark.parametrize("recipe", ["accurate", "lenet5_original"])
