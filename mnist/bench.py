@@ -81,21 +81,14 @@ if __name__ == "__main__":
 import torch
 
 from mnist import data
-from mnist.contest import Contestant, Entry, hold_contest
+from mnist.contest import Contestant, check_losses, compare, hold_contest, paired_ratio
 from mnist.report import Report, Row, environment, publish
 from mnist.rivals import has_torchvision_files
 from mnist.runtime import num_usable_cores, open_accelerator
-from mnist.scaling import ALONE, PROJECT, measure_scaling
+from mnist.scaling import ALONE, PROJECT, Turn, measure_scaling
 from mnist.transforms import Augmentation
 
 ROOT = Path(__file__).parents[1]
-LOSS_TOLERANCE = 0.05  # relative, of the first pass's mean loss; dropout draws other masks in each loop
-NAMES = {
-    "pipeline": "usual pipeline",
-    "prepared": "Accelerate's examples",
-    "bare": "bare loop",
-    "project": "this project",
-}
 
 
 def main(options: Options) -> int:
@@ -172,72 +165,6 @@ def contestants(options: Options) -> list[Contestant]:
         found += [Contestant("bare", precision), Contestant("project", precision)]
         found += [Contestant("project", precision, dynamo=dynamo)] if dynamo != "no" else []
     return found
-
-
-def compare(recipe: str, entries: Sequence[Entry]) -> list[Row]:
-    """A row per contestant: speed, its ratio to the usual pipeline, and what it costs over the bare loop."""
-    usual = entries[0]
-    rows = []
-    for entry in entries:
-        who = entry.contestant
-        limit = next((e for e in entries if e.contestant == Contestant("bare", who.precision)), None)
-        is_ours = limit is not None and who.loop == "project"
-        rows.append(
-            {
-                "recipe": recipe,
-                "loop": NAMES[who.loop],
-                "mode": describe(who),
-                "images/s": statistics.median(entry.images_per_s),
-                "min": min(entry.images_per_s),
-                "max": max(entry.images_per_s),
-                "x usual": paired_ratio(entry.images_per_s, usual.images_per_s),
-                "over bare": paired_ratio(limit.images_per_s, entry.images_per_s) - 1 if limit and is_ours else None,
-                "memory MB": entry.peak_memory_bytes / 1e6,
-                "loss difference": relative_difference(entry, limit) if limit and is_ours else None,
-                "loss": entry.losses[-1],
-                "passes": len(entry.losses),
-                "images seen": entry.num_images,
-            }
-        )
-    return rows
-
-
-def describe(contestant: Contestant) -> str:
-    """Precision, workers and compiler in words."""
-    parts: list[str] = ["fp32" if contestant.precision == "no" else contestant.precision]
-    if contestant.loop in ("pipeline", "prepared"):
-        parts.append(f"{contestant.num_workers} workers")
-    if contestant.dynamo != "no":
-        parts.append(contestant.dynamo)
-    return ", ".join(parts)
-
-
-def paired_ratio(rates: Sequence[float], base: Sequence[float]) -> float:
-    """The median of the ratios within each round."""
-    return statistics.median(a / b for a, b in zip(rates, base, strict=True))
-
-
-def relative_difference(entry: Entry, limit: Entry) -> float:
-    """How far the mean loss of the first pass is from the other's, in parts of it."""
-    return abs(entry.losses[0] - limit.losses[0]) / limit.losses[0]
-
-
-def check_losses(entries: Sequence[Entry]) -> None:
-    """The project and the bare loop of the same precision compute the same thing.
-
-    Raises:
-        RunError: they do not, and a comparison of their speed would mean nothing.
-    """
-    for entry in entries:
-        for limit in entries:
-            is_pair = entry.contestant.loop == "project" and limit.contestant == Contestant(
-                "bare", entry.contestant.precision
-            )
-            if is_pair and not relative_difference(entry, limit) <= LOSS_TOLERANCE:
-                raise RunError(
-                    f"the first pass of {describe(entry.contestant)} has loss {entry.losses[0]:.4f} in this project "
-                    f"and {limit.losses[0]:.4f} in the bare loop: they do not compute the same"
-                )
 
 
 def bench_recipes(options: Options) -> Report:
@@ -321,25 +248,29 @@ def bench_scaling(options: Options) -> Report:
         with open_accelerator(config.runtime) as accelerator:
             split = data.read(config.data.dataset, config.data).train.to(accelerator.device)
             num_steps = max(1, options.images // config.loop.global_batch_size)
-            rates = measure_scaling(accelerator, config, split, num_steps, options.repeats)
-        for way, values in rates.items():
-            ratios = [a / b for a, b in zip(values, rates[ALONE], strict=True)]
-            rows.append(
-                {
-                    "recipe": recipe,
-                    "ranks": way,
-                    "images/s": statistics.median(values),
-                    "ratio": statistics.median(ratios),
-                    "min": min(ratios),
-                    "max": max(ratios),
-                }
-            )
+            turns = measure_scaling(accelerator, config, split, num_steps, options.repeats)
+        rows += [{"recipe": recipe, "ranks": way, **compare_turns(turns[way], turns[ALONE])} for way in turns]
     return Report(
         title=f"{os.environ['WORLD_SIZE']} processes, the recipe's batch each, {options.repeats} rounds in turns",
         environment=environment(1) | {"data": config.data.dataset},
         rows=rows,
-        notes=[f"ratio: median over the rounds of images/s over those of '{ALONE}'; the project's is '{PROJECT}'"],
+        notes=[
+            f"ratio: of images/s to '{ALONE}' in the same round; '{PROJECT}' is DDP as train_ddp.py sets it",
+            "CPU ratio: the same of CPU time, without the waiting for one another that a busy machine adds",
+        ],
     )
+
+
+def compare_turns(turns: Sequence[Turn], alone: Sequence[Turn]) -> Row:
+    """How much of its speed without communication a way keeps, by the clock and in CPU time."""
+    ratios = [one.images_per_s / limit.images_per_s for one, limit in zip(turns, alone, strict=True)]
+    return {
+        "images/s": statistics.median(turn.images_per_s for turn in turns),
+        "ratio": statistics.median(ratios),
+        "min": min(ratios),
+        "max": max(ratios),
+        "CPU ratio": paired_ratio([limit.cpu_s for limit in alone], [turn.cpu_s for turn in turns]),
+    }
 
 
 def bench_startup(options: Options) -> Report:

@@ -1,8 +1,9 @@
 """Measures loops side by side: each in a process of its own, one after the other, round after round.
 
-In: contestants and a configuration. Out: an `Entry` per contestant: images/s, losses and memory. Contestants take turns
-pass by pass, so that whatever else happens on the machine happens to all of them, and ratios are taken within a round.
-Their own processes give each its own memory, threads and precision (Accelerate has one per process). Linux and macOS.
+In: contestants and a configuration. Out: an `Entry` (images/s, losses, memory) and a row of a table for each.
+Contestants take turns pass by pass, so that whatever else happens on the machine happens to all of them, and ratios are
+taken within a round. Processes of their own give each its own memory, threads and precision (Accelerate has one per
+process). Linux and macOS.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -24,9 +26,18 @@ import torch
 from mnist.batches import Split
 from mnist.config import Precision, RunError, TrainConfig, evolve
 from mnist.data import read
+from mnist.report import Row
 from mnist.rivals import LOOPS, Job, Pass, find_device
 
 _DYNAMO = "ACCELERATE_DYNAMO_BACKEND"
+
+LOSS_TOLERANCE = 0.05  # relative, of the first pass's mean loss; dropout draws other masks in each loop
+NAMES = {
+    "pipeline": "usual pipeline",
+    "prepared": "Accelerate's examples",
+    "bare": "bare loop",
+    "project": "this project",
+}
 
 
 @dataclass(frozen=True)
@@ -172,3 +183,69 @@ def _measure(train_pass: Pass, index: int, device: torch.device) -> Measurement:
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def compare(recipe: str, entries: Sequence[Entry]) -> list[Row]:
+    """A row per contestant: speed, its ratio to the usual pipeline, and what it costs over the bare loop."""
+    usual = entries[0]
+    rows = []
+    for entry in entries:
+        who = entry.contestant
+        limit = next((e for e in entries if e.contestant == Contestant("bare", who.precision)), None)
+        is_ours = limit is not None and who.loop == "project"
+        rows.append(
+            {
+                "recipe": recipe,
+                "loop": NAMES[who.loop],
+                "mode": describe(who),
+                "images/s": statistics.median(entry.images_per_s),
+                "min": min(entry.images_per_s),
+                "max": max(entry.images_per_s),
+                "x usual": paired_ratio(entry.images_per_s, usual.images_per_s),
+                "over bare": paired_ratio(limit.images_per_s, entry.images_per_s) - 1 if limit and is_ours else None,
+                "memory MB": entry.peak_memory_bytes / 1e6,
+                "loss difference": relative_difference(entry, limit) if limit and is_ours else None,
+                "loss": entry.losses[-1],
+                "passes": len(entry.losses),
+                "images seen": entry.num_images,
+            }
+        )
+    return rows
+
+
+def describe(contestant: Contestant) -> str:
+    """Precision, workers and compiler in words."""
+    parts: list[str] = ["fp32" if contestant.precision == "no" else contestant.precision]
+    if contestant.loop in ("pipeline", "prepared"):
+        parts.append(f"{contestant.num_workers} workers")
+    if contestant.dynamo != "no":
+        parts.append(contestant.dynamo)
+    return ", ".join(parts)
+
+
+def paired_ratio(rates: Sequence[float], base: Sequence[float]) -> float:
+    """The median of the ratios within each round."""
+    return statistics.median(a / b for a, b in zip(rates, base, strict=True))
+
+
+def relative_difference(entry: Entry, limit: Entry) -> float:
+    """How far the mean loss of the first pass is from the other's, in parts of it."""
+    return abs(entry.losses[0] - limit.losses[0]) / limit.losses[0]
+
+
+def check_losses(entries: Sequence[Entry]) -> None:
+    """The project and the bare loop of the same precision compute the same thing.
+
+    Raises:
+        RunError: they do not, and a comparison of their speed would mean nothing.
+    """
+    for entry in entries:
+        for limit in entries:
+            is_pair = entry.contestant.loop == "project" and limit.contestant == Contestant(
+                "bare", entry.contestant.precision
+            )
+            if is_pair and not relative_difference(entry, limit) <= LOSS_TOLERANCE:
+                raise RunError(
+                    f"the first pass of {describe(entry.contestant)} has loss {entry.losses[0]:.4f} in this project "
+                    f"and {limit.losses[0]:.4f} in the bare loop: they do not compute the same"
+                )

@@ -1,14 +1,14 @@
 """What communication costs: processes under DDP against the same processes that never speak to one another.
 
-In: an accelerator over several ranks and a configuration. Out: images/s of all ranks together, per way and round. Both
-kinds take turns in one run. Letters: P ranks. Every rank must call the functions here.
+In: an accelerator over several ranks and a configuration. Out: images/s and CPU time of all ranks together, per way and
+round; all ways take turns in one run. Letters: P ranks. Every rank must call the functions here.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -32,9 +32,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
 WAYS = (ALONE, LOCKSTEP, PROJECT, *SETTINGS)
 
 
+class Turn(NamedTuple):
+    """One measurement, sums over the ranks."""
+
+    images_per_s: float
+    cpu_s: float
+
+
 def measure_scaling(
     accelerator: Accelerator, config: TrainConfig, split: Split, num_steps: int, repeats: int
-) -> dict[str, list[float]]:
+) -> dict[str, list[Turn]]:
     """Takes `num_steps` optimizer steps in every way, `repeats` + 1 times in turns; the first turn is not counted.
 
     Args:
@@ -45,21 +52,22 @@ def measure_scaling(
         repeats: measurements that count.
 
     Returns:
-        Images/s of all ranks together, a value per repeat, by way; equal on every rank.
+        By way, a `Turn` per repeat; equal on every rank.
     """
     trains = {way: _build(accelerator, config, split, num_steps, way) for way in WAYS}
     for train in trains.values():
         train()
-    rates: dict[str, list[float]] = {way: [] for way in WAYS}
-    for turn in range(repeats):
-        first = turn % len(WAYS)  # nobody always follows the same one
+    turns: dict[str, list[Turn]] = {way: [] for way in WAYS}
+    for repeat in range(repeats):
+        first = repeat % len(WAYS)  # nobody always follows the same one
         for way in WAYS[first:] + WAYS[:first]:
             accelerator.wait_for_everyone()
-            started = time.perf_counter()
+            started, cpu_started = time.perf_counter(), time.process_time()
             num_images = trains[way]()
-            rate = torch.tensor(num_images / (time.perf_counter() - started), dtype=torch.float64)
-            rates[way].append(float(accelerator.reduce(rate.to(accelerator.device))))
-    return rates
+            seconds, cpu_s = time.perf_counter() - started, time.process_time() - cpu_started
+            sums = torch.tensor([num_images / seconds, cpu_s], device=accelerator.device)
+            turns[way].append(Turn(*accelerator.reduce(sums).tolist()))
+    return turns
 
 
 def _build(accelerator: Accelerator, config: TrainConfig, split: Split, num_steps: int, way: str) -> Callable[[], int]:

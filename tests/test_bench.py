@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from mnist.bench import Options, check_losses, compare, contestants, main, paired_ratio, settle, summarise
+from mnist.bench import Options, compare_turns, contestants, main, settle, summarise
 from mnist.config import DataConfig, RunError, TrainConfig, UserError, evolve
-from mnist.contest import Contestant, Entry, hold_contest
+from mnist.contest import Contestant, Entry, check_losses, compare, hold_contest, paired_ratio
 from mnist.data import read
 from mnist.recipes import RECIPES
 from mnist.report import Report, publish
 from mnist.rivals import LOOPS, Job, PILImages, has_torchvision_files, usual_loader
 from mnist.runtime import build_accelerator
-from mnist.scaling import ALONE, WAYS, measure_scaling
+from mnist.scaling import ALONE, WAYS, Turn, measure_scaling
 from mnist.torchvision_compat import import_torchvision
 from mnist.transforms import BatchTransform
 from tests.processes import PYTHON, finish
@@ -190,14 +190,20 @@ def test_a_report_is_a_table_or_json(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_processes_are_measured_against_processes_that_do_not_communicate() -> None:
     """On three ranks; all learn, and all know all figures."""
 
-    def measure() -> dict[str, list[float]]:
+    def measure() -> dict[str, list[Turn]]:
         accelerator = build_accelerator(config().runtime)
         return measure_scaling(accelerator, config(), DIGITS, num_steps=2, repeats=2)
 
     first, *others = run_ranks(measure, 3)
     assert tuple(first) == WAYS
-    assert all(len(rates) == 2 and min(rates) > 0 for rates in first.values())
+    assert all(len(turns) == 2 and min(min(turn) for turn in turns) > 0 for turns in first.values())
     assert others == [first] * 2
+
+
+def test_scaling_is_a_ratio_within_each_round() -> None:
+    alone, ours = [Turn(100, 2), Turn(50, 2), Turn(50, 3)], [Turn(90, 2.5), Turn(40, 2), Turn(60, 3)]
+    row = compare_turns(ours, alone)
+    assert (row["images/s"], row["ratio"], row["min"], row["max"], row["CPU ratio"]) == (60, 0.9, 0.8, 1.2, 1.0)
 
 
 @pytest.mark.launch
