@@ -75,8 +75,8 @@ def train(config: TrainConfig, accelerator: Accelerator) -> int:
 
     runtime.seed_initial_weights(config.loop.seed)
     model = build_model(config.optim.model).to(accelerator.device)
-    optimizer = build_optimizer(model.parameters(), config.optim)
-    model, optimizer = accelerator.prepare(model, optimizer)
+    optimizer = runtime.prepare_optimizer(accelerator, build_optimizer(model.parameters(), config.optim))
+    model = accelerator.prepare(model)
     bare_model = accelerator.unwrap_model(model, keep_torch_compile=False)
     scheduler = build_scheduler(optimizer, config.optim, plan.num_steps, plan.epoch_steps)
     average = WeightAverage(bare_model, config.optim.ema) if config.optim.ema else None

@@ -27,7 +27,7 @@ from mnist.engine import TrainState, TrainStep, train_one_epoch
 from mnist.losses import build_loss
 from mnist.models import build_model
 from mnist.optim import build_optimizer, build_scheduler
-from mnist.runtime import build_accelerator, seed_initial_weights, warm_up
+from mnist.runtime import build_accelerator, prepare_optimizer, seed_initial_weights, warm_up
 from mnist.torchvision_compat import import_torchvision
 from mnist.transforms import Augmentation, BatchTransform
 
@@ -208,7 +208,7 @@ def build_step(accelerator: Accelerator, config: TrainConfig, *, communicates: b
         communicates: false = no DDP around the model: every rank trains its own.
     """
     bare_model = fresh_model(config).to(accelerator.device)
-    optimizer = accelerator.prepare_optimizer(build_optimizer(bare_model.parameters(), config.optim))
+    optimizer = prepare_optimizer(accelerator, build_optimizer(bare_model.parameters(), config.optim))
     return TrainStep(
         accelerator=accelerator,
         model=accelerator.prepare_model(bare_model, evaluation_mode=not communicates),
