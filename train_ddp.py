@@ -77,7 +77,8 @@ def train(config: TrainConfig, accelerator: Accelerator) -> int:
     model = build_model(config.optim.model).to(accelerator.device)
     capturable = config.runtime.step_mode != "eager" and accelerator.device.type == "cuda"
     optimizer = build_optimizer(model.parameters(), config.optim, capturable=capturable)
-    model, optimizer = accelerator.prepare(model, optimizer)
+    optimizer = runtime.prepare_optimizer(accelerator, optimizer)
+    model = accelerator.prepare(model)
     bare_model = accelerator.unwrap_model(model, keep_torch_compile=False)
     scheduler = build_scheduler(optimizer, config.optim, plan.num_steps, plan.epoch_steps)
     average = WeightAverage(bare_model, config.optim.ema) if config.optim.ema else None

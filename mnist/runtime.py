@@ -28,6 +28,7 @@ from accelerate.utils import (
     gather_object,
 )
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from mnist.config import RunError, RuntimeConfig, UserError
 from mnist.seeding import derive_seed
@@ -163,6 +164,16 @@ def accumulation_steps(requested: int) -> int:
 def seed_initial_weights(seed: int) -> None:
     """Fixes the weights that are drawn next, alike on every rank."""
     torch.manual_seed(derive_seed(seed, "weights"))
+
+
+def prepare_optimizer(accelerator: Accelerator, optimizer: Optimizer) -> Optimizer:
+    """The optimizer as the training step should have it: wrapped by Accelerate for the fp16 scaler only.
+
+    The wrapper (accelerate 1.15) looks for an optional package on the disk twice per step, which costs 0.3 ms: 7 % of
+    the time of LeNet-5 at batch 64 on a CPU. It must be on its device; every rank must call this.
+    """
+    wrapped: Optimizer = accelerator.prepare_optimizer(optimizer) if accelerator.scaler is not None else optimizer
+    return wrapped
 
 
 def warm_up(accelerator: Accelerator, model: nn.Module, inputs: Tensor) -> None:

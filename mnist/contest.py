@@ -1,0 +1,251 @@
+"""Measures loops side by side: each in a process of its own, one after the other, round after round.
+
+In: contestants and a configuration. Out: an `Entry` (images/s, losses, memory) and a row of a table for each.
+Contestants take turns pass by pass, so that whatever else happens on the machine happens to all of them, and ratios are
+taken within a round. Processes of their own give each its own memory, threads and precision (Accelerate has one per
+process). Linux and macOS.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import resource
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any, NamedTuple
+
+import torch
+
+from mnist.batches import Split
+from mnist.config import Precision, RunError, TrainConfig, evolve
+from mnist.data import read
+from mnist.rivals import LOOPS, Job, Pass, find_device
+from mnist.scoreboard import Row
+
+_DYNAMO = "ACCELERATE_DYNAMO_BACKEND"
+
+LOSS_TOLERANCE = 0.05  # relative, of the first pass's mean loss; dropout draws other masks in each loop
+NAMES = {
+    "pipeline": "usual pipeline",
+    "prepared": "Accelerate's examples",
+    "bare": "bare loop",
+    "project": "this project",
+}
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A loop and the mode that it runs in.
+
+    Attributes:
+        loop: a name in `rivals.LOOPS`.
+        precision: fp32 ("no") or bf16.
+        num_workers: of its DataLoader, where it has one.
+        dynamo: the backend of torch.compile, or "no".
+    """
+
+    loop: str
+    precision: Precision = "no"
+    num_workers: int = 0
+    dynamo: str = "no"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What was measured of a contestant.
+
+    Attributes:
+        contestant: whose.
+        images_per_s: a value per counted round.
+        losses: mean training loss of each pass, the uncounted first one included.
+        num_images: images seen, the first pass included.
+        peak_memory_bytes: on a GPU what torch has allocated at most; else the largest resident set of the process,
+            libraries included, workers not.
+    """
+
+    contestant: Contestant
+    images_per_s: list[float]
+    losses: list[float]
+    num_images: int
+    peak_memory_bytes: int
+
+
+class Measurement(NamedTuple):
+    """One pass of one contestant."""
+
+    seconds: float
+    loss_sum: float
+    num_images: int
+    peak_memory_bytes: int
+
+
+def hold_contest(
+    contestants: Sequence[Contestant], config: TrainConfig, num_images: int, repeats: int
+) -> tuple[list[Entry], str]:
+    """Lets all contestants train `repeats` + 1 passes over `num_images` images, in turns; the first is not counted.
+
+    Returns:
+        The entries in the order given, and the name of the device.
+
+    Raises:
+        RunError: a contestant's process has died; its own error is on standard error.
+    """
+    with _start(contestants, config, num_images) as pipes:
+        device_name: str = _ask(pipes[0], contestants[0], None)
+        rounds: list[list[Measurement]] = [
+            [_ask(pipe, contestant, index) for pipe, contestant in zip(pipes, contestants, strict=True)]
+            for index in range(repeats + 1)
+        ]
+    return [_entry(*pair) for pair in zip(contestants, zip(*rounds, strict=True), strict=True)], device_name
+
+
+def _entry(contestant: Contestant, passes: Sequence[Measurement]) -> Entry:
+    return Entry(
+        contestant=contestant,
+        images_per_s=[one.num_images / one.seconds for one in passes[1:]],
+        losses=[one.loss_sum / one.num_images for one in passes],
+        num_images=sum(one.num_images for one in passes),
+        peak_memory_bytes=passes[-1].peak_memory_bytes,
+    )
+
+
+@contextmanager
+def _start(contestants: Sequence[Contestant], config: TrainConfig, num_images: int) -> Iterator[list[Connection]]:
+    """A process per contestant; each ends when its pipe closes, with the block or with this process."""
+    context = multiprocessing.get_context("forkserver")  # copies of a process that has imported torch and no more
+    context.set_forkserver_preload([__name__])
+    pipes: list[Connection] = []
+    processes = []
+    try:
+        for contestant in contestants:
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_compete, args=(contestant, config, num_images, theirs))
+            process.start()
+            theirs.close()
+            pipes.append(ours)
+            processes.append(process)
+        yield pipes
+    finally:
+        for pipe in pipes:
+            pipe.close()
+        for process in processes:
+            process.join()
+
+
+def _ask(pipe: Connection, contestant: Contestant, index: int | None) -> Any:
+    """The answer of a contestant's process: to None its device's name, to an index the `Measurement` of that pass."""
+    try:
+        pipe.send(index)
+        return pipe.recv()
+    except (EOFError, OSError) as error:
+        raise RunError(f"the process of {contestant} has died; its error stands above") from error
+
+
+def _compete(contestant: Contestant, config: TrainConfig, num_images: int, pipe: Connection) -> None:
+    """A contestant's process: builds its loop, then trains a pass for each index that it is sent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks
+    if contestant.dynamo == "no":
+        os.environ.pop("ACCELERATE_DYNAMO_BACKEND", None)
+    torch.set_num_threads(config.runtime.num_threads)
+    device = find_device(config)
+    config = evolve(config, mixed_precision=contestant.precision, cpu=device.type == "cpu")
+    train = read(config.data.dataset, config.data).train
+    split = Split(train.images[:num_images].clone(), train.labels[:num_images].clone())
+    del train  # or every row would show the whole data set
+    train_pass = LOOPS[contestant.loop](Job(config, split, contestant.num_workers))
+    try:
+        while True:
+            index = pipe.recv()
+            pipe.send(_device_name(device) if index is None else _measure(train_pass, index, device))
+    except EOFError:  # the contest is over
+        pass
+
+
+def _measure(train_pass: Pass, index: int, device: torch.device) -> Measurement:
+    started = time.perf_counter()
+    loss_sum, num_images = train_pass(index)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    seconds = time.perf_counter() - started
+    if device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated(device)
+    else:
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return Measurement(seconds, loss_sum, num_images, memory)
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def compare(recipe: str, entries: Sequence[Entry]) -> list[Row]:
+    """A row per contestant: speed, its ratio to the usual pipeline, and what it costs over the bare loop."""
+    usual = entries[0]
+    rows = []
+    for entry in entries:
+        who = entry.contestant
+        limit = next((e for e in entries if e.contestant == Contestant("bare", who.precision)), None)
+        is_ours = limit is not None and who.loop == "project"
+        rows.append(
+            {
+                "recipe": recipe,
+                "loop": NAMES[who.loop],
+                "mode": describe(who),
+                "images/s": statistics.median(entry.images_per_s),
+                "min": min(entry.images_per_s),
+                "max": max(entry.images_per_s),
+                "x usual": paired_ratio(entry.images_per_s, usual.images_per_s),
+                "over bare": paired_ratio(limit.images_per_s, entry.images_per_s) - 1 if limit and is_ours else None,
+                "memory MB": entry.peak_memory_bytes / 1e6,
+                "loss difference": relative_difference(entry, limit) if limit and is_ours else None,
+                "loss": entry.losses[-1],
+                "passes": len(entry.losses),
+                "images seen": entry.num_images,
+            }
+        )
+    return rows
+
+
+def describe(contestant: Contestant) -> str:
+    """Precision, workers and compiler in words."""
+    parts: list[str] = ["fp32" if contestant.precision == "no" else contestant.precision]
+    if contestant.loop in ("pipeline", "prepared"):
+        parts.append(f"{contestant.num_workers} workers")
+    if contestant.dynamo != "no":
+        parts.append(contestant.dynamo)
+    return ", ".join(parts)
+
+
+def paired_ratio(rates: Sequence[float], base: Sequence[float]) -> float:
+    """The median of the ratios within each round."""
+    return statistics.median(a / b for a, b in zip(rates, base, strict=True))
+
+
+def relative_difference(entry: Entry, limit: Entry) -> float:
+    """How far the mean loss of the first pass is from the other's, in parts of it."""
+    return abs(entry.losses[0] - limit.losses[0]) / limit.losses[0]
+
+
+def check_losses(entries: Sequence[Entry]) -> None:
+    """The project and the bare loop of the same precision compute the same thing.
+
+    Raises:
+        RunError: they do not, and a comparison of their speed would mean nothing.
+    """
+    for entry in entries:
+        for limit in entries:
+            is_pair = entry.contestant.loop == "project" and limit.contestant == Contestant(
+                "bare", entry.contestant.precision
+            )
+            if is_pair and not relative_difference(entry, limit) <= LOSS_TOLERANCE:
+                raise RunError(
+                    f"the first pass of {describe(entry.contestant)} has loss {entry.losses[0]:.4f} in this project "
+                    f"and {limit.losses[0]:.4f} in the bare loop: they do not compute the same"
+                )

@@ -1,0 +1,58 @@
+"""Where the time before the first training step goes: one start, stage by stage; `mnist.bench startup` runs it.
+
+In: the command line of train_ddp.py. Out: JSON on standard output: the wall clock at the start, and seconds by stage.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from itertools import pairwise
+
+BEGAN = time.time()
+STAMPS = [("", time.perf_counter())]
+
+import torch
+
+STAMPS.append(("import torch", time.perf_counter()))
+
+import accelerate  # noqa: F401 (its time is wanted)
+
+STAMPS.append(("import accelerate", time.perf_counter()))
+
+from mnist import data, runtime
+from mnist.batches import TrainLoader
+from mnist.cli import parse_command_line
+from mnist.config import TrainConfig
+from mnist.rivals import build_step
+
+STAMPS.append(("import this project", time.perf_counter()))
+
+
+def main(config: TrainConfig) -> int:
+    """Starts as train_ddp.py does, up to the first optimizer step, and prints what took how long."""
+    with runtime.open_accelerator(config.runtime) as accelerator:
+        _stamp("open the accelerator")
+        dataset = data.read(data.choose(config.data).name, config.data).to(accelerator.device)
+        _stamp("read the data")
+        train_step = build_step(accelerator, config)
+        _stamp("build and prepare")
+        batch, side = config.loop.global_batch_size, config.image.image_size
+        runtime.warm_up(accelerator, train_step.model, torch.zeros(batch, 1, side, side, device=accelerator.device))
+        _stamp("warm up")
+        (micro_batches,) = TrainLoader(dataset.train, global_batch_size=batch, seed=0).steps(0, 1)
+        train_step(micro_batches, 0)
+        float(train_step.sums[0])  # waits for the device
+        _stamp("first step")
+    stages = {name: after - before for (_, before), (name, after) in pairwise(STAMPS)}
+    sys.stdout.write(json.dumps({"began": BEGAN, "stages": stages}) + "\n")
+    return 0
+
+
+def _stamp(stage: str) -> None:
+    STAMPS.append((stage, time.perf_counter()))
+
+
+if __name__ == "__main__":
+    sys.exit(main(parse_command_line()))
