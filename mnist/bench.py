@@ -81,11 +81,11 @@ if __name__ == "__main__":
 import torch
 
 from mnist import data
-from mnist.contest import Contestant, check_losses, compare, hold_contest, paired_ratio
-from mnist.rivals import has_torchvision_files
+from mnist.benchmark.contest import Contestant, check_losses, compare, hold_contest, paired_ratio
+from mnist.benchmark.rivals import has_torchvision_files
+from mnist.benchmark.scaling import ALONE, PROJECT, Turn, measure_scaling
+from mnist.benchmark.scoreboard import Report, Row, environment, publish
 from mnist.runtime import num_usable_cores, open_accelerator
-from mnist.scaling import ALONE, PROJECT, Turn, measure_scaling
-from mnist.scoreboard import Report, Row, environment, publish
 from mnist.transforms import Augmentation
 
 ROOT = Path(__file__).parents[1]
@@ -299,11 +299,11 @@ def bench_startup(options: Options) -> Report:
 
 def start_once(recipe: str, options: Options) -> dict[str, float]:
     """Seconds of each stage of one start; then of two whole commands."""
-    command = [sys.executable, "-m", "mnist.startup", *training_flags(recipe, options)]
+    command = [sys.executable, "-m", "mnist.benchmark.startup", *training_flags(recipe, options)]
     began = time.time()
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)  # noqa: S603
     if done.returncode:
-        raise RunError(f"mnist.startup: {done.stderr.strip().splitlines()[-1]}")
+        raise RunError(f"mnist.benchmark.startup: {done.stderr.strip().splitlines()[-1]}")
     inside = json.loads(done.stdout)
     with tempfile.TemporaryDirectory() as folder:
         return {

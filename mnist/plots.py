@@ -132,11 +132,12 @@ if __name__ == "__main__":
 import torch
 from torch import nn
 
-from mnist import data, gallery, pictures
+from mnist import data
 from mnist.console import Console
+from mnist.drawing import gallery, pictures
+from mnist.drawing.features import as_table, layer_costs
+from mnist.drawing.history import read_history, read_result
 from mnist.export import CONFIG, find_export, load_model
-from mnist.features import as_table, layer_costs
-from mnist.history import read_history, read_result
 from mnist.models import build_model
 from mnist.runtime import seed_initial_weights
 from mnist.transforms import Augmentation, BatchTransform

@@ -52,8 +52,8 @@ from rich.markup import escape
 
 from mnist.data import SOURCES
 from mnist.digit_image import PictureError, SeenDigit, read_picture, see_digit
+from mnist.drawing.pictures import SUFFIXES, draw_prediction, save_picture
 from mnist.export import TrainedModel, find_export, load_model
-from mnist.pictures import SUFFIXES, draw_prediction, save_picture
 
 BATCH = 1000  # pictures that go through the network together: as many as in an evaluation
 UNSURE = 0.6  # a probability below it is a guess

@@ -27,11 +27,11 @@ from mnist.checkpoint import Checkpoint, CheckpointError, load_checkpoint, modul
 from mnist.config import RankError, RunError, TrainConfig, evolve, to_flat
 from mnist.console import Console
 from mnist.data import Choice, Dataset, Split
+from mnist.drawing.gallery import write_run_pictures
 from mnist.engine import DivergedError, TrainRecord, TrainState, TrainStep, evaluate
 from mnist.export import export_model
 from mnist.faults import Fault, Watchdog, parse_fault
 from mnist.files import write_json
-from mnist.gallery import write_run_pictures
 from mnist.losses import build_loss
 from mnist.metrics import Scores
 from mnist.models import count_parameters

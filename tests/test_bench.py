@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from mnist.bench import Options, compare_turns, contestants, main, settle, summarise
+from mnist.benchmark.contest import Contestant, Entry, check_losses, compare, hold_contest, paired_ratio
+from mnist.benchmark.rivals import LOOPS, Job, PILImages, has_torchvision_files, usual_loader
+from mnist.benchmark.scaling import ALONE, WAYS, Turn, measure_scaling
+from mnist.benchmark.scoreboard import Report, publish
 from mnist.config import DataConfig, RunError, TrainConfig, UserError, evolve
-from mnist.contest import Contestant, Entry, check_losses, compare, hold_contest, paired_ratio
 from mnist.data import read
 from mnist.recipes import RECIPES
-from mnist.rivals import LOOPS, Job, PILImages, has_torchvision_files, usual_loader
 from mnist.runtime import build_accelerator
-from mnist.scaling import ALONE, WAYS, Turn, measure_scaling
-from mnist.scoreboard import Report, publish
 from mnist.torchvision_compat import import_torchvision
 from mnist.transforms import BatchTransform
 from tests.processes import PYTHON, finish

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from mnist.curves import draw_curves
-from mnist.history import Curve, History
+from mnist.drawing.curves import draw_curves
+from mnist.drawing.history import Curve, History
 from tests.test_pictures import pixels_of, texts
 
 

@@ -18,10 +18,11 @@ import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from mnist import checks_compute, checks_machine, doctor
-from mnist.checkup import Fact, Judgement, judge_equal
+from mnist import doctor
 from mnist.config import RuntimeConfig, UserError
 from mnist.doctor import Options
+from mnist.health import checks_compute, checks_machine
+from mnist.health.checkup import Fact, Judgement, judge_equal
 from mnist.runtime import open_accelerator
 from tests.processes import PYTHON, ROOT, TORCHRUN, Finished, finish, started
 from tests.ranks import free_port, run_ranks

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from mnist.config import IMAGE_SIZES
-from mnist.features import activations, as_table, filters, find_mistakes, layer_costs
+from mnist.drawing.features import activations, as_table, filters, find_mistakes, layer_costs
 from mnist.models import MODELS, build_model, count_parameters
 
 # By hand, layer by layer: outputs x weights per output.

@@ -9,10 +9,11 @@ import torch
 from PIL import Image
 from torch import nn
 
-from mnist import data, gallery, pictures
+from mnist import data
 from mnist.batches import TrainLoader
 from mnist.config import TrainConfig, evolve
-from mnist.history import Curve, History
+from mnist.drawing import gallery, pictures
+from mnist.drawing.history import Curve, History
 from mnist.models import build_model
 from mnist.recipes import RECIPES
 from mnist.transforms import Augmentation, BatchTransform

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from mnist.config import UserError
-from mnist.history import read_history
+from mnist.drawing.history import read_history
 
 
 def record(step: int, split: str = "train", **values: Any) -> str:

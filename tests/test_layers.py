@@ -22,17 +22,21 @@ _LAYERS = """
 LAYERS = [set(layer.split()) for layer in _LAYERS.replace("\n        ", " ").strip().splitlines()]
 STANDARD_LIBRARY_ONLY = {"config", "faults", "files", "seeding", "signals"}
 LAYER_OF = {module: layer for layer, modules in enumerate(LAYERS) for module in modules}
-FILES = [ROOT / "train_ddp.py", *sorted((ROOT / "mnist").glob("*.py"))]
+# Modules go by their own name alone, whatever room they are in.
+ROOMS = {"mnist", "mnist.benchmark", "mnist.drawing", "mnist.health"}
+FILES = [ROOT / "train_ddp.py", *sorted((ROOT / "mnist").rglob("*.py"))]
 
 
 def imported_modules(tree: ast.AST) -> set[str]:
-    """Full names of all modules imported, `from mnist import data` counted as mnist.data."""
+    """Full names of all modules imported; our own as mnist.<module>, without their room."""
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module == "mnist":
+        elif isinstance(node, ast.ImportFrom) and node.module in ROOMS:
             found |= {f"mnist.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").rpartition(".")[0] in ROOMS:
+            found.add(f"mnist.{(node.module or '').rpartition('.')[2]}")
         elif isinstance(node, ast.ImportFrom) and node.module:
             found.add(node.module)
     return found

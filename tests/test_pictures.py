@@ -11,10 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from mnist import canvas, pictures
 from mnist.config import IMAGE_SIZES, RunError
 from mnist.data import SOURCES
-from mnist.features import Mistakes, activations, filters, layer_costs
+from mnist.drawing import canvas, pictures
+from mnist.drawing.features import Mistakes, activations, filters, layer_costs
 from mnist.models import MODELS, build_model
 
 if TYPE_CHECKING:

@@ -10,10 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from mnist import gallery, plots
+from mnist import plots
 from mnist.config import UserError, to_flat
+from mnist.drawing import gallery
+from mnist.drawing.features import activations
 from mnist.export import export_model, load_model
-from mnist.features import activations
 from mnist.plots import Architecture, Confusion, Curves, Features, Filters, Mistakes, Options, Place, Samples
 from tests.processes import PYTHON, ROOT, finish, train
 

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from mnist import pictures
 from mnist.batches import TrainLoader
 from mnist.config import TrainConfig
-from mnist.curves import draw_curves
 from mnist.data import Dataset
-from mnist.features import activations, filters, find_mistakes
-from mnist.history import History, read_history
+from mnist.drawing import pictures
+from mnist.drawing.curves import draw_curves
+from mnist.drawing.features import activations, filters, find_mistakes
+from mnist.drawing.history import History, read_history
 from mnist.transforms import Augmentation
 
 if TYPE_CHECKING:

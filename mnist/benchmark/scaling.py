@@ -15,8 +15,8 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 
 from mnist.batches import Split, TrainLoader
+from mnist.benchmark.rivals import build_step
 from mnist.config import TrainConfig
-from mnist.rivals import build_step
 from mnist.runtime import warm_up
 
 ALONE = "no communication"

@@ -24,11 +24,11 @@ import torch
 import torch.distributed as dist
 
 from mnist import data, runtime, wandb_run
-from mnist.checkup import Check, Fact, Judgement, Patient, by_host, count, judge_equal, short_hash
 from mnist.config import RUNS, to_flat
 from mnist.files import write_and_flush
+from mnist.health.checkup import Check, Fact, Judgement, Patient, by_host, count, judge_equal, short_hash
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FIELDS_OF_A_NODE = {"data_dir", "run_dir"}  # of the configuration; may differ between ranks
 MIN_HOST_GIB = 1.0  # per rank
 MAX_CLOCK_SKEW_S = 1.0
@@ -49,8 +49,8 @@ def measure_versions(_: Patient) -> dict[str, Any]:
 
 def measure_code(_: Patient) -> dict[str, str]:
     """A hash of each source file."""
-    files = [ROOT / "train_ddp.py", *sorted(Path(__file__).parent.glob("*.py"))]
-    return {path.name: short_hash(path.read_bytes()) for path in files}
+    files = [ROOT / "train_ddp.py", *sorted((ROOT / "mnist").rglob("*.py"))]
+    return {str(path.relative_to(ROOT)): short_hash(path.read_bytes()) for path in files}
 
 
 def measure_configuration(patient: Patient) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mnist import runtime
 from mnist.checkpoint import module_tensors
-from mnist.checkup import Check, Fact, Judgement, Patient, judge_equal, short_hash
+from mnist.health.checkup import Check, Fact, Judgement, Patient, judge_equal, short_hash
 from mnist.losses import build_loss
 from mnist.models import build_model
 from mnist.optim import build_optimizer

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mnist.canvas import GREY, HEAD, INK, LINES, MARGIN, PALE, add_axes, new_figure
-from mnist.history import SPLITS, History
+from mnist.drawing.canvas import GREY, HEAD, INK, LINES, MARGIN, PALE, add_axes, new_figure
+from mnist.drawing.history import SPLITS, History
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -23,9 +23,9 @@ STAMPS.append(("import accelerate", time.perf_counter()))
 
 from mnist import data, runtime
 from mnist.batches import TrainLoader
+from mnist.benchmark.rivals import build_step
 from mnist.cli import parse_command_line
 from mnist.config import TrainConfig
-from mnist.rivals import build_step
 
 STAMPS.append(("import this project", time.perf_counter()))
 

@@ -18,7 +18,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from mnist.canvas import (
+from mnist.config import RunError
+from mnist.drawing.canvas import (
     BLUE,
     DPI,
     GAP,
@@ -41,8 +42,7 @@ from mnist.canvas import (
     on_paper,
     signed,
 )
-from mnist.config import RunError
-from mnist.features import INPUT, LayerCost, Mistakes, as_table, describe_shape
+from mnist.drawing.features import INPUT, LayerCost, Mistakes, as_table, describe_shape
 from mnist.files import write_atomically
 
 if TYPE_CHECKING:

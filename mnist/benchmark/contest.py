@@ -24,10 +24,10 @@ from typing import Any, NamedTuple
 import torch
 
 from mnist.batches import Split
+from mnist.benchmark.rivals import LOOPS, Job, Pass, find_device
+from mnist.benchmark.scoreboard import Row
 from mnist.config import Precision, RunError, TrainConfig, evolve
 from mnist.data import read
-from mnist.rivals import LOOPS, Job, Pass, find_device
-from mnist.scoreboard import Row
 
 _DYNAMO = "ACCELERATE_DYNAMO_BACKEND"
 

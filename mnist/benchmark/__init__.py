@@ -1,0 +1,1 @@
+"""The loops that others write, and contests between them and ours."""
