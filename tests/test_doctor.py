@@ -210,7 +210,7 @@ def test_ranks_that_differ_are_told_apart(tmp_path: Path) -> None:
         "data",
         "threads",
     }
-    assert re.match(r"losses\.py: \w+ on rank 1 on \S+, but \w+ on rank 0; bring every node", found["code"][1])
+    assert re.match(r"mnist/losses\.py: \w+ on rank 1 on \S+, but \w+ on rank 0; bring every node", found["code"][1])
     assert found["configuration"][1].startswith("recipe: lenet5 on rank 1")
     assert found["data"][1].startswith(f"{TRAIN_IMAGES}: ")
     assert "set LOCAL_WORLD_SIZE, or --num-threads" in found["threads"][1]
