@@ -35,6 +35,10 @@ class UserError(ValueError):
     """Something that the user can put right: one line that names the flag, shown without a traceback."""
 
 
+class MachineError(UserError):
+    """A `UserError` that may be true of one machine only: the first rank of each one that sees it speaks."""
+
+
 class RunError(RuntimeError):
     """Something that ends a run and fits in one line: a full disk, a loss of nan. Shown without a traceback."""
 

@@ -15,7 +15,7 @@ from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from mnist.config import RankError, RunError, UserError
+from mnist.config import MachineError, RankError, RunError, UserError
 
 PLAIN_EVERY_S = 10.0
 
@@ -125,11 +125,9 @@ class Console:
 
 
 def print_error(error: UserError | RunError) -> int:
-    """One line on standard error; returns the exit code that belongs to it.
-
-    From the first rank of each machine, whose logs may be read apart, or from whichever rank alone knows of it.
-    """
-    if os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0" or isinstance(error, RankError):
+    """One line on standard error, from rank 0 (or whoever knows); returns the exit code that belongs to it."""
+    is_first = isinstance(error, MachineError) and os.environ.get("LOCAL_RANK") == "0"
+    if os.environ.get("RANK", "0") == "0" or is_first or isinstance(error, RankError):
         sys.stderr.write("error: " + " ".join(str(error).split()) + "\n")
         sys.stderr.flush()
     return 2 if isinstance(error, UserError) else 1

@@ -30,7 +30,7 @@ from accelerate.utils import (
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mnist.config import RunError, RuntimeConfig, UserError
+from mnist.config import MachineError, RunError, RuntimeConfig, UserError
 from mnist.seeding import derive_seed
 
 try:
@@ -70,15 +70,15 @@ def build_accelerator(config: RuntimeConfig, trackers: Sequence[str] = ()) -> Ac
     `no_sync` and explicit weights, and Accelerate's own accumulation is switched off.
 
     Raises:
-        UserError: fp16 on a CPU, more processes than GPUs, or ranks that would each believe they are alone.
+        MachineError: fp16 on a CPU, more processes than GPUs, or ranks that would each believe they are alone.
     """
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     cpu = config.cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true") or not _has_accelerator()
     precision = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if cpu and precision == "fp16":
-        raise UserError("--mixed-precision fp16: needs a GPU; on a CPU choose bf16 or no")
+        raise MachineError("--mixed-precision fp16: needs a GPU; on a CPU choose bf16 or no")
     if not cpu and torch.cuda.is_available() and local_world_size > torch.cuda.device_count():
-        raise UserError(
+        raise MachineError(
             f"{local_world_size} processes but {torch.cuda.device_count()} GPUs on {socket.gethostname()}: start fewer "
             f"(--num_processes / --nproc-per-node), or train on the CPU with --cpu"
         )
@@ -96,11 +96,11 @@ def build_accelerator(config: RuntimeConfig, trackers: Sequence[str] = ()) -> Ac
             ],
         )
     except ValueError as error:  # an unknown backend, an incomplete environment
-        raise UserError(f"Accelerate cannot start: {error}") from error
+        raise MachineError(f"Accelerate cannot start: {error}") from error
     _set_threads(config.num_threads, local_world_size)  # after Accelerate, which has a mind of its own on CPUs
     promised = int(os.environ.get("WORLD_SIZE", "1"))
     if promised != accelerator.num_processes:
-        raise UserError(
+        raise MachineError(
             f"the launcher announces {promised} processes, but Accelerate sees {accelerator.num_processes}: "
             f"each would train alone; set LOCAL_RANK and MASTER_ADDR, or use accelerate launch or torchrun"
         )

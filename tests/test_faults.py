@@ -18,6 +18,7 @@ import pytest
 
 import train_ddp
 from mnist import checkpoint, signals
+from mnist import run as run_module
 from mnist.cli import parse_command_line
 from mnist.config import TrainConfig, UserError, evolve
 from mnist.faults import Fault, inject, parse_fault
@@ -122,7 +123,7 @@ def signal_when(moment: str, folder: Path, *arguments: str) -> int:
     before(*{
         "start": (Run, "begin"),
         "evaluation": (Run, "_evaluate"),
-        "save": (checkpoint, "save_checkpoint"),
+        "save": (run_module, "save_checkpoint"),
         "end": (Run, "finish"),
     }[moment])  # fmt: skip
     return run(folder, *arguments)

@@ -47,7 +47,7 @@ def test_every_launcher_ends_with_the_right_world_size(
     assert done.code == 0, done.err
     found = result(tmp_path / "run")
     assert (found["status"], found["world_size"], found["test"]["num_samples"]) == ("finished", world_size, 360)
-    assert done.err.count("test  accuracy") == 1, "one rank speaks"
+    assert done.err.count("test  digits: accuracy") == 1, "one rank speaks"
     assert "\x1b" not in done.err
     assert "\r" not in done.err
 

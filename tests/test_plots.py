@@ -26,7 +26,19 @@ needs_mnist = pytest.mark.skipif(not Path(REAL_DIR, "MNIST", "raw").is_dir(), re
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A short run of `smoke`."""
     folder = tmp_path_factory.mktemp("trained")
-    arguments = ("--recipe", "smoke", "--epochs", "3", "--log-every", "5", "--min-accuracy", "0.1", "--run-dir", "run")
+    arguments = (
+        "--recipe",
+        "smoke",
+        "--epochs",
+        "3",
+        "--log-every",
+        "5",
+        "--min-accuracy",
+        "0.1",
+        "--no-pictures",
+        "--run-dir",
+        "run",
+    )
     finished = finish(train(*arguments), folder)
     assert finished.code == 0, finished.err
     return folder / "run"
