@@ -5,7 +5,7 @@
     python -m mnist.reproduce --recipes accurate --sample-steps 200     not to the end: for its time alone
 
 In: names of recipes, a number of seeds. Out: docs/results.json and the table in README.md. Finished runs are not run
-again, so that an interrupted call goes on where it was; results for other hardware or other recipes stay as they are.
+again, so that an interrupted call goes on where it was; other recipes' rows, and those of the other kind of device, stay.
 """
 
 from __future__ import annotations
@@ -83,13 +83,23 @@ def _run(recipe: str, seed: int, options: Options) -> dict[str, Any]:
     command = [sys.executable, str(ROOT / "train_ddp.py"), "--recipe", recipe, "--seed", str(seed), *steps]
     if not _is_finished(folder):
         sys.stderr.write(f"{recipe}, seed {seed} ...\n")
-        quiet = ["--wandb", "disabled", "--no-pictures", "--quiet", "--num-threads", str(options.num_threads)]
-        done = subprocess.run([*command, *quiet, "--run-dir", str(folder)], check=False)  # noqa: S603 - our own
+        threads = ["--num-threads", str(options.num_threads)] if options.num_threads else []
+        quiet = ["--wandb", "disabled", "--no-pictures", "--quiet", *threads, "--run-dir", str(folder)]
+        code = _wait_for(subprocess.Popen([*command, *quiet]))  # noqa: S603 - our own
         if not _is_finished(folder):
-            raise RunError(f"{recipe}, seed {seed}: exit code {done.returncode}, no result in {folder}")
+            raise RunError(f"{recipe}, seed {seed}: exit code {code}, no result in {folder}")
     result: dict[str, Any] = json.loads((folder / "result.json").read_bytes())
     environment = json.loads((folder / "environment.json").read_bytes())
     return {**result, "environment": environment}
+
+
+def _wait_for(training: subprocess.Popen[bytes]) -> int:
+    """Its exit code. Ctrl-C reaches it as well, and it gets the time to save."""
+    try:
+        return training.wait()
+    except KeyboardInterrupt:
+        training.wait()
+        raise
 
 
 def _is_finished(folder: Path) -> bool:
@@ -112,8 +122,9 @@ def summarise(recipe: str, runs: list[dict[str, Any]], *, is_sample: bool = Fals
     environment = first["environment"]
     device = environment["ranks"][0]["device"]
     accuracies = [] if is_sample else [run["test"]["accuracy"] for run in runs]
-    steps = config.loop.epochs * -(-60_000 // config.loop.global_batch_size)
-    times = [run["train_time_s"] * (steps / run["steps"] if is_sample else 1) for run in runs]
+    whole = config.loop.epochs
+    times = [run["train_time_s"] * (whole / run["epochs"] if is_sample else 1) for run in runs]
+    _require_one_origin(runs)
     return {
         "recipe": recipe,
         "device": "cpu" if device == "cpu" else "gpu",
@@ -132,6 +143,16 @@ def summarise(recipe: str, runs: list[dict[str, Any]], *, is_sample: bool = Fals
         "torch": environment["packages"]["torch"],
         "command": f"python train_ddp.py --recipe {recipe} --seed SEED",
     }
+
+
+def _require_one_origin(runs: list[dict[str, Any]]) -> None:
+    """A row is about one program on one machine."""
+    for name in ("git_commit", "threads_per_process", "packages", "platform"):
+        found = {json.dumps(run["environment"].get(name)) for run in runs}
+        if len(found) > 1:
+            raise RunError(f"--runs-dir: runs with different {name.replace('_', ' ')} ({', '.join(sorted(found))})")
+    if len({run["dataset"] for run in runs}) > 1:
+        raise RunError("--runs-dir: runs on different data sets; remove those that are not meant")
 
 
 def render(results: dict[str, Any]) -> str:

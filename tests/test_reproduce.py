@@ -31,6 +31,7 @@ def made(seed: int, accuracy: float, **changes: Any) -> dict[str, Any]:
         "num_params": 10,
         "seed": seed,
         "steps": 469,
+        "epochs": 1.0,
         "precision": "fp32",
         "test": {"accuracy": accuracy},
         "train_time_s": 2.0,
@@ -50,8 +51,8 @@ def test_a_row_is_mean_deviation_minimum_and_number_of_seeds() -> None:
 
 
 def test_a_sample_is_for_its_time_alone() -> None:
-    row = summarise("accurate", [made(0, 0.97, steps=200, train_time_s=100.0)], is_sample=True)
-    assert row["train_time_s"] == pytest.approx(100.0 * 20 * 235 / 200)
+    row = summarise("accurate", [made(0, 0.97, epochs=0.8, train_time_s=100.0)], is_sample=True)
+    assert row["train_time_s"] == pytest.approx(100.0 * 20 / 0.8)
     line = next(line for line in render({"rows": [row]}).splitlines() if line.startswith("| `accurate`"))
     assert "not measured | - | - | 0.7 h, extrapolated | not measured |" in line
 
