@@ -26,6 +26,7 @@ from accelerate import Accelerator
 
 from mnist import data, faults, runtime, tracking
 from mnist.batches import TrainLoader
+from mnist.captured import why_not
 from mnist.config import RunError, TrainConfig, UserError, evolve
 from mnist.console import Console, print_error
 from mnist.engine import TrainStep, train_one_epoch
@@ -75,7 +76,7 @@ def train(config: TrainConfig, accelerator: Accelerator) -> int:
 
     runtime.seed_initial_weights(config.loop.seed)
     model = build_model(config.optim.model).to(accelerator.device)
-    capturable = config.runtime.step_mode != "eager" and accelerator.device.type == "cuda"
+    capturable = config.runtime.step_mode != "eager" and why_not(accelerator, plan.accumulation_steps) is None
     optimizer = build_optimizer(model.parameters(), config.optim, capturable=capturable)
     optimizer = runtime.prepare_optimizer(accelerator, optimizer)
     model = accelerator.prepare(model)

@@ -26,7 +26,7 @@ from typing import Literal
 import tyro
 
 from mnist.cli import parse_options, run_command
-from mnist.config import DataConfig, Dataset, RunError, TrainConfig, UserError, evolve
+from mnist.config import DataConfig, Dataset, RunError, TrainConfig, UserError, check_choice, evolve
 from mnist.recipes import RECIPES
 
 LEAST = {"images": 1, "repeats": 1, "seeds": 1, "processes": 2, "workers": 0, "num_threads": 0}
@@ -71,8 +71,7 @@ class Options:
         if not self.precisions:
             raise UserError("--precisions: give no, bf16 or both")
         for recipe in self.recipe:
-            if recipe not in RECIPES:
-                raise UserError(f"--recipe {recipe}: unknown; choose from {', '.join(RECIPES)}")
+            check_choice("--recipe", recipe, list(RECIPES))
 
 
 if __name__ == "__main__":
@@ -164,6 +163,8 @@ def contestants(options: Options) -> list[Contestant]:
     for precision in options.precisions:
         found += [Contestant("bare", precision), Contestant("project", precision)]
         found += [Contestant("project", precision, dynamo=dynamo)] if dynamo != "no" else []
+        if torch.cuda.is_available() and not options.cpu:
+            found.append(Contestant("project", precision, step_mode="captured"))
     return found
 
 
@@ -211,7 +212,7 @@ def run_training(recipe: str, options: Options, *flags: str) -> float:
     command = [sys.executable, str(ROOT / "train_ddp.py"), *training_flags(recipe, options), *flags]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)  # noqa: S603
     if done.returncode:
-        raise RunError(f"train_ddp.py --recipe {recipe}: {done.stderr.strip().splitlines()[-1]}")
+        raise RunError(f"train_ddp.py --recipe {recipe}: exit code {done.returncode}; {done.stderr.strip()[-300:]}")
     return time.perf_counter() - started
 
 
@@ -243,13 +244,13 @@ def launch_ranks(options: Options) -> int:
 def bench_scaling(options: Options) -> Report:
     """Every way to communicate against none. Every rank must call this."""
     rows = []
-    for recipe in options.recipe or ("convnet",):
-        config = evolve(settle(recipe, options), num_threads=1)
-        with open_accelerator(config.runtime) as accelerator:
+    configs = {name: evolve(settle(name, options), num_threads=1) for name in options.recipe or ("convnet",)}
+    with open_accelerator(next(iter(configs.values())).runtime) as accelerator:
+        for recipe, config in configs.items():
             split = data.read(config.data.dataset, config.data).train.to(accelerator.device)
             num_steps = max(1, options.images // config.loop.global_batch_size)
             turns = measure_scaling(accelerator, config, split, num_steps, options.repeats)
-        rows += [{"recipe": recipe, "ranks": way, **compare_turns(turns[way], turns[ALONE])} for way in turns]
+            rows += [{"recipe": recipe, "ranks": way, **compare_turns(turns[way], turns[ALONE])} for way in turns]
     return Report(
         title=f"{os.environ['WORLD_SIZE']} processes, the recipe's batch each, {options.repeats} rounds in turns",
         environment=environment(1) | {"data": config.data.dataset},
@@ -303,7 +304,7 @@ def start_once(recipe: str, options: Options) -> dict[str, float]:
     began = time.time()
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)  # noqa: S603
     if done.returncode:
-        raise RunError(f"mnist.benchmark.startup: {done.stderr.strip().splitlines()[-1]}")
+        raise RunError(f"mnist.benchmark.startup: exit code {done.returncode}; {done.stderr.strip()[-300:]}")
     inside = json.loads(done.stdout)
     with tempfile.TemporaryDirectory() as folder:
         return {

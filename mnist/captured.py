@@ -8,9 +8,11 @@ without a graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from mnist.batches import MicroBatch
@@ -23,9 +25,8 @@ Replay = Callable[[], object]
 Record = Callable[[Callable[[], None], Sequence[torch.Generator]], Replay]
 
 
-def why_not(train_step: TrainStep, accumulation_steps: int) -> str | None:
+def why_not(accelerator: Accelerator, accumulation_steps: int) -> str | None:
     """Why the step of this run cannot be captured; None if it can."""
-    accelerator = train_step.accelerator
     if accelerator.device.type != "cuda":
         return "needs a CUDA GPU"
     if accelerator.num_processes > 1:
@@ -48,17 +49,19 @@ def settle_step_mode(
         train_step: gets a `captured`, or stays as it is.
         mode: auto, eager or captured.
         accumulation_steps: micro-batches per step.
-        steps: the run's first steps, anew at each call.
+        steps: the run's next steps, at least one, anew at each call.
 
     Returns:
         eager or captured, and a remark where that is not what was asked for.
     """
-    reason = why_not(train_step, accumulation_steps)
+    reason = why_not(train_step.accelerator, accumulation_steps)
     if mode == "eager" or reason is not None:
         return "eager", f"--step-mode captured {reason}: steps are eager" if mode == "captured" else None
+    first = [micro_batches for micro_batches, _ in zip(steps(), range(CHECK_STEPS), strict=False)]
+    largest = max((micro_batches[0] for micro_batches in first), key=lambda batch: batch.num_samples)
     try:
-        captured = CapturedStep(train_step, next(iter(steps()))[0])
-        exact = is_exact(train_step, captured, steps())
+        captured = CapturedStep(train_step, largest)
+        exact = is_exact(train_step, captured, first)
     except RuntimeError as error:  # a kernel that cannot be recorded
         return "eager", f"steps are eager, because capturing failed ({str(error).splitlines()[0]})"
     if not exact and mode == "auto":
@@ -72,7 +75,7 @@ class CapturedStep:
 
     Args:
         train_step: is left as it was, except that its optimizer's state exists now.
-        batch: of the full size; only its shape matters.
+        batch: of the full size (the last one of a pass may be smaller); only its shape matters.
         record: makes a recording of some work; a CUDA graph, unless a test has something else in mind.
     """
 
@@ -84,15 +87,16 @@ class CapturedStep:
             global_batch_size=batch.global_batch_size,
             num_samples=batch.num_samples,
         )
-        restore = _remember(train_step)
-        train_step.reseed(0, 0)
 
         def work() -> None:
             train_step.forward_backward(self._batch)
             train_step.update(measure_grad_norm=True)
 
-        self._replay = (record or record_cuda_graph)(work, [train_step.augment.generator])
-        restore()
+        with _left_as_it_was(train_step):
+            train_step.reseed(0, 0)
+            self._replay = (record or record_cuda_graph)(work, [train_step.augment.generator])
+            self._grad_norm = train_step.grad_norm  # the tensor that a replay writes to
+        self._train_step = train_step
 
     def fits(self, micro_batches: Sequence[MicroBatch]) -> bool:
         """Whether these are one micro-batch of the recorded size: the last batch of a pass may be smaller."""
@@ -103,6 +107,7 @@ class CapturedStep:
         self._batch.images.copy_(batch.images)
         self._batch.labels.copy_(batch.labels)
         self._replay()
+        self._train_step.grad_norm = self._grad_norm  # an eager step between two replays has put another one there
 
 
 def record_cuda_graph(work: Callable[[], None], generators: Sequence[torch.Generator]) -> Replay:
@@ -116,45 +121,44 @@ def record_cuda_graph(work: Callable[[], None], generators: Sequence[torch.Gener
     graph = torch.cuda.CUDAGraph()
     for generator in generators:
         graph.register_generator_state(generator)  # the default one is known to it
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's watchdog may be at work beside it
         work()
     return graph.replay
 
 
-def is_exact(train_step: TrainStep, captured: CapturedStep, steps: Iterable[Sequence[MicroBatch]]) -> bool:
-    """Whether the first of `steps` give the same weights to the last bit, captured and not; leaves no trace."""
-    restore = _remember(train_step)
-    batches = [micro_batches for micro_batches, _ in zip(steps, range(CHECK_STEPS), strict=False)]
+def is_exact(train_step: TrainStep, captured: CapturedStep, steps: Sequence[Sequence[MicroBatch]]) -> bool:
+    """Whether `steps` give the same weights to the last bit, captured and not; leaves no trace."""
     outcomes = []
     for replays in (False, True):
-        for step, micro_batches in enumerate(batches):
-            if replays and captured.fits(micro_batches):
-                train_step.reseed(step, 0)
-                captured(micro_batches[0])
-            else:
-                train_step.compute(micro_batches, step, measure_grad_norm=True)
-        outcomes.append([weight.detach().clone() for weight in train_step.model.parameters()])
-        restore()
+        with _left_as_it_was(train_step):
+            for step, micro_batches in enumerate(steps):
+                if replays and captured.fits(micro_batches):
+                    train_step.reseed(step, 0)
+                    captured(micro_batches[0])
+                else:
+                    train_step.compute(micro_batches, step, measure_grad_norm=True)
+            outcomes.append([tensor.detach().clone() for tensor in _tensors(train_step)])
     return all(torch.equal(eager, replayed) for eager, replayed in zip(*outcomes, strict=True))
 
 
-def _remember(train_step: TrainStep) -> Callable[[], None]:
-    """A function that puts weights, buffers, optimizer state and sums back, in place, as they are now.
+@contextmanager
+def _left_as_it_was(train_step: TrainStep) -> Iterator[None]:
+    """Puts weights, buffers, optimizer state and sums back afterwards, in place, also after an error.
 
     State that an optimizer makes in its first step is zero before it (sgd, adam, adamw, adadelta).
     """
+    saved = {id(tensor): tensor.detach().clone() for tensor in _tensors(train_step)}
+    try:
+        yield
+    finally:
+        train_step.optimizer.zero_grad()
+        with torch.no_grad():
+            for tensor in _tensors(train_step):
+                before = saved.get(id(tensor))
+                tensor.zero_() if before is None else tensor.copy_(before)
 
-    def tensors() -> list[Tensor]:
-        states = train_step.optimizer.state.values()
-        moments = [value for state in states for value in state.values() if isinstance(value, Tensor)]
-        return [*train_step.model.parameters(), *train_step.model.buffers(), train_step.sums, *moments]
 
-    saved = {id(tensor): tensor.detach().clone() for tensor in tensors()}
-
-    @torch.no_grad()
-    def restore() -> None:
-        for tensor in tensors():
-            before = saved.get(id(tensor))
-            tensor.zero_() if before is None else tensor.copy_(before)
-
-    return restore
+def _tensors(train_step: TrainStep) -> list[Tensor]:
+    states = train_step.optimizer.state.values()
+    moments = [value for state in states for value in state.values() if isinstance(value, Tensor)]
+    return [*train_step.model.parameters(), *train_step.model.buffers(), train_step.sums, *moments]

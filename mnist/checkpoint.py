@@ -53,7 +53,10 @@ FIXED_FIELDS = (
     *("horizontal_flip", "rotation", "translation", "scale", "shear", "elastic", "elastic_sigma"),
 )
 # ... these may, and are mentioned: they change what happens from here on.
-NOTED_FIELDS = ("epochs", "max_steps", "lr", "schedule", "warmup", "gamma", "decay_epochs")
+NOTED_FIELDS = (
+    *("epochs", "max_steps", "lr", "schedule", "warmup", "gamma", "decay_epochs"),
+    *("deterministic", "step_mode"),
+)
 LENGTH_BOUND_SCHEDULES = ("cosine", "one_cycle")
 
 

@@ -7,8 +7,10 @@ under a field is its help text on the command line. Standard library only, so th
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
@@ -47,6 +49,14 @@ class RankError(RunError):
     """A `RunError` that only this rank knows of: it speaks, although it may not be rank 0."""
 
 
+def check_choice(flag: str, value: str, valid: Sequence[str]) -> None:
+    """Raises a `UserError` that names the flag, the likely meant value and the valid ones, unless `value` is one."""
+    if value not in valid:
+        near = difflib.get_close_matches(value.lower(), valid, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise UserError(f"{flag} {value}: unknown; {hint}choose from {', '.join(valid)}")
+
+
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise UserError(message)
@@ -57,9 +67,8 @@ def _check_types(section: Any) -> None:
     for name, hint in get_type_hints(type(section)).items():
         choices = [choice for part in (hint, *get_args(hint)) for choice in get_args(part) if isinstance(choice, str)]
         value = getattr(section, name)
-        if choices and value is not None and value not in choices:
-            flag = "--" + name.replace("_", "-")
-            raise UserError(f"{flag} {value}: unknown; choose from {', '.join(choices)}")
+        if choices and value is not None:
+            check_choice("--" + name.replace("_", "-"), str(value), choices)
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"--{name.replace('_', '-')} {value}: must be a finite number")
 
@@ -70,7 +79,7 @@ class DataConfig:
 
     dataset: Dataset = "auto"
     """auto = MNIST where it is there or can be downloaded, else the embedded digits (with a warning)."""
-    data_dir: str = field(default_factory=lambda: os.environ.get("MNIST_DATA_DIR", "data"))
+    data_dir: str = field(default_factory=lambda: os.environ.get("MNIST_DATA_DIR") or "data")
     """Folder in torchvision's layout (<dir>/MNIST/raw/*-ubyte[.gz]); default $MNIST_DATA_DIR, else "data"."""
     val_size: int = 0
     """Images held out from the end of the training set to choose the best checkpoint; 0 = score test each epoch."""

@@ -91,7 +91,8 @@ class Dataset:
 def relocate(config: DataConfig, dataset: Name | None, data_dir: str | None) -> DataConfig:
     """The data that a model was trained on as they are to be found here and now, or another data set."""
     folder = data_dir or os.environ.get("MNIST_DATA_DIR") or config.data_dir
-    return replace(config, dataset=dataset or config.dataset, data_dir=folder)
+    val_size = config.val_size if dataset in (None, config.dataset) else 0
+    return replace(config, dataset=dataset or config.dataset, data_dir=folder, val_size=val_size)
 
 
 def choose(config: DataConfig) -> Choice:

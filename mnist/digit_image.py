@@ -60,6 +60,8 @@ def read_picture(file: Path | BinaryIO) -> Image.Image:
     Raises:
         PictureError: not a picture, damaged, cut short, or too large.
     """
+    if isinstance(file, Path) and file.exists() and not file.is_file():
+        raise PictureError("not a file")  # a pipe, say, that nobody writes to
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(file) as image:
             _check_size(image)
@@ -348,6 +350,8 @@ def _widened(a: Array, size: int) -> Array:
 
 def _centred(clean: Array) -> npt.NDArray[np.uint8]:
     rows, columns = np.nonzero(_blur(clean, 1) > 0.25)
+    if not len(rows):
+        raise PictureError(BLANK)
     zoom = (max(np.ptp(rows), np.ptp(columns)) + 1) / 20
     weights = clean / clean.sum()
     centre_x, centre_y = (float(weights.sum(axis=axis) @ np.arange(weights.shape[1 - axis])) for axis in (0, 1))

@@ -31,7 +31,7 @@ from types import FrameType
 from typing import Any
 
 from mnist.cli import parse_options, run_command
-from mnist.config import DataConfig, Precision, TrainConfig, UserError, evolve
+from mnist.config import DataConfig, Precision, TrainConfig, UserError, check_choice, evolve
 from mnist.recipes import RECIPES
 
 
@@ -67,9 +67,8 @@ class Options:
         Raises:
             UserError: no such recipe, or a value out of its range.
         """
-        recipe = RECIPES.get(self.recipe)
-        if recipe is None:
-            raise UserError(f"--recipe {self.recipe}: unknown; choose from {', '.join(RECIPES)}")
+        check_choice("--recipe", self.recipe, list(RECIPES))
+        recipe = RECIPES[self.recipe]
         config = recipe()
         return evolve(
             config,

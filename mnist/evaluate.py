@@ -10,14 +10,15 @@ In: a run directory or an exported folder. Out: accuracy, loss, a table of class
 from __future__ import annotations
 
 import json
+import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
 from mnist.cli import RunOption, parse_options, run_command
 from mnist.config import Dataset as DatasetName
-from mnist.config import Evaluation, UserError
+from mnist.config import Evaluation, Precision, RuntimeConfig, UserError
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,12 @@ class Options:
     """Which images (val: those that its training held out)."""
     evaluation: Evaluation = "rank0"
     """Rank 0 scores everything, or every rank a share."""
+    mixed_precision: Precision | None = None
+    """Default: that of its training, but no (fp32) where fp16 has no GPU."""
+    num_threads: int = 0
+    """CPU threads per process; 0 = as in its training, where this machine has so many cores for each."""
+    cpu: bool = False
+    """Evaluate on the CPU even where there is a GPU."""
     json: bool = False
     """Print one JSON object instead of tables."""
 
@@ -41,6 +48,7 @@ class Options:
 if __name__ == "__main__":
     OPTIONS = parse_options(Options, "evaluate", __doc__)  # before torch is imported: --help answers at once
 
+import torch
 from rich.console import Console as RichConsole
 from rich.progress import Progress, TaskID
 from rich.table import Table
@@ -57,7 +65,7 @@ def main(options: Options) -> int:
     """Scores a model and prints how it did. Every rank must call this."""
     trained = load_model(find_export(options.run))
     config = data.relocate(trained.config.data, options.dataset, options.data_dir)
-    with runtime.open_accelerator(trained.config.runtime) as accelerator:
+    with runtime.open_accelerator(_settle_runtime(trained.config.runtime, options)) as accelerator:
         together = partial(runtime.together, accelerator)
         choice = together(lambda: data.choose(config))
         together(lambda: data.fetch(choice.name, config.data_dir), on="local_main")
@@ -82,6 +90,16 @@ def main(options: Options) -> int:
     return 0
 
 
+def _settle_runtime(trained: RuntimeConfig, options: Options) -> RuntimeConfig:
+    """The machine's side as it was in training, as far as this machine can."""
+    precision = options.mixed_precision or trained.mixed_precision
+    if options.mixed_precision is None and precision == "fp16" and (options.cpu or not torch.cuda.is_available()):
+        precision = "no"
+    share = runtime.num_usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    threads = options.num_threads or (trained.num_threads if trained.num_threads <= share else 0)
+    return replace(trained, mixed_precision=precision, num_threads=threads, cpu=options.cpu)
+
+
 def _show(bar: Progress, task: TaskID, confusion: Tensor) -> None:
     done, correct = int(confusion.sum()), int(confusion.view(NUM_CLASSES, NUM_CLASSES).diagonal().sum())
     bar.update(task, completed=done, description=f"accuracy {correct / done:.2%}")
@@ -102,7 +120,7 @@ class Report:
         if self.trained.folder.name != "best" or self.split != "test":
             return None
         try:
-            result = json.loads((self.trained.folder.parents[1] / "result.json").read_bytes())
+            result = json.loads((self.trained.folder.resolve().parents[1] / "result.json").read_bytes())
         except (OSError, ValueError):
             return None
         found: dict[str, float] | None = result.get("test") if result.get("dataset") == self.dataset else None
@@ -130,7 +148,7 @@ class Report:
             table.add_row(name, f"{accuracy:.2%}", *(str(count) if count else "" for count in row))
         for column in table.columns[1:]:
             column.justify = "right"
-        console = RichConsole(width=None if sys.stdout.isatty() else 100)
+        console = RichConsole(width=None if sys.stdout.isatty() else 200)
         with console.capture() as captured:
             console.print(table)
         return captured.get() + self._closing_line()

@@ -103,7 +103,9 @@ def build_scheduler(optimizer: Optimizer, config: OptimConfig, num_steps: int, e
 
     It must not go through `accelerator.prepare`, which would step it once per process (accelerate#2926).
     """
-    return LambdaLR(optimizer, lr_factor(config, num_steps, epoch_steps))
+    scheduler = LambdaLR(optimizer, lr_factor(config, num_steps, epoch_steps))
+    scheduler.base_lrs = [config.lr] * len(scheduler.base_lrs)  # numbers, also where the optimizer's is on a GPU
+    return scheduler
 
 
 class WeightAverage:

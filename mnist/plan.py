@@ -42,9 +42,9 @@ class Plan:
     def describe_length(self) -> str:
         """The length of the run in words."""
         passes = self.num_steps / self.pass_steps
-        if self.epoch_steps != self.pass_steps:
+        if self.epoch_steps != self.pass_steps and self.num_steps % self.epoch_steps == 0:
             return f"{self.num_steps:,} steps, as many as on MNIST ({passes:.1f} passes)"
-        return f"{self.num_steps:,} steps, {passes:g} epoch{'s' if passes != 1 else ''}"
+        return f"{self.num_steps:,} steps, {passes:.3g} {'epoch' if passes == 1 else 'epochs'}"
 
     @property
     def micro_batch_size(self) -> int:

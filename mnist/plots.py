@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from mnist.cli import parse_options, run_command
-from mnist.config import IMAGE_SIZES, RUNS, Model, TrainConfig, UserError, evolve, from_flat
+from mnist.config import IMAGE_SIZES, RUNS, Model, TrainConfig, UserError, check_choice, evolve, from_flat
 from mnist.recipes import RECIPES
 
 _Flag = tyro.conf.FlagCreatePairsOff[bool]
@@ -296,9 +295,8 @@ def _picture_path(out: str | None, folder: Path, name: str) -> Path:
 def _find_subject(run: str | None, recipe: str | None = None) -> Subject:
     if recipe is not None and run is not None:
         raise UserError("--run and --recipe: give one of them")
-    if recipe is not None and recipe not in RECIPES:
-        raise UserError(f"--recipe {recipe}: unknown; choose from {', '.join(RECIPES)}")
     if recipe is not None:
+        check_choice("--recipe", recipe, list(RECIPES))
         return Subject(RECIPES[recipe](), None)
     folder, export = find_export(None) if run is None else Path(run), "best"
     if folder.parent.name == "export":
@@ -322,8 +320,7 @@ def _build(subject: Subject, untrained: bool = False) -> nn.Sequential:
 
 def _read_data(config: TrainConfig, data_dir: str | None) -> data.Dataset:
     """The run's data set, from the folder that is named now, or else from where the run had it."""
-    folder = data_dir or os.environ.get("MNIST_DATA_DIR") or config.data.data_dir
-    wanted = dataclasses.replace(config.data, data_dir=folder)
+    wanted = data.relocate(config.data, None, data_dir)
     choice = data.choose(wanted)
     if choice.fallback_reason is not None:
         Console().warn(f"NOT MNIST: these are the embedded digits, because it is {choice.fallback_reason}")

@@ -14,8 +14,8 @@ import functools
 import glob
 import io
 import json
+import os
 import sys
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,9 +55,11 @@ from mnist.digit_image import PictureError, SeenDigit, read_picture, see_digit
 from mnist.drawing.pictures import SUFFIXES, draw_prediction, save_picture
 from mnist.export import TrainedModel, find_export, load_model
 
-BATCH = 1000  # pictures that go through the network together: as many as in an evaluation
+BATCH = 100  # pictures that go through the network together, and are reported together
 UNSURE = 0.6  # a probability below it is a guess
 UNSURE_WARNING = "not sure: no digit is much more probable than the others"
+DIGIT_SETS = ("mnist", "digits")
+NO_DIGITS = "the model knows {}, not digits; its classes are numbered"
 NUM_BARS = 20  # for so many pictures at most all probabilities are shown, for more a line each
 BAR_WIDTH = 40
 
@@ -114,7 +116,7 @@ def main(options: Options) -> int:
             if drawings and prediction.seen is not None:
                 _draw(prediction, drawings[index], class_names)
     if options.json:
-        sys.stdout.write(json.dumps(printed, indent=1, ensure_ascii=False) + "\n")
+        sys.stdout.write(json.dumps(printed, indent=1) + "\n")
     return 1 if num_errors else 0
 
 
@@ -126,15 +128,18 @@ def _drawings(files: Sequence[str], save: str | None) -> list[Path]:
     if target.suffix and not target.is_dir():
         if len(files) > 1:
             raise UserError(f"--save {save}: {len(files):,} pictures need a folder, not a file")
-        if target.suffix not in SUFFIXES:
+        if target.suffix.lower() not in SUFFIXES:
             raise UserError(f"--save {save}: must be a folder, or end in {', '.join(SUFFIXES)}")
-        return [target]
-    uses: Counter[str] = Counter()
-    paths = []
-    for file in files:
-        stem = "stdin" if file == "-" else Path(file).stem
-        uses[stem] += 1
-        paths.append(target / (f"{stem}.png" if uses[stem] == 1 else f"{stem}-{uses[stem]}.png"))
+        paths = [target]
+    else:
+        paths = []
+        for file in files:
+            stem = "stdin" if file == "-" else Path(file).stem
+            names = (target / f"{stem}{ending}.png" for ending in ["", *(f"-{k}" for k in range(2, len(files) + 1))])
+            paths.append(next(path for path in names if path not in paths))
+    inputs = {Path(file).resolve() for file in files}
+    if any(path.resolve() in inputs for path in paths):
+        raise UserError(f"--save {save}: would write over a picture that it is to read; choose another folder")
     return paths
 
 
@@ -142,11 +147,10 @@ def find_pictures(names: Sequence[str]) -> Iterator[str]:
     """Files from files, folders and patterns, in order; what is not there stays as it is, to be named as an error."""
     suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     for name in names:
-        path = Path(name)
-        if path.is_dir():
-            found = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in suffixes and file.is_file()]
-            yield from map(str, found or [path])
-        elif not path.exists() and glob.has_magic(name):
+        if os.path.isdir(name):  # noqa: PTH112 - false, not an error, for what cannot be looked at
+            found = [file for file in sorted(Path(name).rglob("*")) if file.suffix.lower() in suffixes]
+            yield from map(str, filter(Path.is_file, found) if found else [name])
+        elif not os.path.lexists(name) and glob.has_magic(name):
             yield from sorted(glob.glob(name, recursive=True)) or [name]  # noqa: PTH207 - takes absolute patterns too
         else:
             yield name
@@ -159,12 +163,14 @@ def predict(trained: TrainedModel, files: Sequence[str]) -> list[Prediction]:
     images = torch.from_numpy(np.stack(digits)) if digits else torch.empty(0, 28, 28)
     with torch.inference_mode():
         logits = trained.model(trained.transform(images))
+    dataset = trained.config.data.dataset
     answers = zip(logits.argmax(dim=1).tolist(), logits.softmax(dim=1).tolist(), strict=True)
     predictions = []
     for file, digit in zip(files, looked, strict=True):
         if isinstance(digit, SeenDigit):
             best, probabilities = next(answers)
             warning = digit.warning or (UNSURE_WARNING if max(probabilities) < UNSURE else None)
+            warning = NO_DIGITS.format(dataset) if dataset not in DIGIT_SETS else warning
             predictions.append(Prediction(file, best, tuple(probabilities), warning, digit))
         else:
             predictions.append(Prediction(file, error=digit))
@@ -173,12 +179,16 @@ def predict(trained: TrainedModel, files: Sequence[str]) -> list[Prediction]:
 
 def _look(file: str) -> SeenDigit | str:
     """What is to be shown to the network, or why there is nothing."""
-    if Path(file).is_dir():
+    if os.path.isdir(file):  # noqa: PTH112 - as above
         return "a folder without pictures"
+    if not os.path.lexists(file) and glob.has_magic(file):
+        return "no file matches"
     try:
         return see_digit(_read(file))
     except PictureError as error:
         return str(error)
+    except OSError as error:
+        return f"cannot be read ({error.strerror or error})"
 
 
 def _read(file: str) -> Image.Image:
@@ -192,7 +202,7 @@ def _standard_input() -> bytes:
 
 def show(console: RichConsole, prediction: Prediction, class_names: Sequence[str], with_bars: bool) -> None:
     """Prints a prediction: a line, and the ten probabilities as bars."""
-    name = escape(prediction.file)
+    name = escape("".join(c if c.isprintable() else ascii(c)[1:-1] for c in prediction.file))  # no control characters
     if prediction.error is not None:
         console.print(f"{name}  [bold red]error[/bold red]  {escape(prediction.error)}")
         return

@@ -23,12 +23,14 @@ def banner(
     sizes = f"{len(dataset.train):,} train"
     sizes += f" / {len(dataset.val):,} val" if dataset.val is not None else ""
     world = f"{plan.world_size} process{'es' if plan.world_size > 1 else ''} ({environment['launcher']})"
+    num_threads = environment["threads_per_process"]
+    threads = f"{num_threads} thread{'s' if num_threads != 1 else ''}"
     share = f"{plan.world_size} x {plan.accumulation_steps} x {plan.micro_batch_size}"
     optim = config.optim
     return [
         ("recipe", f"{config.recipe}: {optim.model}, {facts['num_params']:,} parameters"),
         ("data", f"{dataset.name}: {sizes} / {len(dataset.test):,} test"),
-        ("device", f"{environment['ranks'][0]['device']}, {environment['threads_per_process']} threads, {world}"),
+        ("device", f"{environment['ranks'][0]['device']}, {threads}, {world}"),
         ("precision", facts["precision"]),
         ("batch", f"{plan.global_batch_size} = processes x micro-batches x images {share}"),
         ("plan", f"{plan.describe_length()}; {optim.optimizer} {optim.lr:g}, {optim.schedule}"),

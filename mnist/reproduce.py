@@ -1,11 +1,11 @@
 """The results table of the README: recipes over seeds, each run by the command that a person would type.
 
     python -m mnist.reproduce                                           every recipe but `accurate`, three seeds each
-    python -m mnist.reproduce --recipes fast --seeds 20
-    python -m mnist.reproduce --recipes accurate --sample-steps 200     not to the end: for its time alone
+    python -m mnist.reproduce --recipe fast --seeds 20
+    python -m mnist.reproduce --recipe accurate --sample-steps 200     not to the end: for its time alone
 
 In: names of recipes, a number of seeds. Out: docs/results.json and the table in README.md. Finished runs are not run
-again, so that an interrupted call goes on where it was; other recipes' rows, and those of the other kind of device, stay.
+again, so that an interrupted call goes on where it was; rows of other recipes and of the other kind of device stay.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from mnist.cli import parse_options, run_command
-from mnist.config import RunError, UserError
+from mnist.config import RunError, UserError, check_choice
 from mnist.files import write_atomically, write_json
 from mnist.recipes import RECIPES
 
@@ -37,7 +37,7 @@ _DEFAULT = tuple(name for name in RECIPES if name != "accurate")  # which takes 
 class Options:
     """What is run, and where results go."""
 
-    recipes: tuple[str, ...] = _DEFAULT
+    recipe: tuple[str, ...] = _DEFAULT
     """Names of recipes."""
     seeds: int = 3
     """Seeds 0 .. n - 1 of each."""
@@ -51,9 +51,8 @@ class Options:
     """Run nothing: write the README's table from docs/results.json."""
 
     def __post_init__(self) -> None:
-        for name in self.recipes:
-            if name not in RECIPES:
-                raise UserError(f"--recipes {name}: unknown; choose from {', '.join(RECIPES)}")
+        for name in self.recipe:
+            check_choice("--recipe", name, list(RECIPES))
         if self.seeds < 1 or self.sample_steps < 0:
             raise UserError("--seeds must be 1 or more, --sample-steps 0 or more")
 
@@ -62,7 +61,7 @@ def main(options: Options) -> int:
     """Runs what is missing, then writes the results and the table."""
     results = json.loads(RESULTS.read_bytes()) if RESULTS.exists() else {"rows": []}
     if not options.table:
-        for recipe in options.recipes:
+        for recipe in options.recipe:
             runs = [_run(recipe, seed, options) for seed in range(options.seeds)]
             row = summarise(recipe, runs, is_sample=options.sample_steps > 0)
             key = (row["recipe"], row["device"])

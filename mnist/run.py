@@ -23,8 +23,8 @@ from mnist import report, runtime, signals, tracking
 from mnist import resume as resuming
 from mnist.batches import TrainLoader
 from mnist.captured import settle_step_mode
-from mnist.checkpoint import Checkpoint, CheckpointError, load_checkpoint, module_tensors, save_checkpoint
-from mnist.config import RankError, RunError, TrainConfig, evolve, to_flat
+from mnist.checkpoint import NOTED_FIELDS, Checkpoint, CheckpointError, load_checkpoint, module_tensors, save_checkpoint
+from mnist.config import RankError, TrainConfig, evolve, to_flat
 from mnist.console import Console
 from mnist.data import Choice, Dataset, Split
 from mnist.drawing.gallery import write_run_pictures
@@ -125,12 +125,19 @@ class Run:
             return False
         steps, accuracy = self.previous["steps"], self.previous["test"]["accuracy"]
         self.console.say(f"{self.path} is finished: {steps} steps, test accuracy {accuracy:.2%}")
+        self._warn_of_changes()
         self.console.say(resuming.ways_on(self.config))
         return True
 
     def exit_code(self) -> int:
         """0, or 1 if the finished run misses the gate."""
         return self._gate(self.previous["test"]["accuracy"])
+
+    def _warn_of_changes(self) -> None:
+        for name in NOTED_FIELDS:
+            was, now = self._previous_config.get(name), to_flat(self.config)[name]
+            if was != now:
+                self.console.warn(f"--{name.replace('_', '-')} was {was}, now {now}: not trained again")
 
     def resume(self) -> None:
         """Takes up the newest valid checkpoint, or the one named by --resume, if there is any."""
@@ -167,6 +174,12 @@ class Run:
         started = time.perf_counter()
         zeros = self.dataset.train.images.new_zeros((self.plan.micro_batch_size, 28, 28))
         runtime.warm_up(self.accelerator, self.train_step.model, self.train_step.transform(zeros))
+        if self.goes_on():
+            self._settle_step_mode(train_loader)
+        self.warmup_time_s = time.perf_counter() - started
+        self.console.start_progress(self.plan.num_steps, self.state.step)
+
+    def _settle_step_mode(self, train_loader: TrainLoader) -> None:
         mode, remark = settle_step_mode(
             self.train_step,
             self.config.runtime.step_mode,
@@ -176,8 +189,6 @@ class Run:
         self._facts["step_mode"] = mode
         if remark is not None:
             self.console.warn(remark)
-        self.warmup_time_s = time.perf_counter() - started
-        self.console.start_progress(self.plan.num_steps, self.state.step)
 
     def _write_down(self, environment: dict[str, Any]) -> None:
         assert self._directory is not None
@@ -189,7 +200,7 @@ class Run:
         run_config = {**to_flat(self.config), "environment": environment}
         self.tracker.start_wandb(self.accelerator, self.config.output, self.path, run_config, tags)
         if self.config.output.tensorboard:
-            self.tracker.attach("TensorBoard", tracking.TensorBoardRun(self.path))
+            self.tracker.attach("TensorBoard", partial(tracking.TensorBoardRun, self.path))
 
     # --- during --------------------------------------------------------------------------------------------------
 
@@ -244,6 +255,7 @@ class Run:
 
     def score(self) -> None:
         """Evaluates on validation, or on test where nothing is held out, and decides about best and early stopping."""
+        self._together(self.tracker.check)
         split = "test" if self.dataset.val is None else "val"
         scores = self._evaluate(split, self.dataset.val or self.dataset.test)
         best = self.state.best
@@ -334,6 +346,7 @@ class Run:
         """Exports weights, scores the test set, writes result.json, closes the trackers; returns the exit code."""
         if self.state.is_stopping and self.state.step < self.plan.num_steps and self.state.stop_reason is None:
             return self._end_preempted()
+        self._together(self.tracker.check)
         self._export("last")
         if self.dataset.val is not None:
             self._load_best()
@@ -347,8 +360,6 @@ class Run:
         rows = report.closing(test, self.dataset, self.choice, self.plan, self.state)
         times = f"{self.state.train_time_s:.1f} s training, {self._total_time_s():.1f} s in all"
         self.console.summary([*rows, ("time", times), ("run", str(self.path)), *self._hints])
-        if code:
-            self.console.warn(f"--min-accuracy {self.config.loop.min_accuracy}: missed with {test.accuracy:.4f}")
         return code
 
     def _end_preempted(self) -> int:
@@ -361,7 +372,10 @@ class Run:
 
     def _gate(self, accuracy: float) -> int:
         gate = self.config.loop.min_accuracy
-        return EXIT_FINISHED if gate is None or accuracy >= gate else EXIT_FAILED
+        if gate is None or accuracy >= gate:
+            return EXIT_FINISHED
+        self.console.warn(f"--min-accuracy {gate}: missed with {accuracy:.4f}")
+        return EXIT_FAILED
 
     def _load_best(self) -> None:
         """Puts the weights of the best validation score into the evaluated model, for its one look at the test set."""
@@ -381,6 +395,7 @@ class Run:
         found = self._together(read)
         if isinstance(found, str):
             self.console.warn(f"the best weights are lost ({found}); the last ones are scored and exported instead")
+            self.state.best = {**self.state.best, "step": self.state.step}
         else:
             self.eval_model.load_state_dict(found)
 
@@ -397,8 +412,8 @@ class Run:
         if self.config.output.pictures:
             try:
                 self.tracker.pictures(self.state.step, self._draw(test, step))
-            except (ImportError, RunError) as error:
-                self.console.warn(f"no pictures: {error}")
+            except Exception as error:  # a full disk, a GPU without room: the run is whole without them
+                self.console.warn(f"no pictures ({str(error).partition(chr(10))[0]})")
         self.tracker.confusion(self.state.step, test.confusion, self.dataset.class_names)
         if step == self.state.step:
             self.tracker.model(self.path / "export" / "best", ["best", "last"], {"step": step, **test.as_dict()})

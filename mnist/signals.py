@@ -32,7 +32,7 @@ def install() -> None:
 
     A signal that is ignored stays ignored (nohup, background jobs). Where a platform lacks one, it is left out.
     """
-    _fill_standard_streams()
+    fill_standard_streams()
     _received.clear()
     _training.clear()
     _watch_over_the_end()
@@ -44,13 +44,15 @@ def install() -> None:
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _fill_standard_streams() -> None:
+def fill_standard_streams() -> None:
     """Puts /dev/null where a standard stream is closed; a file of the run would get its number, and its text."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+    if sys.stdout is None:
+        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115 - for the life of the process
 
 
 def training_begins() -> None:

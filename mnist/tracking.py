@@ -1,8 +1,8 @@
 """What is logged where: metrics.jsonl always, W&B where it can be had, TensorBoard where it is asked for.
 
-In: records of a split at a step, pictures, exported models. Out: each of them once in every sink, none lost and none
-doubled after a resume. Tracking never stops a run: whatever a sink does, it costs a warning, and the sink is dropped.
-All of it happens on rank 0; elsewhere `Tracker` is the null object.
+In: records of a split at a step, pictures, exported models. Out: each record once in metrics.jsonl, none lost and none
+doubled after a resume, and from there in every sink. Whatever a sink does, it costs a warning, and the sink is dropped;
+a disk that has no room for metrics.jsonl ends the run. All happens on rank 0; elsewhere `Tracker` is a null object.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -67,6 +68,7 @@ class Tracker:
         self._warn = warn
         self._jsonl = JsonlFile(run_dir / "metrics.jsonl") if run_dir is not None else None
         self._sinks: dict[str, Sink] = {}
+        self._error: RunError | None = None
 
     def start_wandb(
         self,
@@ -85,27 +87,36 @@ class Tracker:
         if mode == "online" and not server_answers():
             self._warn(f"W&B does not answer within {PROBE_TIMEOUT_S} s: this run is tracked offline")
             mode = "offline"
+        arguments: dict[str, Any] = {"config": config, "run_dir": run_dir, "run_config": run_config, "tags": tags}
         for attempt in dict.fromkeys((mode, "offline")):
-            try:
-                wandb_run = WandbRun(
-                    accelerator, mode=attempt, config=config, run_dir=run_dir, run_config=run_config, tags=tags
-                )
-            except Exception as error:  # whatever it is, training goes on
-                self._warn(f"W&B did not start {attempt} ({_first_line(error)})")
-            else:
-                self.attach("W&B", wandb_run)
+            if self.attach("W&B", partial(WandbRun, accelerator, mode=attempt, **arguments)):
                 return
 
-    def attach(self, name: str, sink: Sink) -> None:
-        """Adds a sink; `name` is what warnings call it."""
-        self._sinks[name] = sink
+    def attach(self, name: str, start: Callable[[], Sink]) -> bool:
+        """Starts a sink and adds it; says whether it did. `name` is what warnings call it."""
+        try:
+            self._sinks[name] = start()
+        except Exception as error:  # whatever it is, training goes on
+            self._warn(f"{name} did not start ({_first_line(error)})")
+            return False
+        return True
+
+    def check(self) -> None:
+        """Raises what `log` could not, on one rank among several, when its file was not written."""
+        if self._error is not None:
+            raise self._error
 
     def log(self, split: str, step: int, epoch: float, **values: float) -> None:
         """Records values of one split at one step, once: a step that was recorded before a crash is passed over."""
-        if self._jsonl is None:
+        if self._jsonl is None or self._error is not None:
             return
         place = {"step": step, "epoch": round(epoch, 4), "split": split, "dataset": self._dataset}
-        if self._jsonl.append({**place, **values}):
+        try:
+            is_new = self._jsonl.append({**place, **values})
+        except RunError as error:
+            self._error = error
+            return
+        if is_new:
             points = {_point_name(split, name): value for name, value in values.items()}
             self._each(lambda sink: sink.log(step, {**points, "epoch": round(epoch, 4)}))
 
@@ -197,9 +208,12 @@ class JsonlFile:
         if path.exists():
             content = path.read_bytes()
             complete = content.rfind(b"\n") + 1  # a process killed while writing leaves a torn last line
-            for line in content[:complete].splitlines():
-                record = json.loads(line)
-                self._last_step[record["split"]] = record["step"]
+            for number, line in enumerate(content[:complete].splitlines(), start=1):
+                try:
+                    record = json.loads(line)
+                    self._last_step[record["split"]] = record["step"]
+                except (ValueError, KeyError, TypeError) as error:
+                    raise RunError(f"{path}: line {number} is no record; mend it, or start over elsewhere") from error
             if complete < len(content):
                 os.truncate(path, complete)
         self._file = path.open("a", encoding="utf-8", buffering=1)

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from accelerate import Accelerator
 
@@ -57,8 +58,11 @@ def _has_key() -> bool:
 def server_answers() -> bool:
     """Whether W&B's server takes a TCP connection at all; its own client would wait much longer for the same answer."""
     url = urlsplit(importlib.import_module("wandb").Settings().base_url)
+    if url.scheme in getproxies():
+        return True  # the proxy's affair
+    port = url.port or (80 if url.scheme == "http" else 443)
     try:
-        socket.create_connection((url.hostname or "", url.port or 443), timeout=PROBE_TIMEOUT_S).close()
+        socket.create_connection((url.hostname or "", port), timeout=PROBE_TIMEOUT_S).close()
     except OSError:
         return False
     return True

@@ -140,7 +140,7 @@ def test_who_takes_part(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"processes": 1}, "--processes 1: must be 2 or more"),
         ({"workers": -1}, "--workers -1: must be 0 or more"),
         ({"num_threads": -1}, "--num-threads -1: must be 0 or more"),
-        ({"recipe": ("lenet",)}, "--recipe lenet: unknown; choose from fast, "),
+        ({"recipe": ("lenet",)}, "--recipe lenet: unknown; did you mean lenet5"),
         ({"precisions": ()}, "--precisions: "),
     ],
 )

@@ -15,8 +15,9 @@ _LAYERS = """
     batches canvas console digit_image download features history idx losses metrics
         models optim plan recipes transforms wandb_run
     checkpoint curves data engine export pictures run_dir runtime tracking
-    captured checkup cli gallery report resume rivals scoreboard
-    checks_compute checks_machine contest run scaling
+    captured checkup cli gallery report resume scoreboard
+    checks_compute checks_machine rivals run
+    contest scaling
     bench doctor evaluate plots predict reproduce startup train_ddp
 """
 LAYERS = [set(layer.split()) for layer in _LAYERS.replace("\n        ", " ").strip().splitlines()]

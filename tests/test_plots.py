@@ -205,7 +205,7 @@ def test_the_table_of_layers_is_printed(run: str, capsys: pytest.CaptureFixture[
         (Mistakes(place=Place(run="bare")), "--run bare: no exported model there"),
         (Samples(place=Place(run="broken")), "--run broken: its config.json is not readable"),
         (Curves(run=(("bare",),)), "--run bare: no record in metrics.jsonl yet"),
-        (Samples(recipe="lenet"), "--recipe lenet: unknown; choose from fast, accurate"),
+        (Samples(recipe="lenet"), "--recipe lenet: unknown; did you mean lenet5"),
         (Samples(recipe="smoke", place=Place(run="bare")), "--run and --recipe: give one of them"),
         (Architecture(recipe="smoke", model="mlp"), "--run, --recipe, --model: give one of them"),
         (Samples(augmented=True), "--augmented: smoke trains on its images as they are"),

@@ -68,7 +68,7 @@ def test_rows_of_other_hardware_stay_apart() -> None:
 
 def test_finished_runs_are_taken_as_they_are_and_the_table_is_replaced(documents: Path, smoke_run: Path) -> None:
     shutil.copytree(smoke_run, documents / "runs" / "smoke-seed0")
-    assert main(Options(recipes=("smoke",), seeds=1, runs_dir=str(documents / "runs"))) == 0
+    assert main(Options(recipe=("smoke",), seeds=1, runs_dir=str(documents / "runs"))) == 0
     (row,) = json.loads((documents / "results.json").read_text())["rows"]
     assert row["accuracies"] == [json.loads((smoke_run / "result.json").read_text())["test"]["accuracy"]]
     text = (documents / "README.md").read_text()
@@ -80,7 +80,7 @@ def test_finished_runs_are_taken_as_they_are_and_the_table_is_replaced(documents
 
 @pytest.mark.launch
 def test_what_is_missing_is_run(documents: Path) -> None:
-    options = Options(recipes=("smoke",), seeds=1, sample_steps=2, num_threads=1, runs_dir=str(documents / "runs"))
+    options = Options(recipe=("smoke",), seeds=1, sample_steps=2, num_threads=1, runs_dir=str(documents / "runs"))
     (documents / "runs").touch()
     with pytest.raises(reproduce.RunError, match="smoke, seed 0"):
         main(options)
@@ -100,5 +100,5 @@ def test_every_recipe_has_a_source_and_stated_numbers_are_found() -> None:
 
 
 def test_an_unknown_recipe_is_a_mistake() -> None:
-    with pytest.raises(UserError, match="--recipes fst: unknown; choose from fast"):
-        Options(recipes=("fst",))
+    with pytest.raises(UserError, match="--recipe fst: unknown; did you mean fast"):
+        Options(recipe=("fst",))

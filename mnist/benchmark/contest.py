@@ -26,7 +26,7 @@ import torch
 from mnist.batches import Split
 from mnist.benchmark.rivals import LOOPS, Job, Pass, find_device
 from mnist.benchmark.scoreboard import Row
-from mnist.config import Precision, RunError, TrainConfig, evolve
+from mnist.config import Precision, RunError, StepMode, TrainConfig, evolve
 from mnist.data import read
 
 _DYNAMO = "ACCELERATE_DYNAMO_BACKEND"
@@ -49,12 +49,14 @@ class Contestant:
         precision: fp32 ("no") or bf16.
         num_workers: of its DataLoader, where it has one.
         dynamo: the backend of torch.compile, or "no".
+        step_mode: eager, or captured as one CUDA graph; for this project.
     """
 
     loop: str
     precision: Precision = "no"
     num_workers: int = 0
     dynamo: str = "no"
+    step_mode: StepMode = "eager"
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,8 @@ def _compete(contestant: Contestant, config: TrainConfig, num_images: int, pipe:
         os.environ.pop("ACCELERATE_DYNAMO_BACKEND", None)
     torch.set_num_threads(config.runtime.num_threads)
     device = find_device(config)
-    config = evolve(config, mixed_precision=contestant.precision, cpu=device.type == "cpu")
+    mode = {"mixed_precision": contestant.precision, "step_mode": contestant.step_mode}
+    config = evolve(config, **mode, cpu=device.type == "cpu")
     train = read(config.data.dataset, config.data).train
     split = Split(train.images[:num_images].clone(), train.labels[:num_images].clone())
     del train  # or every row would show the whole data set
@@ -164,7 +167,7 @@ def _compete(contestant: Contestant, config: TrainConfig, num_images: int, pipe:
         while True:
             index = pipe.recv()
             pipe.send(_device_name(device) if index is None else _measure(train_pass, index, device))
-    except EOFError:  # the contest is over
+    except (EOFError, BrokenPipeError):  # the contest is over, or was stopped
         pass
 
 
@@ -220,6 +223,8 @@ def describe(contestant: Contestant) -> str:
         parts.append(f"{contestant.num_workers} workers")
     if contestant.dynamo != "no":
         parts.append(contestant.dynamo)
+    if contestant.step_mode != "eager":
+        parts.append(contestant.step_mode)
     return ", ".join(parts)
 
 

@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from mnist.batches import Split, TrainLoader
+from mnist.captured import settle_step_mode, why_not
 from mnist.config import OptimConfig, TrainConfig
 from mnist.data import FILES, SOURCES
 from mnist.engine import TrainState, TrainStep, train_one_epoch
@@ -186,6 +187,7 @@ def project(job: Job) -> Pass:
     side = job.config.image.image_size
     batch = min(len(job.split), job.config.loop.global_batch_size)
     warm_up(accelerator, train_step.model, torch.zeros(batch, 1, side, side, device=accelerator.device))
+    settle_step_mode(train_step, job.config.runtime.step_mode, 1, lambda: loader.steps(0, loader.pass_steps))
     state = TrainState()
 
     def pauses_at(step: int) -> bool:
@@ -208,7 +210,9 @@ def build_step(accelerator: Accelerator, config: TrainConfig, *, communicates: b
         communicates: false = no DDP around the model: every rank trains its own.
     """
     bare_model = fresh_model(config).to(accelerator.device)
-    optimizer = prepare_optimizer(accelerator, build_optimizer(bare_model.parameters(), config.optim))
+    capturable = config.runtime.step_mode != "eager" and why_not(accelerator, accumulation_steps=1) is None
+    optimizer = build_optimizer(bare_model.parameters(), config.optim, capturable=capturable)
+    optimizer = prepare_optimizer(accelerator, optimizer)
     return TrainStep(
         accelerator=accelerator,
         model=accelerator.prepare_model(bare_model, evaluation_mode=not communicates),

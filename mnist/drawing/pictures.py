@@ -62,8 +62,9 @@ def save_picture(figure: Figure, path: Path) -> None:
         RunError: `path` cannot be written.
     """
     buffer = io.BytesIO()
-    quick: dict[str, Any] = {"pil_kwargs": {"compress_level": 2}} if path.suffix == ".png" else {}  # a little larger
-    figure.savefig(buffer, format=path.suffix[1:], dpi=DPI, **quick)
+    kind = path.suffix[1:].lower()
+    quick: dict[str, Any] = {"pil_kwargs": {"compress_level": 2}} if kind == "png" else {}  # a little larger
+    figure.savefig(buffer, format=kind, dpi=DPI, **quick)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, buffer.getvalue())

@@ -100,7 +100,6 @@ def measure_speed(patient: Patient) -> float:
     step, _ = _build_step(patient, *_sample(patient, batch))
     for _ in range(3):
         step()
-    patient.accelerator.wait_for_everyone()
     _synchronise(patient)
     started, num_steps = time.perf_counter(), 0
     while num_steps < 3 or time.perf_counter() - started < SPEED_TIME_S:
