@@ -33,7 +33,7 @@ from mnist.engine import TrainStep, train_one_epoch
 from mnist.losses import build_loss
 from mnist.models import build_model
 from mnist.optim import WeightAverage, build_optimizer, build_scheduler
-from mnist.plan import build_plan
+from mnist.plan import Plan, build_plan
 from mnist.run import Run
 from mnist.transforms import Augmentation, BatchTransform
 
@@ -74,6 +74,30 @@ def train(config: TrainConfig, accelerator: Accelerator) -> int:
         accumulation_steps=plan.accumulation_steps,
     )
 
+    train_step, average = build_train_step(config, plan, accelerator)
+    with Run(config, plan, dataset, choice, accelerator, console, train_step, average, STARTED) as run:
+        if run.is_finished():
+            return run.exit_code()
+        run.resume()
+        run.begin(train_loader)
+        while run.goes_on():
+            steps = train_loader.steps(run.state.step, run.next_epoch_end())
+            steps = faults.inject(steps, run.faults(), run.state.step, train_step.model.parameters())
+            for record in train_one_epoch(
+                train_step, steps, run.state, pauses_at=plan.pauses_at, heartbeat=run.heartbeat
+            ):
+                run.log(record)
+                if plan.evaluates_at(record.step):
+                    run.score()
+                if run.should_save():
+                    run.save()
+        return run.finish()
+
+
+def build_train_step(
+    config: TrainConfig, plan: Plan, accelerator: Accelerator
+) -> tuple[TrainStep, WeightAverage | None]:
+    """Network, optimizer and schedule in one step, and the moving average of the weights, where there is one."""
     runtime.seed_initial_weights(config.loop.seed)
     model = build_model(config.optim.model).to(accelerator.device)
     capturable = config.runtime.step_mode != "eager" and why_not(accelerator, plan.accumulation_steps) is None
@@ -83,7 +107,7 @@ def train(config: TrainConfig, accelerator: Accelerator) -> int:
     bare_model = accelerator.unwrap_model(model, keep_torch_compile=False)
     scheduler = build_scheduler(optimizer, config.optim, plan.num_steps, plan.epoch_steps)
     average = WeightAverage(bare_model, config.optim.ema) if config.optim.ema else None
-    train_step = TrainStep(
+    step = TrainStep(
         accelerator=accelerator,
         model=model,
         optimizer=optimizer,
@@ -95,24 +119,7 @@ def train(config: TrainConfig, accelerator: Accelerator) -> int:
         after_step=average.update if average else None,
         seed=config.loop.seed,
     )
-
-    with Run(config, plan, dataset, choice, accelerator, console, train_step, average, STARTED) as run:
-        if run.is_finished():
-            return run.exit_code()
-        run.resume()
-        run.begin(train_loader)
-        while run.goes_on():
-            steps = train_loader.steps(run.state.step, run.next_epoch_end())
-            steps = faults.inject(steps, run.faults(), run.state.step, model.parameters())
-            for record in train_one_epoch(
-                train_step, steps, run.state, pauses_at=plan.pauses_at, heartbeat=run.heartbeat
-            ):
-                run.log(record)
-                if plan.evaluates_at(record.step):
-                    run.score()
-                if run.should_save():
-                    run.save()
-        return run.finish()
+    return step, average
 
 
 if __name__ == "__main__":

@@ -84,6 +84,7 @@ class Run:
         self._has_resumed = resuming.is_restart()
         self._watchdog = Watchdog(self.config.runtime.timeout_s)
         self._hints: list[tracking.Hint] = []
+        self._drawn: list[tracking.Hint] = []
 
     # --- beginning -----------------------------------------------------------------------------------------------
 
@@ -359,7 +360,7 @@ class Run:
         self._together(lambda: self._close("finished", gate_passed=code == EXIT_FINISHED))
         rows = report.closing(test, self.dataset, self.choice, self.plan, self.state)
         times = f"{self.state.train_time_s:.1f} s training, {self._total_time_s():.1f} s in all"
-        self.console.summary([*rows, ("time", times), ("run", str(self.path)), *self._hints])
+        self.console.summary([*rows, ("time", times), ("run", str(self.path)), *self._drawn, *self._hints])
         return code
 
     def _end_preempted(self) -> int:
@@ -412,6 +413,7 @@ class Run:
         if self.config.output.pictures:
             try:
                 self.tracker.pictures(self.state.step, self._draw(test, step))
+                self._drawn = [("pictures", str(self.path / "pictures"))]
             except Exception as error:  # a full disk, a GPU without room: the run is whole without them
                 self.console.warn(f"no pictures ({str(error).partition(chr(10))[0]})")
         self.tracker.confusion(self.state.step, test.confusion, self.dataset.class_names)
