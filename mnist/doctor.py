@@ -94,7 +94,7 @@ from mnist.console import print_error
 from mnist.faults import Watchdog
 from mnist.health.checks_compute import COMPUTE_CHECKS, all_reduce_table
 from mnist.health.checks_machine import MACHINE_CHECKS
-from mnist.health.checkup import Finding, Patient, run_check
+from mnist.health.checkup import Finding, Patient, count, run_check
 from mnist.runtime import open_accelerator
 
 EXIT_FIT, EXIT_UNFIT = 0, 1
@@ -251,7 +251,9 @@ def show(findings: Sequence[Finding], is_fit: bool, seconds: float) -> None:
     console.print(checks)
     counts = Counter(finding.verdict for finding in findings)
     outcome = Text("fit to train", "bold green") if is_fit else Text("not fit to train", "bold red")
-    numbers = f"{counts['pass']} passed, {counts['warn']} warnings, {counts['fail']} failed"
+    numbers = f"{counts['pass']} passed, {count(counts['warn'], 'warning')}, {counts['fail']} failed"
+    if not is_fit and not counts["fail"]:
+        numbers += "; --strict counts warnings"
     console.print(Text.assemble("verdict: ", outcome, f" ({numbers}; {seconds:.1f} s)"))
 
 

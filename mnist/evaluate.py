@@ -57,6 +57,7 @@ from torch import Tensor
 from mnist import data, runtime
 from mnist.engine import evaluate
 from mnist.export import TrainedModel, find_export, load_model
+from mnist.files import read_json
 from mnist.losses import build_loss
 from mnist.metrics import NUM_CLASSES, Scores
 
@@ -119,10 +120,7 @@ class Report:
         """What its training found with these weights on this split; None where it did not look."""
         if self.trained.folder.name != "best" or self.split != "test":
             return None
-        try:
-            result = json.loads((self.trained.folder.resolve().parents[1] / "result.json").read_bytes())
-        except (OSError, ValueError):
-            return None
+        result = read_json(self.trained.folder.resolve().parents[1] / "result.json")
         found: dict[str, float] | None = result.get("test") if result.get("dataset") == self.dataset else None
         return found
 

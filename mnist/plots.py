@@ -135,8 +135,9 @@ from mnist import data
 from mnist.console import Console
 from mnist.drawing import gallery, pictures
 from mnist.drawing.features import as_table, layer_costs
-from mnist.drawing.history import read_history, read_result
+from mnist.drawing.history import read_history
 from mnist.export import CONFIG, find_export, load_model
+from mnist.files import read_json
 from mnist.models import build_model
 from mnist.runtime import seed_initial_weights
 from mnist.transforms import Augmentation, BatchTransform
@@ -215,7 +216,7 @@ def _confusion(options: Confusion) -> Path:
     subject = dataclasses.replace(_find_subject(options.place.run), export="best")  # the one that is scored
     assert subject.folder is not None
     path = subject.path("confusion", options.place.out)
-    confusion = read_result(subject.folder).get("test_confusion")
+    confusion = read_json(subject.folder / "result.json").get("test_confusion")
     if confusion is None:
         raise UserError(f"--run {subject.folder}: no test scores in result.json; a run writes them when it finishes")
     dataset = subject.config.data.dataset
@@ -274,7 +275,7 @@ class Subject:
 
     def title(self, dataset: str | None, untrained: bool = False) -> str:
         """Recipe, data set, seed, and at which step the weights are."""
-        result = {} if self.folder is None else read_result(self.folder)
+        result = {} if self.folder is None else read_json(self.folder / "result.json")
         step = result.get("steps") if self.export == "last" else (result.get("best") or {}).get("step")
         when = ["before training"] if untrained else [] if step is None else [f"step {step:,}"]
         return gallery.title_of(self.config, dataset, *when)

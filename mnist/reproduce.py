@@ -23,7 +23,7 @@ from typing import Any
 
 from mnist.cli import parse_options, run_command
 from mnist.config import RunError, UserError, check_choice
-from mnist.files import write_atomically, write_json
+from mnist.files import read_json, write_atomically, write_json
 from mnist.recipes import RECIPES
 
 ROOT = Path(__file__).parents[1]
@@ -87,9 +87,7 @@ def _run(recipe: str, seed: int, options: Options) -> dict[str, Any]:
         code = _wait_for(subprocess.Popen([*command, *quiet]))  # noqa: S603 - our own
         if not _is_finished(folder):
             raise RunError(f"{recipe}, seed {seed}: exit code {code}, no result in {folder}")
-    result: dict[str, Any] = json.loads((folder / "result.json").read_bytes())
-    environment = json.loads((folder / "environment.json").read_bytes())
-    return {**result, "environment": environment}
+    return {**read_json(folder / "result.json"), "environment": read_json(folder / "environment.json")}
 
 
 def _wait_for(training: subprocess.Popen[bytes]) -> int:
@@ -102,11 +100,7 @@ def _wait_for(training: subprocess.Popen[bytes]) -> int:
 
 
 def _is_finished(folder: Path) -> bool:
-    try:
-        status: str = json.loads((folder / "result.json").read_bytes())["status"]
-    except (OSError, ValueError, KeyError):
-        return False
-    return status == "finished"
+    return read_json(folder / "result.json").get("status") == "finished"
 
 
 def summarise(recipe: str, runs: list[dict[str, Any]], *, is_sample: bool = False) -> dict[str, Any]:

@@ -20,7 +20,7 @@ with contextlib.suppress(ImportError):  # Windows has none
     import fcntl
 
 from mnist.config import RUNS, TrainConfig, UserError, sections, to_flat
-from mnist.files import write_atomically, write_json
+from mnist.files import read_json, write_atomically, write_json
 
 UNFINISHED = ("running", "preempted")
 # What a run writes; `--resume never` sets it aside.
@@ -46,7 +46,7 @@ class RunDir:
 
     def read(self, name: str) -> dict[str, Any]:
         """What config.json or result.json says of an earlier start, {} where there is none."""
-        return _read_json(self.path / name)
+        return read_json(self.path / name)
 
     def write_result(self, status: str, **facts: Any) -> None:
         """Replaces result.json; status is running, finished, preempted, failed or diverged."""
@@ -105,9 +105,9 @@ def _unfinished_runs(config: TrainConfig) -> list[Path]:
     wanted = _essentials(to_flat(config))
     found = []
     for path in sorted(RUNS.glob("*/"), key=lambda p: p.stat().st_mtime, reverse=True):
-        status = _read_json(path / "result.json").get("status")
+        status = read_json(path / "result.json").get("status")
         is_unfinished = status in UNFINISHED or (status == "failed" and any((path / "checkpoints").glob("step-*")))
-        if is_unfinished and _essentials(_read_json(path / "config.json")) == wanted:
+        if is_unfinished and _essentials(read_json(path / "config.json")) == wanted:
             found.append(path)
     return found
 
@@ -135,11 +135,3 @@ def _lock(path: Path) -> RunDir:
     lock.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
     lock.flush()
     return RunDir(path, lock)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}

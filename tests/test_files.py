@@ -3,7 +3,7 @@ import resource
 
 import pytest
 
-from mnist.files import flush_folder, write_and_flush, write_atomically, write_json
+from mnist.files import flush_folder, read_json, write_and_flush, write_atomically, write_json
 
 
 def names_in(folder):
@@ -80,3 +80,12 @@ def test_flushed_bytes_are_the_bytes(tmp_path):
 def test_flushing_a_missing_folder_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError):
         flush_folder(tmp_path / "absent")
+
+
+@pytest.mark.parametrize(("content", "expected"), [(None, {}), ("{", {}), ("[1]", {}), ('{"a": 1}', {"a": 1})])
+def test_json_that_may_not_be_there_is_an_object_or_empty(
+    tmp_path: Path, content: str | None, expected: dict[str, int]
+) -> None:
+    if content is not None:
+        (tmp_path / "file.json").write_text(content)
+    assert read_json(tmp_path / "file.json") == expected

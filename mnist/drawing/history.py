@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mnist.config import UserError
+from mnist.files import read_json
 
 SPLITS = ("train", "val", "test")
 _FIELDS = {"step", "epoch", "split", "dataset", "loss", "accuracy"}
@@ -73,7 +74,7 @@ def read_history(run_dir: Path) -> History:
     return History(
         name=run_dir.resolve().name,
         dataset=last["dataset"],
-        result=read_result(run_dir),
+        result=read_json(run_dir / "result.json"),
         curves={split: curve for split, curve in curves.items() if curve.steps},
         epoch_steps=last["step"] / last["epoch"] if last["epoch"] else math.nan,
     )
@@ -88,15 +89,6 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
     if missing:
         raise UserError(f"{where} of metrics.jsonl is no record (no {', '.join(sorted(missing))})")
     return record
-
-
-def read_result(run_dir: Path) -> dict[str, Any]:
-    """What result.json says; {} where there is none, or none that can be read."""
-    try:
-        content = json.loads((run_dir / "result.json").read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _curve(records: list[dict[str, Any]]) -> Curve:
