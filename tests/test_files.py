@@ -83,9 +83,7 @@ def test_flushing_a_missing_folder_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize(("content", "expected"), [(None, {}), ("{", {}), ("[1]", {}), ('{"a": 1}', {"a": 1})])
-def test_json_that_may_not_be_there_is_an_object_or_empty(
-    tmp_path: Path, content: str | None, expected: dict[str, int]
-) -> None:
+def test_json_that_may_not_be_there_is_an_object_or_empty(tmp_path, content, expected):
     if content is not None:
         (tmp_path / "file.json").write_text(content)
     assert read_json(tmp_path / "file.json") == expected
