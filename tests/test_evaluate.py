@@ -62,6 +62,17 @@ def test_other_weights_are_noticed(smoke_run: Path, tmp_path: Path) -> None:
     assert f"in training {result['test']['num_correct']}" in done.out
 
 
+def test_a_model_of_another_machine_is_evaluated_as_well_as_this_one_can(smoke_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(smoke_run / "export" / "best", tmp_path / "best")
+    config = json.loads((tmp_path / "best" / "config.json").read_text())
+    config |= {"mixed_precision": "fp16", "num_threads": 512, "val_size": 1400, "dataset": "mnist"}
+    (tmp_path / "best" / "config.json").write_text(json.dumps(config))
+    done = finish([*PYTHON, *EVALUATE, "--run", "best", "--dataset", "digits", "--cpu", "--json"], tmp_path)
+    assert done.code == 0, done.err
+    expected = json.loads((smoke_run / "result.json").read_text())["test"]["num_correct"]
+    assert json.loads(done.out)["num_correct"] == expected
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [

@@ -28,13 +28,10 @@ TEST = read("digits", DataConfig(dataset="digits")).test
 PREDICT = [*PYTHON, "-m", "mnist.predict"]
 
 
-@pytest.fixture(scope="module")
-def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def run_dir(smoke_run: Path) -> Path:
     """A run of `smoke`: the embedded digits."""
-    folder = tmp_path_factory.mktemp("smoke")
-    finished = finish(train("--recipe", "smoke", "--num-threads", "1", "--run-dir", str(folder)), folder)
-    assert finished.code == 0, finished.err
-    return folder
+    return smoke_run
 
 
 @pytest.fixture(scope="module")
@@ -246,3 +243,39 @@ def test_many_pictures_have_a_line_each(run_dir: Path, tmp_path: Path, capsys: p
     save_digits(tmp_path / "many", TEST[:30])
     assert main(Options((str(tmp_path / "many"),), run=str(run_dir))) == 0
     assert len(capsys.readouterr().out.splitlines()) == 30
+
+
+@pytest.mark.parametrize("save", ["digit.png", "."])
+def test_a_drawing_never_replaces_the_picture_it_is_of(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    content = (ROOT / "docs" / "digit.png").read_bytes()
+    (tmp_path / "digit.png").write_bytes(content)
+    with pytest.raises(UserError, match="would write over a picture"):
+        main(Options(("digit.png",), run=str(run_dir), save=save))
+    assert (tmp_path / "digit.png").read_bytes() == content
+
+
+def test_a_pipe_and_a_pattern_without_match_are_named(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    errors = [answer["error"] for answer in ask(capsys, tmp_path / "pipe.png", "x/*.png", run=run_dir, code=1)]
+    assert errors == ["not a file", "no file matches"]
+
+
+def test_names_of_files_bring_no_control_characters(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(Options(("a\x1b[31m\nb.png",), run=str(run_dir))) == 1
+    assert "a\\x1b[31m\\nb.png" in capsys.readouterr().out
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize(("redirection", "code"), [(">&-", 0), ("> /dev/full", 1)])
+def test_an_output_that_takes_nothing_is_no_traceback(
+    smoke_run: Path, tmp_path: Path, redirection: str, code: int
+) -> None:
+    command = f"{' '.join(PREDICT)} {ROOT / 'docs' / 'digit.png'} --run {smoke_run} {redirection}"
+    done = finish(["sh", "-c", command], tmp_path)
+    assert done.code == code
+    assert "Traceback" not in done.err

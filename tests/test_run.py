@@ -167,6 +167,19 @@ def test_a_run_that_reached_its_target_goes_on_without_one(tmp_path: Path) -> No
     assert weights(tmp_path / "a") == weights(tmp_path / "b")
 
 
+def test_a_finished_run_does_not_pass_for_one_with_another_rate(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [*SMALL, "--epochs", "1", "--min-accuracy", "0.01"]
+    run_ranks(run, 1, tmp_path, *arguments)
+    capsys.readouterr()
+    command = [*arguments, "--lr", "1e-3", "--run-dir", str(tmp_path)]
+    assert train_ddp.main(parse_command_line(command)) == 0
+    assert "--lr was 0.005, now 0.001: not trained again" in capsys.readouterr().err
+    assert train_ddp.main(parse_command_line([*command, "--min-accuracy", "0.99"])) == 1
+    assert "--min-accuracy 0.99: missed with" in capsys.readouterr().err
+
+
 def test_validation_scores_survive_a_restart_after_the_last_of_them(tmp_path: Path) -> None:
     arguments = [*SMALL, "--val-size", "300"]
     run_ranks(run, 1, tmp_path, *arguments)

@@ -16,7 +16,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mnist import tracking
-from mnist.config import OutputConfig, UserError
+from mnist.config import OutputConfig, RunError, UserError
 from mnist.tracking import JsonlFile
 from mnist.wandb_run import wandb_mode
 from tests.processes import TORCHRUN, finish, started, train
@@ -201,6 +201,33 @@ def test_a_sink_that_fails_is_left_alone_and_the_file_goes_on(tmp_path: Path) ->
     assert warnings == ["W&B failed and is left alone from here on (ConnectionError: gone)"]
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 5
     assert tracker.finish("finished", {}) == []
+
+
+def test_a_sink_that_does_not_start_costs_a_warning(tmp_path: Path) -> None:
+    warnings: list[str] = []
+    tracker = tracking.Tracker(tmp_path, "digits", warnings.append)
+
+    def start() -> tracking.Sink:
+        raise TypeError("protobuf is too old\nand more")
+
+    assert not tracker.attach("TensorBoard", start)
+    assert warnings == ["TensorBoard did not start (TypeError: protobuf is too old)"]
+
+
+def test_a_record_that_was_not_written_is_an_error_for_all_ranks_to_raise(tmp_path: Path) -> None:
+    tracker = tracking.Tracker(tmp_path, "digits", lambda line: None)
+    tracker.check()
+    tracker._jsonl._file.close()  # type: ignore[union-attr]
+    tracker._jsonl._file = Path("/dev/full").open("a", buffering=1)  # type: ignore[union-attr]  # noqa: SIM115
+    tracker.log("train", 1, 0.0, loss=1.0)
+    with pytest.raises(RunError, match="not written"):
+        tracker.check()
+
+
+def test_a_line_that_is_no_record_is_named(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "split": "train"}\nnonsense\n')
+    with pytest.raises(RunError, match="line 2 is no record"):
+        JsonlFile(tmp_path / "metrics.jsonl")
 
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
