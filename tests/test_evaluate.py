@@ -65,7 +65,7 @@ def test_other_weights_are_noticed(smoke_run: Path, tmp_path: Path) -> None:
 def test_a_model_of_another_machine_is_evaluated_as_well_as_this_one_can(smoke_run: Path, tmp_path: Path) -> None:
     shutil.copytree(smoke_run / "export" / "best", tmp_path / "best")
     config = json.loads((tmp_path / "best" / "config.json").read_text())
-    config |= {"mixed_precision": "fp16", "num_threads": 512, "val_size": 1400, "dataset": "mnist"}
+    config |= {"mixed_precision": "fp16", "num_threads": 512, "val_size": 5000, "dataset": "mnist"}
     (tmp_path / "best" / "config.json").write_text(json.dumps(config))
     done = finish([*PYTHON, *EVALUATE, "--run", "best", "--dataset", "digits", "--cpu", "--json"], tmp_path)
     assert done.code == 0, done.err
