@@ -50,6 +50,7 @@ from PIL import Image
 from rich.console import Console as RichConsole
 from rich.markup import escape
 
+from mnist.console import Console
 from mnist.data import SOURCES
 from mnist.digit_image import PictureError, SeenDigit, read_picture, see_digit
 from mnist.drawing.pictures import SUFFIXES, draw_prediction, save_picture
@@ -115,6 +116,9 @@ def main(options: Options) -> int:
                 show(console, prediction, class_names, with_bars=len(files) <= NUM_BARS)
             if drawings and prediction.seen is not None:
                 _draw(prediction, drawings[index], class_names)
+    if not options.json:
+        kind = "" if trained.config.data.dataset == "mnist" else f", NOT MNIST but {trained.config.data.dataset}"
+        Console().say(f"model: {trained.folder} ({trained.config.recipe}{kind})")
     if options.json:
         sys.stdout.write(json.dumps(printed, indent=1) + "\n")
     return 1 if num_errors else 0
