@@ -116,7 +116,7 @@ def build_train_step(
         transform=BatchTransform(config.image),
         augment=Augmentation(config.image, config.loop.seed, accelerator.device),
         grad_clip=config.optim.grad_clip,
-        after_step=average.update if average else None,
+        average=average,
         seed=config.loop.seed,
     )
     return step, average

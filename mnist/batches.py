@@ -40,18 +40,28 @@ class MicroBatch:
     """What one forward and backward pass of one rank works on.
 
     Attributes:
-        images: uint8 (B, 28, 28).
-        labels: int64 (B,).
+        split: holds the images, all of them.
+        indices: int64 (B,), the ones that are meant.
         rows: the place of these images in the global batch of the step.
         global_batch_size: images in that global batch; less than usual at the end of a pass.
         num_samples: B, or 0 for a stand-in: a rank without images still takes part in the backward pass, weighted 0.
     """
 
-    images: Tensor
-    labels: Tensor
+    split: Split
+    indices: Tensor
     rows: slice
     global_batch_size: int
     num_samples: int
+
+    @property
+    def images(self) -> Tensor:
+        """uint8 (B, 28, 28), gathered by one operation on the device each time they are asked for."""
+        return self.split.images[self.indices]
+
+    @property
+    def labels(self) -> Tensor:
+        """int64 (B,), likewise."""
+        return self.split.labels[self.indices]
 
 
 class TrainLoader:
@@ -101,8 +111,8 @@ class TrainLoader:
         filled = [slice(a, b) for a, b in pairwise(cuts) if a < b]
         return [
             MicroBatch(
-                images=self.split.images[indices[rows]],
-                labels=self.split.labels[indices[rows]],
+                split=self.split,
+                indices=indices[rows],
                 rows=rows,
                 global_batch_size=size,
                 num_samples=rows.stop - rows.start if filled else 0,

@@ -1,15 +1,16 @@
 """The training step as one CUDA graph: the same numbers, and one launch instead of some two hundred.
 
 In: a `TrainStep` whose model and optimizer are where training begins. Out: the same `TrainStep`, which from now on
-replays a recording of its work on the device: transform, augmentation, forward, loss, backward, clipping, optimizer.
-Seeds are set and the learning rate is written between replays, so that a step draws the random numbers that it draws
-without a graph.
+replays a recording of its work on the device: gathering images, augmentation, transform, forward, loss, backward,
+clipping, optimizer, average. Indices, seeds, learning rate and the average's weight are written between replays, so
+that a step draws the random numbers that it draws without a graph.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from accelerate import Accelerator
@@ -20,6 +21,7 @@ from mnist.engine import TrainStep
 
 WARMUP_STEPS = 3
 CHECK_STEPS = 2
+DRIFT = 10  # times as far from an eager outcome as another eager one, at most
 
 Replay = Callable[[], object]
 Record = Callable[[Callable[[], None], Sequence[torch.Generator]], Replay]
@@ -43,7 +45,7 @@ def why_not(accelerator: Accelerator, accumulation_steps: int) -> str | None:
 def settle_step_mode(
     train_step: TrainStep, mode: str, accumulation_steps: int, steps: Callable[[], Iterable[Sequence[MicroBatch]]]
 ) -> tuple[str, str | None]:
-    """Captures the step if it is asked for, or may be and gives the same bits.
+    """Captures the step if it is asked for, or may be and gives the same weights.
 
     Args:
         train_step: gets a `captured`, or stays as it is.
@@ -61,13 +63,13 @@ def settle_step_mode(
     largest = max((micro_batches[0] for micro_batches in first), key=lambda batch: batch.num_samples)
     try:
         captured = CapturedStep(train_step, largest)
-        exact = is_exact(train_step, captured, first)
+        is_same = agrees(train_step, captured, first)
     except RuntimeError as error:  # a kernel that cannot be recorded
         return "eager", f"steps are eager, because capturing failed ({str(error).splitlines()[0]})"
-    if not exact and mode == "auto":
-        return "eager", "steps are eager: captured ones differ in the last bits here (--step-mode captured takes them)"
+    if not is_same and mode == "auto":
+        return "eager", "steps are eager: captured ones give other weights here (--step-mode captured takes them)"
     train_step.captured = captured
-    return "captured", None if exact else "captured steps differ from eager ones in the last bits here"
+    return "captured", None if is_same else "captured steps give other weights than eager ones here"
 
 
 class CapturedStep:
@@ -80,20 +82,14 @@ class CapturedStep:
     """
 
     def __init__(self, train_step: TrainStep, batch: MicroBatch, record: Record | None = None) -> None:
-        self._batch = MicroBatch(
-            images=torch.zeros_like(batch.images),
-            labels=torch.zeros_like(batch.labels),
-            rows=batch.rows,
-            global_batch_size=batch.global_batch_size,
-            num_samples=batch.num_samples,
-        )
+        self._batch = replace(batch, indices=torch.zeros_like(batch.indices))
 
         def work() -> None:
             train_step.forward_backward(self._batch)
             train_step.update(measure_grad_norm=True)
 
         with _left_as_it_was(train_step):
-            train_step.reseed(0, 0)
+            train_step.set_step(0, 0)
             self._replay = (record or record_cuda_graph)(work, [train_step.augment.generator])
             self._grad_norm = train_step.grad_norm  # the tensor that a replay writes to
         self._train_step = train_step
@@ -103,9 +99,8 @@ class CapturedStep:
         return len(micro_batches) == 1 and micro_batches[0].num_samples == self._batch.num_samples
 
     def __call__(self, batch: MicroBatch) -> None:
-        """Does the work on `batch`; seeds have been set."""
-        self._batch.images.copy_(batch.images)
-        self._batch.labels.copy_(batch.labels)
+        """Does the work on `batch`; the device knows the step."""
+        self._batch.indices.copy_(batch.indices)
         self._replay()
         self._train_step.grad_norm = self._grad_norm  # an eager step between two replays has put another one there
 
@@ -126,19 +121,30 @@ def record_cuda_graph(work: Callable[[], None], generators: Sequence[torch.Gener
     return graph.replay
 
 
-def is_exact(train_step: TrainStep, captured: CapturedStep, steps: Sequence[Sequence[MicroBatch]]) -> bool:
-    """Whether `steps` give the same weights to the last bit, captured and not; leaves no trace."""
-    outcomes = []
-    for replays in (False, True):
+def agrees(train_step: TrainStep, captured: CapturedStep, steps: Sequence[Sequence[MicroBatch]]) -> bool:
+    """Whether `steps` give the same weights captured and not; leaves no trace.
+
+    The same to the last bit, unless eager steps do not repeat themselves to the last bit either (some GPU kernels add
+    up in any order): then a captured outcome may be `DRIFT` times as far from an eager one as that is from another.
+    """
+
+    def outcome(replay: CapturedStep | None) -> list[Tensor]:
         with _left_as_it_was(train_step):
             for step, micro_batches in enumerate(steps):
-                if replays and captured.fits(micro_batches):
-                    train_step.reseed(step, 0)
-                    captured(micro_batches[0])
+                if replay is not None and replay.fits(micro_batches):
+                    train_step.set_step(step, 0)
+                    replay(micro_batches[0])
                 else:
                     train_step.compute(micro_batches, step, measure_grad_norm=True)
-            outcomes.append([tensor.detach().clone() for tensor in _tensors(train_step)])
-    return all(torch.equal(eager, replayed) for eager, replayed in zip(*outcomes, strict=True))
+            return [tensor.detach().to(torch.float64, copy=True) for tensor in _tensors(train_step)]
+
+    def difference(others: list[Tensor]) -> Tensor:
+        """The largest of all tensors' distances from the eager outcome, in parts of their norms; nan if any is."""
+        pairs = zip(others, eager, strict=True)
+        return torch.stack([(other - own).norm() / own.norm().clamp(min=1e-30) for other, own in pairs]).max()
+
+    eager, replayed, again = outcome(None), outcome(captured), outcome(None)
+    return bool(difference(replayed) <= DRIFT * difference(again))
 
 
 @contextmanager
@@ -161,4 +167,6 @@ def _left_as_it_was(train_step: TrainStep) -> Iterator[None]:
 def _tensors(train_step: TrainStep) -> list[Tensor]:
     states = train_step.optimizer.state.values()
     moments = [value for state in states for value in state.values() if isinstance(value, Tensor)]
-    return [*train_step.model.parameters(), *train_step.model.buffers(), train_step.sums, *moments]
+    modules = [train_step.model, *([train_step.average.module] if train_step.average is not None else [])]
+    weights = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+    return [*weights, train_step.sums, *moments]

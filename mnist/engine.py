@@ -17,6 +17,7 @@ from typing import Protocol
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -82,6 +83,18 @@ class TrainRecord:
     images_per_s: float
 
 
+class Average(Protocol):
+    """A moving average of the weights."""
+
+    module: nn.Module
+
+    def set_step(self, step: int) -> None:
+        """Tells the device how much the next update shall weigh: that of step `step`, counted from 1."""
+
+    def update(self) -> None:
+        """Moves the average towards the weights."""
+
+
 class Captured(Protocol):
     """A recording of a step's work on the device, for batches of one size."""
 
@@ -104,7 +117,7 @@ class TrainStep:
         transform: pixels (B, 28, 28) -> network input (B, 1, S, S).
         augment: pixels (B, 28, 28) -> pixels (B, 28, 28), seeded by step.
         grad_clip: largest total gradient norm; 0 = no clipping.
-        after_step: called with the number of steps done (moving averages live there).
+        average: of the weights, moved after each update.
         seed: fixes dropout together with step, micro-batch and rank.
     """
 
@@ -119,7 +132,7 @@ class TrainStep:
         transform: Callable[[Tensor], Tensor],
         augment: Augmentation,
         grad_clip: float = 0.0,
-        after_step: Callable[[int], None] | None = None,
+        average: Average | None = None,
         seed: int = 0,
     ) -> None:
         self.accelerator = accelerator
@@ -130,7 +143,7 @@ class TrainStep:
         self.transform = transform
         self.augment = augment
         self.grad_clip = grad_clip
-        self.after_step = after_step
+        self.average = average
         self.seed = seed
         self.rank: int = accelerator.process_index
         self.lr: float | Tensor = math.nan
@@ -143,50 +156,56 @@ class TrainStep:
     def __call__(self, micro_batches: Sequence[MicroBatch], step: int, measure_grad_norm: bool = False) -> None:
         """Trains on one global batch; `step` counts the steps done before it."""
         if self.captured is not None and self.captured.fits(micro_batches):
-            self.reseed(step, 0)
+            self.set_step(step, 0)
             self.captured(micro_batches[0])
         else:
             self.compute(micro_batches, step, measure_grad_norm)
         self.num_samples += sum(batch.num_samples for batch in micro_batches)
         self.lr = self.scheduler.get_last_lr()[0]
         self.scheduler.step()  # also where the fp16 scaler has skipped an update: asking would wait for the device
-        if self.after_step is not None:
-            self.after_step(step + 1)
 
     def compute(self, micro_batches: Sequence[MicroBatch], step: int, measure_grad_norm: bool = False) -> None:
         """The device's share of a step: gradients of all micro-batches, then one update."""
         for index, batch in enumerate(micro_batches):
-            self.reseed(step, index)
+            self.set_step(step, index)
             is_last = index == len(micro_batches) - 1
             with nullcontext() if is_last else self.accelerator.no_sync(self.model):
                 self.forward_backward(batch)
         self.update(measure_grad_norm)
 
-    def reseed(self, step: int, micro_step: int) -> None:
-        """Fixes what augmentation and dropout draw next."""
+    def set_step(self, step: int, micro_step: int) -> None:
+        """Tells the device what depends on the step: what augmentation and dropout draw next, how averages move."""
         self.augment.reseed(step)
         seed_dropout(self.accelerator.device, derive_seed(self.seed, "dropout", step, micro_step, self.rank))
+        if self.average is not None:
+            self.average.set_step(step + 1)
 
     def forward_backward(self, batch: MicroBatch) -> None:
         """Adds a micro-batch's part to the gradients and to the sums."""
         images = self.augment.apply(batch.images, batch.rows, batch.global_batch_size)
         logits = self.model(self.transform(images))  # (B, 10)
-        losses = self.loss_fn(logits, batch.labels)  # (B,)
+        labels = batch.labels
+        loss_sum = self.loss_fn(logits, labels).sum()
         # DDP averages gradients over the P ranks: P / G turns that into the mean over the G images of the global batch,
         # however unevenly they are spread. A stand-in for an empty share weighs nothing.
         weight = self.accelerator.num_processes / batch.global_batch_size if batch.num_samples else 0.0
-        self.accelerator.backward(losses.sum() * weight)
+        self.accelerator.backward(loss_sum * weight)
         if batch.num_samples:
-            self.sums[0] += losses.detach().sum()
-            self.sums[1] += (logits.argmax(dim=1) == batch.labels).sum()
+            self.sums[0] += loss_sum.detach()
+            self.sums[1] += (logits.argmax(dim=1) == labels).sum()
 
     def update(self, measure_grad_norm: bool) -> None:
-        """Clips, steps, clears the gradients."""
-        self.sums[2] += self.sums[0].isfinite()
-        if self.grad_clip or measure_grad_norm:
-            self.grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.grad_clip or math.inf)
+        """Clips, steps, clears the gradients, moves the average."""
+        self.sums[2] += self.sums[0].abs() < math.inf  # false for nan; a third of the kernels of `isfinite`
+        if self.grad_clip:
+            self.grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.grad_clip)
+        elif measure_grad_norm:
+            self.accelerator.unscale_gradients()
+            self.grad_norm = get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         self.optimizer.step()
         self.optimizer.zero_grad()
+        if self.average is not None:
+            self.average.update()
 
     def load_sums(self, interval: list[list[float]]) -> None:
         """Takes up the sums of an interrupted interval; on another number of ranks, rank 0 takes all of them."""

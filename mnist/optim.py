@@ -121,17 +121,23 @@ class WeightAverage:
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
+        self._weight = torch.empty((), device=next(model.parameters()).device)  # of the next update
         self.module = copy.deepcopy(model).requires_grad_(False).eval()
         pairs = list(zip(self.module.state_dict().values(), model.state_dict().values(), strict=True))
         self._averages = [average for average, _ in pairs if average.is_floating_point()]
         self._sources = [source for average, source in pairs if average.is_floating_point()]
         self._copies = [(average, source) for average, source in pairs if not average.is_floating_point()]
 
+    def set_step(self, step: int) -> None:
+        """Writes the weight of the update after `step` steps to the device, where a CUDA graph can read it."""
+        self._weight.fill_(1 - min(self.decay, (1 + step) / (10 + step)))
+
     @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Moves the average towards the model, after `step` steps."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self._averages, self._sources, 1 - decay)
+    def update(self) -> None:
+        """Moves the average towards the model."""
+        changes = torch._foreach_sub(self._sources, self._averages)
+        torch._foreach_mul_(changes, self._weight)
+        torch._foreach_add_(self._averages, changes)
         for average, source in self._copies:
             average.copy_(source)
 

@@ -29,9 +29,9 @@ class BatchTransform:
 
     def __call__(self, images: Tensor) -> Tensor:
         """(B, H, W) uint8 or float pixels in 0..255 -> (B, 1, S, S) float32."""
-        batch = images.unsqueeze(1).float()
+        batch = images.unsqueeze(1)
         if batch.shape[-2:] != (self.size, self.size):
-            batch = F.interpolate(batch, size=self.size, mode="bilinear", align_corners=False, antialias=True)
+            batch = F.interpolate(batch.float(), size=self.size, mode="bilinear", align_corners=False, antialias=True)
         return batch.mul(self.factor).add_(self.offset)
 
 

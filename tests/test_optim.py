@@ -160,7 +160,8 @@ def test_the_average_follows_its_formula():
     expected = copy.deepcopy(model.state_dict())
     for step, decay in enumerate([2 / 11, 3 / 12, 0.3, 0.3], start=1):
         train_steps(model, optimizer, 1)
-        average.update(step)
+        average.set_step(step)
+        average.update()
         for name, value in model.state_dict().items():
             expected[name] = decay * expected[name] + (1 - decay) * value if value.is_floating_point() else value
     for name, value in average.module.state_dict().items():
@@ -171,7 +172,8 @@ def test_the_average_includes_batch_statistics_and_copies_counters():
     model = new_model()
     average = WeightAverage(model, decay=0.5)
     train_steps(model, build_optimizer(model.parameters(), OptimConfig(optimizer="sgd", lr=0.01)), 4)
-    average.update(100)
+    average.set_step(100)
+    average.update()
     assert average.module[1].num_batches_tracked.item() == 4
     torch.testing.assert_close(average.module[1].running_var, (1 + model[1].running_var) / 2)
 
@@ -190,5 +192,6 @@ def test_updating_the_average_leaves_the_model_alone():
     average = WeightAverage(model, decay=0.9)
     train_steps(model, build_optimizer(model.parameters(), OptimConfig(optimizer="sgd", lr=0.01)), 1)
     before = copy.deepcopy(model.state_dict())
-    average.update(1)
+    average.set_step(1)
+    average.update()
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
