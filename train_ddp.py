@@ -100,7 +100,7 @@ def build_train_step(
     """Network, optimizer and schedule in one step, and the moving average of the weights, where there is one."""
     runtime.seed_initial_weights(config.loop.seed)
     model = build_model(config.optim.model).to(accelerator.device)
-    capturable = config.runtime.step_mode != "eager" and why_not(accelerator, plan.accumulation_steps) is None
+    capturable = why_not(accelerator, plan.accumulation_steps) is None
     optimizer = build_optimizer(model.parameters(), config.optim, capturable=capturable)
     optimizer = runtime.prepare_optimizer(accelerator, optimizer)
     model = accelerator.prepare(model)

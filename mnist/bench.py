@@ -123,7 +123,7 @@ def bench_loops(options: Options) -> Report:
         environment=environment(threads(options), device_name) | {"data": f"{config.data.dataset}, {source}"},
         rows=rows,
         notes=[
-            "x usual and over bare: medians of the ratios within each round; the bare loop of the same precision",
+            "x usual and over bare: medians of the ratios within each round; the bare loop of the same mode",
             "memory: "
             + ("resident set, libraries included, workers not" if device_name == "cpu" else "allocated on GPU"),
             f"bare loop and this project: equal losses, to {max(row['loss difference'] or 0 for row in rows):.1e}",
@@ -155,7 +155,7 @@ def settle(recipe: str, options: Options) -> TrainConfig:
 
 
 def contestants(options: Options) -> list[Contestant]:
-    """The usual loops; then the bare one and the project's in each precision, compiled as well where one asked."""
+    """The usual loops; then the bare one and the project's in each precision, captured and compiled where possible."""
     dynamo = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
     found = [Contestant("pipeline"), Contestant("prepared")]
     if options.workers:
@@ -164,7 +164,7 @@ def contestants(options: Options) -> list[Contestant]:
         found += [Contestant("bare", precision), Contestant("project", precision)]
         found += [Contestant("project", precision, dynamo=dynamo)] if dynamo != "no" else []
         if torch.cuda.is_available() and not options.cpu:
-            found.append(Contestant("project", precision, step_mode="captured"))
+            found += [Contestant(loop, precision, step_mode="captured") for loop in ("bare", "project")]
     return found
 
 

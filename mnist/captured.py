@@ -24,7 +24,7 @@ CHECK_STEPS = 2
 DRIFT = 10  # times as far from an eager outcome as another eager one, at most
 
 Replay = Callable[[], object]
-Record = Callable[[Callable[[], None], Sequence[torch.Generator]], Replay]
+Record = Callable[[Callable[[], object], Sequence[torch.Generator]], Replay]
 
 
 def why_not(accelerator: Accelerator, accumulation_steps: int) -> str | None:
@@ -105,7 +105,7 @@ class CapturedStep:
         self._train_step.grad_norm = self._grad_norm  # an eager step between two replays has put another one there
 
 
-def record_cuda_graph(work: Callable[[], None], generators: Sequence[torch.Generator]) -> Replay:
+def record_cuda_graph(work: Callable[[], object], generators: Sequence[torch.Generator]) -> Replay:
     """Runs `work` a few times on a stream of its own, where kernels are chosen and memory is found, and records it."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

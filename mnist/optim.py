@@ -27,7 +27,8 @@ def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig, *, 
     Args:
         parameters: on their device.
         config: names the update rule.
-        capturable: keep learning rate and step count on the GPU, where a CUDA graph can read them.
+        capturable: keep learning rate and step count on the GPU, where a CUDA graph can read them. (In fp32, where a
+            number would be a double: eager steps have it so too, or they would differ from captured ones.)
     """
     parameters = list(parameters)
     fused = all(p.device.type in ("cpu", "cuda") for p in parameters)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from mnist.bench import Options, compare_turns, contestants, main, settle, summarise
+from mnist.benchmark import rivals
 from mnist.benchmark.contest import Contestant, Entry, check_losses, compare, hold_contest, paired_ratio
 from mnist.benchmark.rivals import LOOPS, Job, PILImages, has_torchvision_files, usual_loader
 from mnist.benchmark.scaling import ALONE, WAYS, Turn, measure_scaling
@@ -69,6 +70,15 @@ def test_the_usual_loop_starts_where_the_bare_one_starts() -> None:
     assert losses == [pytest.approx(losses[0], rel=1e-5)] * len(LOOPS)
 
 
+def test_the_bare_loop_computes_the_same_when_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU the work stands in for its recording; 300 images are two full batches and a short one."""
+    monkeypatch.setattr(rivals, "record_cuda_graph", lambda work, _: work)
+    sizes = {"num_images": 300, "global_batch_size": 128}
+    captured, eager = LOOPS["bare"](job(step_mode="captured", **sizes)), LOOPS["bare"](job(**sizes))
+    for index in range(3):
+        assert captured(index) == pytest.approx(eager(index), rel=1e-5)  # its learning rate is in fp32
+
+
 def test_workers_load_the_same_images() -> None:
     alone, helped = usual_loader(job()), usual_loader(dataclasses.replace(job(), num_workers=2))
     sums = [sorted(float(image.sum()) for images, _ in loader for image in images) for loader in (alone, helped)]
@@ -112,6 +122,13 @@ def test_each_precision_has_its_own_limit() -> None:
     assert [row["over bare"] for row in compare("smoke", entries)] == [None, None, None]
     entries.append(entry("bare", [6], precision="bf16"))
     assert compare("smoke", entries)[2]["over bare"] == pytest.approx(0.5)
+
+
+def test_each_step_mode_has_its_own_limit() -> None:
+    modes: list[dict[str, Any]] = [{}, {"step_mode": "captured"}]
+    entries = [entry("pipeline", [1]), *(entry("bare", [8 * k], **mode) for k, mode in enumerate(modes, start=1))]
+    entries += [entry("project", [8], **mode) for mode in modes]
+    assert [row["over bare"] for row in compare("smoke", entries)] == [None, None, None, 0, 1]
 
 
 @pytest.mark.parametrize("loss", [2.2, float("nan")])

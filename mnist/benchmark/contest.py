@@ -49,7 +49,7 @@ class Contestant:
         precision: fp32 ("no") or bf16.
         num_workers: of its DataLoader, where it has one.
         dynamo: the backend of torch.compile, or "no".
-        step_mode: eager, or captured as one CUDA graph; for this project.
+        step_mode: eager, or captured as one CUDA graph; for this project and the bare loop.
     """
 
     loop: str
@@ -194,8 +194,9 @@ def compare(recipe: str, entries: Sequence[Entry]) -> list[Row]:
     rows = []
     for entry in entries:
         who = entry.contestant
-        limit = next((e for e in entries if e.contestant == Contestant("bare", who.precision)), None)
-        is_ours = limit is not None and who.loop == "project"
+        is_ours = who.loop == "project"
+        limit = _find(entries, Contestant("bare", who.precision, step_mode=who.step_mode))
+        twin = _find(entries, Contestant("bare", who.precision))
         rows.append(
             {
                 "recipe": recipe,
@@ -207,13 +208,17 @@ def compare(recipe: str, entries: Sequence[Entry]) -> list[Row]:
                 "x usual": paired_ratio(entry.images_per_s, usual.images_per_s),
                 "over bare": paired_ratio(limit.images_per_s, entry.images_per_s) - 1 if limit and is_ours else None,
                 "memory MB": entry.peak_memory_bytes / 1e6,
-                "loss difference": relative_difference(entry, limit) if limit and is_ours else None,
+                "loss difference": relative_difference(entry, twin) if twin and is_ours else None,
                 "loss": entry.losses[-1],
                 "passes": len(entry.losses),
                 "images seen": entry.num_images,
             }
         )
     return rows
+
+
+def _find(entries: Sequence[Entry], contestant: Contestant) -> Entry | None:
+    return next((entry for entry in entries if entry.contestant == contestant), None)
 
 
 def describe(contestant: Contestant) -> str:

@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from mnist.batches import Split, TrainLoader
-from mnist.captured import settle_step_mode, why_not
+from mnist.captured import record_cuda_graph, settle_step_mode, why_not
 from mnist.config import OptimConfig, TrainConfig
 from mnist.data import FILES, SOURCES
 from mnist.engine import TrainState, TrainStep, train_one_epoch
@@ -147,36 +147,53 @@ def prepared(job: Job) -> Pass:
 
 
 def bare(job: Job) -> Pass:
-    """The least that an eager step can be: resident tensors, one index operation, nothing counted, nothing checked.
+    """The least that a step can be: resident tensors, one index operation, nothing counted, nothing checked.
 
     It has this project's memory format, fused optimizer and order of images, so that its losses are comparable too.
+    Captured, it is one CUDA graph for batches of the full size.
     """
     device = find_device(job.config)
     split, batch = job.split.to(device), job.config.loop.global_batch_size
     model = fresh_model(job.config).to(device)
-    optimizer = build_optimizer(model.parameters(), job.config.optim)
+    is_captured = job.config.runtime.step_mode == "captured"
+    optimizer = build_optimizer(model.parameters(), job.config.optim, capturable=is_captured)
     loss_fn = build_loss(job.config.optim.loss, job.config.optim.label_smoothing)
     transform = BatchTransform(job.config.image)
     order_of = train_loader(job, split).order
     is_bf16 = job.config.runtime.mixed_precision == "bf16"
     torch.backends.cuda.matmul.allow_tf32 = True  # as the project has it
 
+    def train_batch(indices: Tensor) -> Tensor:
+        images, labels = split.images.index_select(0, indices), split.labels.index_select(0, indices)
+        with torch.autocast(device.type, torch.bfloat16, enabled=is_bf16):
+            logits = model(transform(images))
+        loss = loss_fn(logits.float(), labels).mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    train_full_batch = _captured(train_batch, batch, device) if is_captured else train_batch
+
     def train_pass(index: int) -> Sums:
-        order = order_of(index).to(device)
-        losses = []
-        for indices in order.split(batch):
-            images, labels = split.images.index_select(0, indices), split.labels.index_select(0, indices)
-            with torch.autocast(device.type, torch.bfloat16, enabled=is_bf16):
-                logits = model(transform(images))
-            loss = loss_fn(logits.float(), labels).mean()
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.detach())
-        sizes = [len(indices) for indices in order.split(batch)]
-        return sum(float(loss) * size for loss, size in zip(losses, sizes, strict=True)), len(order)
+        parts = order_of(index).to(device).split(batch)
+        losses = [(train_full_batch if len(part) == batch else train_batch)(part) for part in parts]
+        return sum(float(loss) * len(part) for loss, part in zip(losses, parts, strict=True)), len(split)
 
     return train_pass
+
+
+def _captured(train_batch: Callable[[Tensor], Tensor], batch: int, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """`train_batch` as a CUDA graph, for `batch` images; recording it has trained on a few batches of one image."""
+    indices, loss = torch.zeros(batch, dtype=torch.int64, device=device), torch.zeros((), device=device)
+    replay = record_cuda_graph(lambda: loss.copy_(train_batch(indices)), [])
+
+    def train_full_batch(part: Tensor) -> Tensor:
+        indices.copy_(part)
+        replay()
+        return loss.clone()
+
+    return train_full_batch
 
 
 def project(job: Job) -> Pass:
@@ -210,7 +227,7 @@ def build_step(accelerator: Accelerator, config: TrainConfig, *, communicates: b
         communicates: false = no DDP around the model: every rank trains its own.
     """
     bare_model = fresh_model(config).to(accelerator.device)
-    capturable = config.runtime.step_mode != "eager" and why_not(accelerator, accumulation_steps=1) is None
+    capturable = why_not(accelerator, accumulation_steps=1) is None
     optimizer = build_optimizer(bare_model.parameters(), config.optim, capturable=capturable)
     optimizer = prepare_optimizer(accelerator, optimizer)
     return TrainStep(
