@@ -99,7 +99,7 @@ from mnist.runtime import open_accelerator
 
 EXIT_FIT, EXIT_UNFIT = 0, 1
 CHECKS = (*MACHINE_CHECKS, *COMPUTE_CHECKS)
-STYLES = {"pass": "green", "warn": "yellow", "fail": "bold red"}
+STYLES = {"pass": "green", "warn": "yellow", "fail": "bold red", "skip": "dim"}
 # What is shown of each rank: title, check, key of its value.
 COLUMNS = (
     ("host", "processes", "host"),
@@ -252,6 +252,7 @@ def show(findings: Sequence[Finding], is_fit: bool, seconds: float) -> None:
     counts = Counter(finding.verdict for finding in findings)
     outcome = Text("fit to train", "bold green") if is_fit else Text("not fit to train", "bold red")
     numbers = f"{counts['pass']} passed, {count(counts['warn'], 'warning')}, {counts['fail']} failed"
+    numbers += f", {counts['skip']} skipped" if counts["skip"] else ""
     if not is_fit and not counts["fail"]:
         numbers += "; --strict counts warnings"
     console.print(Text.assemble("verdict: ", outcome, f" ({numbers}; {seconds:.1f} s)"))

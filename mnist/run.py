@@ -201,7 +201,7 @@ class Run:
         run_config = {**to_flat(self.config), "environment": environment}
         self.tracker.start_wandb(self.accelerator, self.config.output, self.path, run_config, tags)
         if self.config.output.tensorboard:
-            self.tracker.attach("TensorBoard", partial(tracking.TensorBoardRun, self.path))
+            self.tracker.attach("TensorBoard", partial(tracking.TensorBoardRun, self.path, self.tracker.next_step))
 
     # --- during --------------------------------------------------------------------------------------------------
 

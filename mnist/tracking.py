@@ -92,6 +92,11 @@ class Tracker:
             if self.attach("W&B", partial(WandbRun, accelerator, mode=attempt, **arguments)):
                 return
 
+    @property
+    def next_step(self) -> int:
+        """The first step that no record is of yet."""
+        return self._jsonl.last_step + 1 if self._jsonl is not None else 0
+
     def attach(self, name: str, start: Callable[[], Sink]) -> bool:
         """Starts a sink and adds it; says whether it did. `name` is what warnings call it."""
         try:
@@ -159,12 +164,17 @@ def _first_line(error: Exception) -> str:
 
 
 class TensorBoardRun:
-    """Event files for `tensorboard --logdir`, in <run>/tensorboard."""
+    """Event files for `tensorboard --logdir`, in <run>/tensorboard.
 
-    def __init__(self, run_dir: Path) -> None:
+    Args:
+        run_dir: of the run.
+        next_step: points that an earlier start has left from there on are hidden: the run has gone back behind them.
+    """
+
+    def __init__(self, run_dir: Path, next_step: int) -> None:
         self._folder = run_dir / "tensorboard"
         tensorboard = importlib.import_module("torch.utils.tensorboard")  # costs a second, and is not always installed
-        self._writer = tensorboard.SummaryWriter(str(self._folder))
+        self._writer = tensorboard.SummaryWriter(str(self._folder), purge_step=next_step)
 
     def log(self, step: int, points: dict[str, float]) -> None:
         """Values by name at a step; on the disk at once, so that a killed run loses none."""
@@ -217,6 +227,11 @@ class JsonlFile:
             if complete < len(content):
                 os.truncate(path, complete)
         self._file = path.open("a", encoding="utf-8", buffering=1)
+
+    @property
+    def last_step(self) -> int:
+        """The largest step of any record; -1 without one."""
+        return max(self._last_step.values(), default=-1)
 
     def append(self, record: dict[str, Any]) -> bool:
         """Writes one line unless the file holds this step of this split, or a later one; says whether it did."""

@@ -322,7 +322,7 @@ machine, compute = checks_machine, checks_compute
 equal = judge_equal("mend it")
 CASES: list[tuple[Callable[[Any], Judgement], list[Any], str, str]] = [
     (equal, [{"torch": "2"}] * 3, "pass", "equal on 3 ranks"),
-    (equal, [{"torch": "2"}], "pass", "one process"),
+    (equal, [{"torch": "2"}], "skip", "one process"),
     (equal, [{"torch": "2"}, {"torch": "3"}], "fail", "torch: 3 on rank 1 on a, but 2 on rank 0; mend it"),
     (equal, [{"a": 1}, {"a": 1}, {"a": 1, "b": 2}], "fail", "b: 2 on rank 2 on b, but nothing on rank 0"),
     (equal, [{"a": 1}, {"a": 2}, {"a": 2}], "fail", "a: 2 on rank 1 on a (and 1 more)"),
@@ -347,9 +347,10 @@ CASES: list[tuple[Callable[[Any], Judgement], list[Any], str, str]] = [
     (machine.judge_memory, [memory(8.0)] * 2, "pass", "8.0 GiB"),
     (machine.judge_memory, [memory(8.0), memory(8.0), memory(0.5)], "warn", "0.5 GiB are available to 1 rank on b"),
     (machine.judge_memory, [memory(8.0, 70.0), memory(8.0, 30.0)], "warn", "30.0 of 80.0 GiB of GPU memory"),
-    (machine.judge_memory, [memory(None)], "pass", "unknown"),
+    (machine.judge_memory, [memory(None)], "skip", "unknown"),
     (machine.judge_clock, [{"time_s": 100.0}, {"time_s": 100.2}], "pass", "200 ms"),
     (machine.judge_clock, [{"time_s": 100.0}, {"time_s": 101.0}, {"time_s": 97.0}], "warn", "rank 2 on b is -3.0 s"),
+    (machine.judge_clock, [{"time_s": 100.0}], "skip", "one process"),
     (machine.judge_run_dir, [{"folder": "/", "is_seen": True}] * 2, "pass", "can be written"),
     (
         machine.judge_run_dir,
@@ -364,6 +365,7 @@ CASES: list[tuple[Callable[[Any], Judgement], list[Any], str, str]] = [
     (machine.judge_wandb, [{"mode": "offline", "is_asked": True, "answers": False}], "pass", "offline"),
     (machine.judge_wandb, [{"mode": "offline", "is_asked": False, "answers": False}], "warn", "no key"),
     (machine.judge_wandb, [{"mode": "online", "is_asked": False, "answers": False}], "warn", "cannot be reached from"),
+    (machine.judge_data, [{"f": "1", "warnings": ""}], "pass", "all files are whole"),
     (machine.judge_data, [{"f": "1", "warnings": ""}] * 2, "pass", "equal on 2 ranks"),
     (machine.judge_data, [{"f": "1", "warnings": ""}, {"f": "2", "warnings": ""}], "fail", "f: 2 on rank 1 on a"),
     (machine.judge_data, [{"f": "1", "warnings": "f is not the published file"}] * 2, "warn", "not the published"),
@@ -380,11 +382,11 @@ CASES: list[tuple[Callable[[Any], Judgement], list[Any], str, str]] = [
     (compute.judge_speed, [0.010, 0.011, 0.012, 0.020], "warn", "rank 3 on b needs 20.0 ms a step, the others 11.0 ms"),
     (compute.judge_all_reduce, [{"float32": 0, "float64": 0}] * 2, "pass", "exact in float32, float64"),
     (compute.judge_all_reduce, [{"float32": 0}, {"float32": 3}], "fail", "3 wrong sums in float32 on rank 1 on a"),
-    (compute.judge_all_reduce, [{"float32": 0}], "pass", "one process"),
+    (compute.judge_all_reduce, [{"float32": 0}], "skip", "one process"),
     (compute.judge_bandwidth, [bandwidth(2e-4, 0.016777216)] * 2, "pass", "0.20 ms for 1 KB, 1,000 MB/s for 16 MB"),
     (compute.judge_bandwidth, [bandwidth(2e-4, 4.0)] * 2, "warn", "slow; is the right network used"),
     (compute.judge_bandwidth, [bandwidth(0.2, 0.01)] * 2, "warn", "slow"),
-    (compute.judge_bandwidth, [bandwidth(1e-6, 1e-3)], "pass", "one process"),
+    (compute.judge_bandwidth, [bandwidth(1e-6, 1e-3)], "skip", "one process"),
 ]
 
 

@@ -8,7 +8,9 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -251,6 +253,23 @@ def test_tensorboard_shows_what_the_file_holds(tmp_path: Path) -> None:
         assert [value for _, value in points] == pytest.approx([record["loss"] for record in records])
     assert events.Scalars("perf/epoch_time_s")
     assert events.Scalars("perf/memory_mb")[0].value > 100
+
+
+def test_tensorboard_hides_what_a_run_has_gone_back_behind(tmp_path: Path) -> None:
+    """Five records; a resume from step 3 takes two of them back, a resume after a crash takes none."""
+    for wanted, steps in (([1, 2, 3, 4, 5], range(1, 6)), ([1, 2, 3, 4], range(4, 5))):
+        if wanted[-1] == 4:
+            lines = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)
+            (tmp_path / "metrics.jsonl").write_text("".join(lines[:3]))
+        tracker = tracking.Tracker(tmp_path, "digits", pytest.fail)
+        tracker.attach("TensorBoard", partial(tracking.TensorBoardRun, tmp_path, tracker.next_step))
+        for step in steps:
+            tracker.log("train", step, step / 5, loss=float(step))
+        tracker.finish("finished", {})
+        events = EventAccumulator(str(tmp_path / "tensorboard"))
+        events.Reload()
+        assert [point.step for point in events.Scalars("train/loss")] == wanted
+        time.sleep(1.1)  # event files are told apart and ordered by the second
 
 
 def records_of(run: Path) -> list[dict[str, Any]]:

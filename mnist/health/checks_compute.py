@@ -138,7 +138,7 @@ def measure_all_reduce(patient: Patient) -> dict[str, int]:
 def judge_all_reduce(facts: Sequence[Fact]) -> Judgement:
     """Sums over ranks are exact, and everyone has them."""
     if len(facts) == 1:
-        return "pass", "one process: nothing to add up"
+        return "skip", "one process: nothing to add up"
     for fact in facts:
         for name, num_wrong in fact.value.items():
             if num_wrong:
@@ -168,7 +168,7 @@ def measure_bandwidth(patient: Patient) -> list[float]:
 def judge_bandwidth(facts: Sequence[Fact]) -> Judgement:
     """Fast enough that networks of this size can be trained at all."""
     if len(facts) == 1:
-        return "pass", "one process: nothing to send"
+        return "skip", "one process: nothing to send"
     sizes = all_reduce_table(facts[0].value, len(facts))
     latency, bandwidth = sizes[0][1], sizes[-1][2]
     line = f"{1e3 * latency:.2f} ms for {_bytes(sizes[0][0])}, {bandwidth / 1e6:,.0f} MB/s for {_bytes(sizes[-1][0])}"

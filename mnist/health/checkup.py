@@ -1,7 +1,7 @@
 """A check: something that every rank measures, and a judgement of all ranks' answers.
 
-In: a `Patient`, this rank of an opened process group, and a `Check`. Out: a `Finding`, equal on every rank: pass, warn
-or fail, and one line that says what to do.
+In: a `Patient`, this rank of an opened process group, and a `Check`. Out: a `Finding`, equal on every rank: pass, warn,
+fail, or skip where there is nothing to judge, and one line that says what to do.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from accelerate.utils import gather_object
 from mnist import runtime
 from mnist.config import RunError, TrainConfig, UserError
 
-Verdict = Literal["pass", "warn", "fail"]
+Verdict = Literal["pass", "warn", "fail", "skip"]
 Judgement = tuple[Verdict, str]
 
 
@@ -92,10 +92,12 @@ def judge_equal(advice: str) -> Callable[[Sequence[Fact]], Judgement]:
     """A judge of dictionaries that must not differ between ranks; names the first difference from rank 0."""
 
     def judge(facts: Sequence[Fact]) -> Judgement:
+        if len(facts) == 1:
+            return "skip", "one process: nothing to compare"
         first = facts[0].value
         others = [fact for fact in facts if fact.value != first]
         if not others:
-            return "pass", f"equal on {len(facts)} ranks" if len(facts) > 1 else "one process: nothing to compare"
+            return "pass", f"equal on {len(facts)} ranks"
         found = others[0].value
         name = next(name for name in {**first, **found} if first.get(name) != found.get(name))
         more = f" (and {len(others) - 1} more)" if len(others) > 1 else ""
