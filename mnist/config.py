@@ -243,7 +243,7 @@ class RuntimeConfig:
     num_threads: int = 0
     """CPU threads per process; 0 = the cores given to this node's processes, shared equally."""
     step_mode: StepMode = "auto"
-    """A step kernel by kernel, or captured as one CUDA graph; auto = captured where that gives the same bits."""
+    """A step kernel by kernel, or captured as one CUDA graph; auto = captured where that gives the same weights."""
     deterministic: bool = False
     """Only deterministic kernels and no TF32: bit-identical results on GPUs too, a little slower."""
     timeout_s: int = 1800
