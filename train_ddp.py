@@ -9,12 +9,11 @@ This file is the table of contents of a run. A training step is in mnist/engine.
 
 from __future__ import annotations
 
-import sys
 import time
 from functools import partial
 
 from mnist import signals
-from mnist.cli import parse_command_line
+from mnist.cli import leave, parse_command_line
 
 STARTED = time.perf_counter()
 if __name__ == "__main__":
@@ -123,4 +122,4 @@ def build_train_step(
 
 
 if __name__ == "__main__":
-    sys.exit(main(CONFIG))
+    leave(main(CONFIG))

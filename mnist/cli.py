@@ -8,6 +8,7 @@ tokens and parsed by the same rules, because YAML reads 1e-3 as a string and wou
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import os
 import signal
@@ -109,6 +110,7 @@ def _words_from(is_main: bool) -> Iterator[None]:
     """Lets rank 0 alone explain mistakes; whoever has read enough of --help may close the pipe (`| head`)."""
     fill_standard_streams()
     _wait_briefly()
+    _collect_seldom()
     try:
         with contextlib.nullcontext() if is_main else contextlib.redirect_stderr(io.StringIO()):
             yield
@@ -128,6 +130,20 @@ def _wait_briefly() -> None:
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+
+def _collect_seldom() -> None:
+    """Lets garbage pile up a little: imports make objects by the hundred thousand, all of which stay.
+
+    Looking for garbage among them every 700 objects, which is Python's default, takes 0.2 s of the start.
+    """
+    gc.set_threshold(100_000)
+
+
+def leave(code: int) -> NoReturn:
+    """Exits, and leaves what the process holds to the system: looking for garbage among it first takes 0.4 s."""
+    gc.freeze()
+    sys.exit(code)
 
 
 def _discard_output() -> None:
@@ -150,7 +166,7 @@ def run_command(command: Callable[[T], int], options: T) -> NoReturn:
     except OSError as error:
         code = print_error(RunError(f"{error.filename or 'standard output'}: {error.strerror or error}"))
         _discard_output()
-    sys.exit(code)
+    leave(code)
 
 
 def _flag_types() -> dict[str, Any]:
