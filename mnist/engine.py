@@ -101,7 +101,7 @@ class Captured(Protocol):
     def fits(self, micro_batches: Sequence[MicroBatch]) -> bool:
         """Whether it can stand in for `TrainStep.compute` on these."""
 
-    def __call__(self, batch: MicroBatch) -> None:
+    def __call__(self, batch: MicroBatch, measure_grad_norm: bool) -> None:
         """Replays."""
 
 
@@ -157,7 +157,7 @@ class TrainStep:
         """Trains on one global batch; `step` counts the steps done before it."""
         if self.captured is not None and self.captured.fits(micro_batches):
             self.set_step(step, 0)
-            self.captured(micro_batches[0])
+            self.captured(micro_batches[0], measure_grad_norm)
         else:
             self.compute(micro_batches, step, measure_grad_norm)
         self.num_samples += sum(batch.num_samples for batch in micro_batches)
@@ -189,7 +189,7 @@ class TrainStep:
         # DDP averages gradients over the P ranks: P / G turns that into the mean over the G images of the global batch,
         # however unevenly they are spread. A stand-in for an empty share weighs nothing.
         weight = self.accelerator.num_processes / batch.global_batch_size if batch.num_samples else 0.0
-        self.accelerator.backward(loss_sum * weight)
+        self.accelerator.backward(loss_sum, gradient=loss_sum.new_full((), weight))
         if batch.num_samples:
             self.sums[0] += loss_sum.detach()
             self.sums[1] += (logits.argmax(dim=1) == labels).sum()

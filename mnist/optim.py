@@ -127,7 +127,8 @@ class WeightAverage:
         pairs = list(zip(self.module.state_dict().values(), model.state_dict().values(), strict=True))
         self._averages = [average for average, _ in pairs if average.is_floating_point()]
         self._sources = [source for average, source in pairs if average.is_floating_point()]
-        self._copies = [(average, source) for average, source in pairs if not average.is_floating_point()]
+        self._counters = [average for average, _ in pairs if not average.is_floating_point()]
+        self._counter_sources = [source for average, source in pairs if not average.is_floating_point()]
 
     def set_step(self, step: int) -> None:
         """Writes the weight of the update after `step` steps to the device, where a CUDA graph can read it."""
@@ -139,8 +140,8 @@ class WeightAverage:
         changes = torch._foreach_sub(self._sources, self._averages)
         torch._foreach_mul_(changes, self._weight)
         torch._foreach_add_(self._averages, changes)
-        for average, source in self._copies:
-            average.copy_(source)
+        if self._counters:
+            torch._foreach_copy_(self._counters, self._counter_sources)
 
 
 def restore_scheduler(scheduler: LambdaLR, step: int) -> None:

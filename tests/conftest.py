@@ -1,4 +1,4 @@
-"""Shared set-up: one thread, no accounts, no network, a fresh Accelerate in every test."""
+"""Shared set-up: one thread, no accounts, no network, no GPU, a fresh Accelerate in every test."""
 
 from __future__ import annotations
 
@@ -17,6 +17,15 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["WANDB_MODE"] = "disabled"
 os.environ["NETRC"] = os.devnull
 torch.set_num_threads(1)  # also what makes forking safe
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hides GPUs, except from the tests that are about them.
+
+    What the others show must not depend on the machine; and ranks that are forked cannot train once torch has one.
+    """
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ from mnist.data import read
 from mnist.engine import DivergedError, TrainState, TrainStep, evaluate, train_one_epoch
 from mnist.losses import build_loss
 from mnist.models import build_model
-from mnist.optim import build_optimizer, build_scheduler
+from mnist.optim import WeightAverage, build_optimizer, build_scheduler
 from mnist.runtime import build_accelerator, seed_initial_weights, warm_up
 from mnist.transforms import Augmentation, BatchTransform
 from tests.ranks import run_ranks
@@ -30,10 +30,11 @@ def make_step(
     model: nn.Module | None = None,
     cpu: bool = True,
     capturable: bool = False,
+    average: float = 0.0,
     **optim: Any,
 ) -> tuple[TrainStep, TrainLoader]:
     """A training step on the embedded digits with the small network, and its loader, for this rank."""
-    accelerator = build_accelerator(RuntimeConfig(cpu=cpu, num_threads=1))
+    accelerator = build_accelerator(RuntimeConfig(cpu=cpu, num_threads=1, deterministic=not cpu))
     config = OptimConfig(**{"optimizer": "adam", "lr": 1e-3, **optim})
     seed_initial_weights(0)
     bare = (model or build_model("tinynet")).to(accelerator.device, dtype)
@@ -48,6 +49,7 @@ def make_step(
         transform=lambda images: transform(images).to(dtype),
         augment=Augmentation(ImageConfig(rotation=10, translation=0.1), 0, accelerator.device),
         grad_clip=config.grad_clip,
+        average=WeightAverage(accelerator.unwrap_model(wrapped), average) if average else None,
     )
     loader = TrainLoader(
         DIGITS.train.to(accelerator.device),

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from mnist.batches import Split, TrainLoader
 from mnist.captured import record_cuda_graph, settle_step_mode, why_not
-from mnist.config import OptimConfig, TrainConfig
+from mnist.config import OptimConfig, RunError, TrainConfig
 from mnist.data import FILES, SOURCES
 from mnist.engine import TrainState, TrainStep, train_one_epoch
 from mnist.losses import build_loss
@@ -204,7 +204,10 @@ def project(job: Job) -> Pass:
     side = job.config.image.image_size
     batch = min(len(job.split), job.config.loop.global_batch_size)
     warm_up(accelerator, train_step.model, torch.zeros(batch, 1, side, side, device=accelerator.device))
-    settle_step_mode(train_step, job.config.runtime.step_mode, 1, lambda: loader.steps(0, loader.pass_steps))
+    wanted = job.config.runtime.step_mode
+    mode, remark = settle_step_mode(train_step, wanted, 1, lambda: loader.steps(0, loader.pass_steps))
+    if wanted == "captured" and mode != wanted:
+        raise RunError(f"--step-mode {wanted}: {remark}")
     state = TrainState()
 
     def pauses_at(step: int) -> bool:
