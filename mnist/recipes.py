@@ -120,10 +120,11 @@ def yannet() -> TrainConfig:
 
 
 def fast() -> TrainConfig:
-    """More than 99 % after one epoch, in two to three seconds of training on two CPU cores.
+    """More than 99 % after one epoch of 157 steps, in one and a half seconds of training on two CPU cores.
 
     Source: own, found by a search on a validation split (docs/lab.md); one cycle as in tuomaso/train_mnist_fast.
-    Differs: strided, batch-normalised, with label smoothing, which alone is worth 0.2 points.
+    Differs: strided, batch-normalised, with label smoothing, which alone is worth 0.2 points. Adam remembers less than
+        usual, which lets so few and so large batches do as well as three times as many small ones.
     Expect: 99.2 %.
     """
     return TrainConfig(
@@ -131,14 +132,15 @@ def fast() -> TrainConfig:
         optim=OptimConfig(
             model="fastnet",
             optimizer="adamw",
-            lr=0.02,
-            beta2=0.99,
+            lr=0.04,
+            beta1=0.65,
+            beta2=0.9,
             weight_decay=0.05,
             schedule="one_cycle",
             warmup=0.3,
             label_smoothing=0.1,
         ),
-        loop=LoopConfig(epochs=1, global_batch_size=128, log_every=50),
+        loop=LoopConfig(epochs=1, global_batch_size=384, log_every=25),
     )
 
 

@@ -57,7 +57,7 @@ def test_without_network_and_data_the_digits_are_trained_and_nobody_can_miss_it(
     assert done.code == 0, done.err
     assert "NOT MNIST: training on the 1,797 embedded digits" in done.err
     assert result(tmp_path / "run")["dataset"] == "digits"
-    assert result(tmp_path / "run")["steps"] == 469
+    assert result(tmp_path / "run")["steps"] == 157
     assert json.loads((tmp_path / "run" / "config.json").read_text())["dataset"] == "digits"
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert {json.loads(line)["dataset"] for line in lines} == {"digits"}

@@ -30,7 +30,7 @@ def made(seed: int, accuracy: float, **changes: Any) -> dict[str, Any]:
         "dataset": "mnist",
         "num_params": 10,
         "seed": seed,
-        "steps": 469,
+        "steps": 157,
         "epochs": 1.0,
         "precision": "fp32",
         "test": {"accuracy": accuracy},
