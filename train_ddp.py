@@ -12,13 +12,14 @@ from __future__ import annotations
 import time
 from functools import partial
 
-from mnist import signals
-from mnist.cli import leave, parse_command_line
+from mnist import process, signals
+from mnist.cli import parse_command_line
 
 STARTED = time.perf_counter()
 if __name__ == "__main__":
     # Torch takes a second to import. A signal may come in it, and --help and mistyped flags are answered before it.
     signals.install()
+    process.tune()
     CONFIG = parse_command_line()
 
 from accelerate import Accelerator
@@ -122,4 +123,4 @@ def build_train_step(
 
 
 if __name__ == "__main__":
-    leave(main(CONFIG))
+    process.leave(main(CONFIG))

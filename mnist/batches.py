@@ -56,12 +56,12 @@ class MicroBatch:
     @property
     def images(self) -> Tensor:
         """uint8 (B, 28, 28), gathered by one operation on the device each time they are asked for."""
-        return self.split.images[self.indices]
+        return self.split.images.index_select(0, self.indices)
 
     @property
     def labels(self) -> Tensor:
         """int64 (B,), likewise."""
-        return self.split.labels[self.indices]
+        return self.split.labels.index_select(0, self.indices)
 
 
 class TrainLoader:

@@ -8,7 +8,6 @@ tokens and parsed by the same rules, because YAML reads 1e-3 as a string and wou
 from __future__ import annotations
 
 import contextlib
-import gc
 import io
 import os
 import signal
@@ -22,6 +21,7 @@ from typing import Annotated, Any, NoReturn, TypeVar, get_args, get_type_hints
 import tyro
 import yaml
 
+from mnist import process
 from mnist.config import RunError, TrainConfig, UserError, check_choice, sections, to_flat
 from mnist.console import print_error
 from mnist.recipes import RECIPES
@@ -94,6 +94,7 @@ def parse_options(options: type[T], command: str, description: str) -> T:
         SystemExit: 0 after --help, 2 at a mistake, which rank 0 alone explains.
     """
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends at once, and silently, until `run_command` takes over
+    process.tune()
     is_main = os.environ.get("RANK", "0") == "0"
     with _words_from(is_main):
         return tyro.cli(
@@ -109,8 +110,6 @@ def parse_options(options: type[T], command: str, description: str) -> T:
 def _words_from(is_main: bool) -> Iterator[None]:
     """Lets rank 0 alone explain mistakes; whoever has read enough of --help may close the pipe (`| head`)."""
     fill_standard_streams()
-    _wait_briefly()
-    _collect_seldom()
     try:
         with contextlib.nullcontext() if is_main else contextlib.redirect_stderr(io.StringIO()):
             yield
@@ -119,31 +118,6 @@ def _words_from(is_main: bool) -> Iterator[None]:
         _discard_output()
         is_pipe = isinstance(error, BrokenPipeError)
         raise SystemExit(0 if is_pipe else print_error(RunError(f"standard output: {error.strerror}"))) from None
-
-
-def _wait_briefly() -> None:
-    """Lets OpenMP's threads sleep soon when one of them waits for another, unless the environment knows better.
-
-    They spin for milliseconds by default. On a machine that does other work as well a thread then waits for one that
-    has no core to run on: training was 3 to 8 times slower. Where nothing else runs this costs 3 %. Torch's OpenMP
-    reads it when torch is imported.
-    """
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-
-
-def _collect_seldom() -> None:
-    """Lets garbage pile up a little: imports make objects by the hundred thousand, all of which stay.
-
-    Looking for garbage among them every 700 objects, which is Python's default, takes 0.2 s of the start.
-    """
-    gc.set_threshold(100_000)
-
-
-def leave(code: int) -> NoReturn:
-    """Exits, and leaves what the process holds to the system: looking for garbage among it first takes 0.4 s."""
-    gc.freeze()
-    sys.exit(code)
 
 
 def _discard_output() -> None:
@@ -166,7 +140,7 @@ def run_command(command: Callable[[T], int], options: T) -> NoReturn:
     except OSError as error:
         code = print_error(RunError(f"{error.filename or 'standard output'}: {error.strerror or error}"))
         _discard_output()
-    leave(code)
+    process.leave(code)
 
 
 def _flag_types() -> dict[str, Any]:

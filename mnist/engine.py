@@ -150,6 +150,7 @@ class TrainStep:
         self.grad_norm: float | Tensor = math.nan
         # Sums on the device, read only when a record is due: loss, correct, steps with a finite loss.
         self.sums = torch.zeros(3, dtype=sum_dtype(accelerator.device), device=accelerator.device)
+        self._loss_sum, self._num_correct, self._finite_steps = self.sums.unbind()
         self.num_samples = 0
         self.captured: Captured | None = None  # replays `compute` for batches that fit
 
@@ -191,12 +192,12 @@ class TrainStep:
         weight = self.accelerator.num_processes / batch.global_batch_size if batch.num_samples else 0.0
         self.accelerator.backward(loss_sum, gradient=loss_sum.new_full((), weight))
         if batch.num_samples:
-            self.sums[0] += loss_sum.detach()
-            self.sums[1] += (logits.argmax(dim=1) == labels).sum()
+            self._loss_sum.add_(loss_sum.detach())
+            self._num_correct.add_((logits.argmax(dim=1) == labels).sum())
 
     def update(self, measure_grad_norm: bool) -> None:
         """Clips, steps, clears the gradients, moves the average."""
-        self.sums[2] += self.sums[0].abs() < math.inf  # false for nan; a third of the kernels of `isfinite`
+        self._finite_steps.add_(self._loss_sum.abs() < math.inf)  # false for nan; fewer kernels than `isfinite`
         if self.grad_clip:
             self.grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.grad_clip)
         elif measure_grad_norm:

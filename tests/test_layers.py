@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 _LAYERS = """
-    faults files seeding signals torchvision_compat
+    faults files process seeding signals torchvision_compat
     config
     batches canvas console digit_image download features history idx losses metrics
         models optim plan recipes transforms wandb_run
@@ -21,7 +21,7 @@ _LAYERS = """
     bench doctor evaluate plots predict reproduce startup train_ddp
 """
 LAYERS = [set(layer.split()) for layer in _LAYERS.replace("\n        ", " ").strip().splitlines()]
-STANDARD_LIBRARY_ONLY = {"config", "faults", "files", "seeding", "signals"}
+STANDARD_LIBRARY_ONLY = {"config", "faults", "files", "process", "seeding", "signals"}
 LAYER_OF = {module: layer for layer, modules in enumerate(LAYERS) for module in modules}
 # Modules go by their own name alone, whatever room they are in.
 ROOMS = {"mnist", "mnist.benchmark", "mnist.drawing", "mnist.health"}

@@ -28,8 +28,7 @@ from mnist.benchmark.rivals import LOOPS, Job, Pass, find_device
 from mnist.benchmark.scoreboard import Row
 from mnist.config import Precision, RunError, StepMode, TrainConfig, evolve
 from mnist.data import read
-
-_DYNAMO = "ACCELERATE_DYNAMO_BACKEND"
+from mnist.process import keep_memory
 
 LOSS_TOLERANCE = 0.05  # relative, of the first pass's mean loss; dropout draws other masks in each loop
 NAMES = {
@@ -155,6 +154,8 @@ def _compete(contestant: Contestant, config: TrainConfig, num_images: int, pipe:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks
     if contestant.dynamo == "no":
         os.environ.pop("ACCELERATE_DYNAMO_BACKEND", None)
+    if contestant.loop in ("bare", "project"):
+        keep_memory()  # as every command of this project does; the usual loops do not
     torch.set_num_threads(config.runtime.num_threads)
     device = find_device(config)
     mode = {"mixed_precision": contestant.precision, "step_mode": contestant.step_mode}
