@@ -74,8 +74,8 @@ def train(config: TrainConfig, accelerator: Accelerator) -> int:
         accumulation_steps=plan.accumulation_steps,
     )
 
-    train_step, average = build_train_step(config, plan, accelerator)
-    with Run(config, plan, dataset, choice, accelerator, console, train_step, average, STARTED) as run:
+    train_step = build_train_step(config, plan, accelerator)
+    with Run(config, plan, dataset, choice, accelerator, console, train_step, STARTED) as run:
         if run.is_finished():
             return run.exit_code()
         run.resume()
@@ -94,9 +94,7 @@ def train(config: TrainConfig, accelerator: Accelerator) -> int:
         return run.finish()
 
 
-def build_train_step(
-    config: TrainConfig, plan: Plan, accelerator: Accelerator
-) -> tuple[TrainStep, WeightAverage | None]:
+def build_train_step(config: TrainConfig, plan: Plan, accelerator: Accelerator) -> TrainStep:
     """Network, optimizer and schedule in one step, and the moving average of the weights, where there is one."""
     runtime.seed_initial_weights(config.loop.seed)
     model = build_model(config.optim.model).to(accelerator.device)
@@ -106,8 +104,7 @@ def build_train_step(
     model = accelerator.prepare(model)
     bare_model = accelerator.unwrap_model(model, keep_torch_compile=False)
     scheduler = build_scheduler(optimizer, config.optim, plan.num_steps, plan.epoch_steps)
-    average = WeightAverage(bare_model, config.optim.ema) if config.optim.ema else None
-    step = TrainStep(
+    return TrainStep(
         accelerator=accelerator,
         model=model,
         optimizer=optimizer,
@@ -116,10 +113,9 @@ def build_train_step(
         transform=BatchTransform(config.image),
         augment=Augmentation(config.image, config.loop.seed, accelerator.device),
         grad_clip=config.optim.grad_clip,
-        average=average,
+        average=WeightAverage(bare_model, config.optim.ema) if config.optim.ema else None,
         seed=config.loop.seed,
     )
-    return step, average
 
 
 if __name__ == "__main__":

@@ -22,8 +22,9 @@ from mnist.engine import TrainStep
 
 WARMUP_STEPS = 3
 CHECK_STEPS, CHECK_REPEATS = 2, 2
-DRIFT = 10  # times as far from an eager outcome as other eager ones, at most
-FLOOR = 1e-5  # where eager outcomes differ at all: what is never too far, in parts of a tensor's norm
+# How far a captured outcome may be from an eager one, where eager ones differ at all: so many times as far as they are
+DRIFT = 10
+FLOOR = 1e-5  # from one another, and at least so far, in parts of a tensor's norm.
 
 Replay = Callable[[], object]
 Record = Callable[[Callable[[], object], Sequence[torch.Generator]], Replay]
@@ -148,11 +149,12 @@ def agrees(train_step: TrainStep, captured: CapturedStep, steps: Sequence[Sequen
     def outcome(replay: CapturedStep | None) -> list[Tensor]:
         with _left_as_it_was(train_step):
             for step, micro_batches in enumerate(steps):
+                measures = (len(steps) - step) % 2 == 1  # the last one, and by turns: both recordings are tried
                 if replay is not None and replay.fits(micro_batches):
                     train_step.set_step(step, 0)
-                    replay(micro_batches[0], step % 2 == 0)
+                    replay(micro_batches[0], measures)
                 else:
-                    train_step.compute(micro_batches, step, measure_grad_norm=step % 2 == 0)
+                    train_step.compute(micro_batches, step, measures)
                 for rate in _learning_rates(train_step):
                     rate.mul_(0.5)  # it must be read anew at each step
             tensors = [*_tensors(train_step), torch.as_tensor(train_step.grad_norm)]

@@ -53,10 +53,8 @@ FIXED_FIELDS = (
     *("horizontal_flip", "rotation", "translation", "scale", "shear", "elastic", "elastic_sigma"),
 )
 # ... these may, and are mentioned: they change what happens from here on.
-NOTED_FIELDS = (
-    *("epochs", "max_steps", "lr", "schedule", "warmup", "gamma", "decay_epochs"),
-    *("deterministic", "step_mode"),
-)
+COURSE_FIELDS = ("lr", "schedule", "warmup", "gamma", "decay_epochs")
+NOTED_FIELDS = ("epochs", "max_steps", *COURSE_FIELDS, "deterministic", "step_mode")
 LENGTH_BOUND_SCHEDULES = ("cosine", "one_cycle")
 
 
@@ -239,7 +237,7 @@ def check_compatible(checkpoint: Checkpoint, config: TrainConfig, plan: Plan, fa
         raise UserError("the data files have changed since this run began; use --resume never to start over")
     if plan.num_steps != old_steps and {old["schedule"], new["schedule"]} & set(LENGTH_BOUND_SCHEDULES):
         raise UserError(
-            f"--epochs/--max-steps: the {new['schedule']} schedule was laid out for {old_steps} steps and cannot go on "
+            f"--epochs/--max-steps: the {old['schedule']} schedule was laid out for {old_steps} steps and cannot go on "
             f"to {plan.num_steps}; use --resume never to start over"
         )
     if plan.num_steps < done:

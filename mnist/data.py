@@ -71,7 +71,8 @@ class Choice:
 class Dataset:
     """A data set's splits; `val` is None where nothing is held out.
 
-    `fingerprint` (sha256 of the files) is equal on two machines if their data is; `warnings` are for people.
+    `fingerprint` (16 digits of each file's sha256) is equal on two machines if their data is; `warnings` are for
+    people.
     """
 
     name: str

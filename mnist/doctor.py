@@ -153,9 +153,7 @@ def _explain(error: BaseException, where: str) -> str:
     if isinstance(error, RunError | SystemExit):
         return f"{where}: {reason}"
     if "Duplicate GPU" in reason:  # NCCL finds out before ranks can compare devices
-        return (
-            f"{where} shares its GPU: give each process its own LOCAL_RANK, or its own CUDA_VISIBLE_DEVICES ({reason})"
-        )
+        return f"{where} shares its GPU: give each process of a host its own LOCAL_RANK ({reason})"
     cause = reason.partition(" This is typically")[0]  # gloo's own advice
     return f"{where} has lost another rank, which has died or does not answer ({cause})"
 

@@ -1,8 +1,8 @@
 """The loop: a training step, an epoch, an evaluation. It sees tensors and callables, no configuration and no recipe.
 
 In: a prepared model and optimizer, micro-batches (uint8 images (B, 28, 28), labels int64 (B,)), a loss. Out: plain
-numbers. The host waits for the device, and ranks for one another, only where a record is due and about once a second in
-between. Letters: B images, S side in pixels, P ranks, C chunks of a split.
+numbers. The host waits for the device only where a record is due; ranks wait for one another there, and about once a
+second in between. Letters: B images of a rank's micro-batch, G of the global batch, S side in pixels, P ranks.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from mnist.batches import MicroBatch, Split
 from mnist.config import RunError
 from mnist.metrics import NUM_CLASSES, Scores, add_to_confusion
+from mnist.optim import WeightAverage
 from mnist.seeding import derive_seed
 from mnist.transforms import Augmentation
 
@@ -32,10 +33,10 @@ HEARTBEAT_S = 1.0  # how often ranks compare notes, about
 
 
 class DivergedError(RunError):
-    """The loss is no finite number any more."""
+    """A number is not finite any more: the loss, or what `what` says."""
 
-    def __init__(self, step: int, rank: int) -> None:
-        super().__init__(f"the loss is nan or inf at step {step} on rank {rank}; try a smaller --lr, or --grad-clip 1")
+    def __init__(self, step: int, rank: int, what: str = "the loss is") -> None:
+        super().__init__(f"{what} nan or inf at step {step} on rank {rank}; try a smaller --lr, or --grad-clip 1")
         self.step = step
         self.rank = rank
 
@@ -83,18 +84,6 @@ class TrainRecord:
     images_per_s: float
 
 
-class Average(Protocol):
-    """A moving average of the weights."""
-
-    module: nn.Module
-
-    def set_step(self, step: int) -> None:
-        """Tells the device how much the next update shall weigh: that of step `step`, counted from 1."""
-
-    def update(self) -> None:
-        """Moves the average towards the weights."""
-
-
 class Captured(Protocol):
     """A recording of a step's work on the device, for batches of one size."""
 
@@ -132,7 +121,7 @@ class TrainStep:
         transform: Callable[[Tensor], Tensor],
         augment: Augmentation,
         grad_clip: float = 0.0,
-        average: Average | None = None,
+        average: WeightAverage | None = None,
         seed: int = 0,
     ) -> None:
         self.accelerator = accelerator
@@ -187,17 +176,16 @@ class TrainStep:
         logits = self.model(self.transform(images))  # (B, 10)
         labels = batch.labels
         loss_sum = self.loss_fn(logits, labels).sum()
+        if batch.num_samples:
+            self._loss_sum.add_(loss_sum.detach())
+            self._num_correct.add_((logits.argmax(dim=1) == labels).sum())
         # DDP averages gradients over the P ranks: P / G turns that into the mean over the G images of the global batch,
         # however unevenly they are spread. A stand-in for an empty share weighs nothing.
         weight = self.accelerator.num_processes / batch.global_batch_size if batch.num_samples else 0.0
         self.accelerator.backward(loss_sum, gradient=loss_sum.new_full((), weight))
-        if batch.num_samples:
-            self._loss_sum.add_(loss_sum.detach())
-            self._num_correct.add_((logits.argmax(dim=1) == labels).sum())
 
     def update(self, measure_grad_norm: bool) -> None:
         """Clips, steps, clears the gradients, moves the average."""
-        self._finite_steps.add_(self._loss_sum.abs() < math.inf)  # false for nan; fewer kernels than `isfinite`
         if self.grad_clip:
             self.grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.grad_clip)
         elif measure_grad_norm:
@@ -205,6 +193,7 @@ class TrainStep:
             self.grad_norm = get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self._finite_steps.add_(self._loss_sum.abs() < math.inf)  # false for nan; fewer kernels than `isfinite`
         if self.average is not None:
             self.average.update()
 
@@ -232,13 +221,14 @@ def train_one_epoch(
 ) -> Iterator[TrainRecord]:
     """Runs `steps`, and hands control back with a record after each step at which `pauses_at` is true.
 
-    It ends early, with `state.is_stopping` set and the sums since the last record in `state.interval`, when
-    `heartbeat`, which is called at least about once a second, has said so on any rank. Every rank must exhaust it.
+    It ends early where `state.stop_reason` has been set at a record; and, with `state.is_stopping` set and the sums
+    since the last record in `state.interval`, when `heartbeat` has said so on any rank: it is asked after each step by
+    a single rank, and about once a second where several have to compare notes. Every rank must exhaust it.
 
     Raises:
         DivergedError: on all ranks, when the loss of any of them was not finite.
     """
-    accelerator = train_step.accelerator
+    is_alone = train_step.accelerator.num_processes == 1
     heartbeat_steps, since_heartbeat, started = 1, 0, time.perf_counter()
     train_step.model.train()
     for micro_batches in steps:
@@ -246,8 +236,8 @@ def train_one_epoch(
         train_step(micro_batches, state.step, measure_grad_norm=is_pause)
         state.step += 1
         since_heartbeat += 1
-        alone_and_asked = accelerator.num_processes == 1 and heartbeat()
-        if not (is_pause or since_heartbeat >= heartbeat_steps or alone_and_asked):
+        is_due = heartbeat() if is_alone else since_heartbeat >= heartbeat_steps
+        if not (is_pause or is_due):
             continue
         rows = _compare_notes(train_step, state, heartbeat(), started)
         seconds = max(row[-1] for row in rows)
@@ -257,7 +247,7 @@ def train_one_epoch(
         if is_pause:
             yield _make_record(train_step, state, rows)
             train_step.model.train()  # whoever had control may have evaluated
-        if state.is_stopping:
+        if state.is_stopping or state.stop_reason is not None:
             return
         since_heartbeat, started = 0, time.perf_counter()
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mnist.checkpoint import (
+    COURSE_FIELDS,
     LENGTH_BOUND_SCHEDULES,
     MANIFEST,
     Checkpoint,
@@ -26,7 +27,7 @@ from mnist.checkpoint import (
 from mnist.config import RunError, TrainConfig, UserError, to_flat
 from mnist.engine import TrainState, TrainStep
 from mnist.metrics import Scores
-from mnist.optim import WeightAverage, restore_scheduler
+from mnist.optim import restore_scheduler
 from mnist.plan import Plan
 from mnist.run_dir import RunDir
 
@@ -92,24 +93,24 @@ def find_checkpoint(
         CheckpointError: there are checkpoints, and none is valid.
     """
     wanted = resume_mode(config)
-    skipped: list[str] = []
     if wanted == "never":
         return None
-    if wanted == "auto":
-        saved, skipped = load_newest(directory.checkpoints)
-    elif Path(wanted, MANIFEST).is_file():
+    saved, skipped = load_newest(directory.checkpoints) if wanted == "auto" else (None, [])
+    if saved is None and config.output.resume not in ("auto", "never"):  # also where a restart finds none of its own
+        wanted = config.output.resume
+        if not Path(wanted, MANIFEST).is_file():
+            raise UserError(f"--resume {wanted}: no checkpoint; give auto, never or the path of a step-... directory")
         saved = load_checkpoint(Path(wanted))
-    else:
-        raise UserError(f"--resume {wanted}: no checkpoint; give auto, never or the path of a step-... directory")
     if saved is None:
         return None
     changes = check_compatible(saved, config, plan, facts)
     steps = list_steps(directory.checkpoints)
     later = [path for step, path in steps.items() if step > saved.step]
-    if wanted == "auto":
+    new = to_flat(config)
+    if wanted == "auto" and all(saved.config.get(name) == new[name] for name in COURSE_FIELDS):
         directory.move_aside(later)  # the broken ones, which must not pass for this run's steps again
     else:
-        directory.rewind(saved.step, later)
+        directory.rewind(saved.step, later)  # later steps have gone, or will go, another way
     if saved.loop["best"] is not None and saved.loop["best"]["step"] not in steps:
         saved.loop["best"] = None  # it stayed behind in another directory
     if saved.plan["num_steps"] != plan.num_steps or not _stops_alike(saved.config, config):
@@ -120,7 +121,6 @@ def find_checkpoint(
 
 def capture(
     train_step: TrainStep,
-    average: WeightAverage | None,
     state: TrainState,
     scores: dict[str, Scores],
     *,
@@ -132,8 +132,8 @@ def capture(
     accelerator = train_step.accelerator
     model = accelerator.unwrap_model(train_step.model, keep_torch_compile=False)
     tensors = {"model": module_tensors(model), "optimizer": optimizer_tensors(train_step.optimizer)}
-    if average is not None:
-        tensors["ema"] = module_tensors(average.module)
+    if train_step.average is not None:
+        tensors["ema"] = module_tensors(train_step.average.module)
     return Checkpoint(
         step=state.step,
         tensors=tensors,
@@ -146,12 +146,12 @@ def capture(
     )
 
 
-def restore(saved: Checkpoint, train_step: TrainStep, average: WeightAverage | None) -> TrainState:
+def restore(saved: Checkpoint, train_step: TrainStep) -> TrainState:
     """Puts the live objects where `saved` has them; returns the loop's state. Every rank must call this."""
     accelerator = train_step.accelerator
     accelerator.unwrap_model(train_step.model, keep_torch_compile=False).load_state_dict(saved.tensors["model"])
-    if average is not None:
-        average.module.load_state_dict(saved.tensors["ema"])
+    if train_step.average is not None:
+        train_step.average.module.load_state_dict(saved.tensors["ema"])
     restore_optimizer(train_step.optimizer, saved.tensors["optimizer"])
     restore_scheduler(train_step.scheduler, saved.step)
     if accelerator.scaler is not None and saved.scaler is not None:

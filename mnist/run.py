@@ -35,7 +35,6 @@ from mnist.files import write_json
 from mnist.losses import build_loss
 from mnist.metrics import Scores
 from mnist.models import count_parameters
-from mnist.optim import WeightAverage
 from mnist.plan import Plan
 from mnist.run_dir import RunDir, open_run_dir
 from mnist.wandb_run import wandb_mode
@@ -53,8 +52,7 @@ class Run:
         dataset: splits on the device.
         choice: why it is this one.
         accelerator, console: of this process.
-        train_step: model, optimizer and schedule.
-        average: moving average of the weights, or None.
+        train_step: model, optimizer, schedule and, where there is one, the average of the weights.
         started: `time.perf_counter()` at the start of the process.
     """
 
@@ -65,7 +63,6 @@ class Run:
     accelerator: Accelerator
     console: Console
     train_step: TrainStep
-    average: WeightAverage | None
     started: float
 
     def __post_init__(self) -> None:
@@ -73,7 +70,8 @@ class Run:
         self.model = cast(
             "nn.Sequential", self.accelerator.unwrap_model(self.train_step.model, keep_torch_compile=False)
         )
-        self.eval_model = self.model if self.average is None else cast("nn.Sequential", self.average.module)
+        average = self.train_step.average
+        self.eval_model = self.model if average is None else cast("nn.Sequential", average.module)
         self.eval_loss = build_loss(self.config.optim.loss)  # without smoothing, which is a means of training
         self.scores: dict[str, Scores] = {}  # of this step
         self.val_scores: dict[str, Any] | None = None  # of the last evaluation on validation
@@ -146,7 +144,7 @@ class Run:
         if found is None:
             return
         saved, notes = found
-        self.state = resuming.restore(saved, self.train_step, self.average)
+        self.state = resuming.restore(saved, self.train_step)
         self.val_scores = saved.scores.get("val")
         self._saved_step = self.state.step
         self._has_resumed = True
@@ -310,7 +308,7 @@ class Run:
         if self._saved_step == self.state.step:
             return
         if not all(bool(weight.isfinite().all()) for weight in self.model.parameters()):  # alike on every rank
-            raise DivergedError(self.state.step, self.accelerator.process_index)
+            raise DivergedError(self.state.step, self.accelerator.process_index, "weights are")
         self._together(self._write_checkpoint)
         self._saved_step = self.state.step
 
@@ -325,7 +323,6 @@ class Run:
         assert self._directory is not None
         saved = resuming.capture(
             self.train_step,
-            self.average,
             self.state,
             self.scores,
             config=self.config,
@@ -391,7 +388,7 @@ class Run:
                 saved = load_checkpoint(self._directory.checkpoints / f"step-{best_step:08d}")
             except CheckpointError as error:
                 return str(error)
-            return saved.tensors["model" if self.average is None else "ema"]
+            return saved.tensors["model" if self.train_step.average is None else "ema"]
 
         found = self._together(read)
         if isinstance(found, str):

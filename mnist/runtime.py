@@ -300,7 +300,7 @@ def peak_memory_mb(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
     peak: int = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if resource else 0
-    return peak / 1e6 if sys.platform == "darwin" else peak / 1e3
+    return peak * (1 if sys.platform == "darwin" else 1024) / 1e6
 
 
 def launcher() -> str:

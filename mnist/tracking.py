@@ -53,8 +53,10 @@ def tracker_names(config: OutputConfig) -> list[str]:
     """The names under which Accelerate knows the trackers of this run.
 
     Raises:
-        UserError: --tensorboard without TensorBoard.
+        UserError: --tensorboard without TensorBoard, or W&B asked for without its package.
     """
+    if config.wandb in ("online", "offline") and importlib.util.find_spec("wandb") is None:
+        raise UserError(f"--wandb {config.wandb}: the package is missing; pip install wandb")
     if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise UserError("--tensorboard: the package is missing; pip install tensorboard")
     return [] if wandb_mode(config) == "disabled" else ["wandb"]

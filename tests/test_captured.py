@@ -63,7 +63,8 @@ def test_a_replayed_run_is_the_eager_one(optim: dict[str, Any]) -> None:
     first = next(iter(loader.steps(0, 1)))[0]
     replayed.captured = CapturedStep(replayed, first, recorder(replayed))
     assert torch.equal(weights(replayed), before), "capturing leaves no trace"
-    assert agrees(replayed, replayed.captured, list(loader.steps(0, 9)))
+    for num_steps in (1, 2, 9):
+        assert agrees(replayed, replayed.captured, list(loader.steps(0, num_steps)))
     assert torch.equal(weights(replayed), before), "nor does checking"
     assert train(replayed, loader, 20) == train(eager, loader, 20)
     assert torch.equal(weights(replayed), weights(eager))

@@ -406,7 +406,7 @@ def test_bandwidth_is_what_each_link_carries(world_size: int, share: float) -> N
 
 def test_what_nccl_says_about_two_ranks_on_one_gpu_is_not_taken_for_a_lost_rank() -> None:
     error = RuntimeError("NCCL error ... Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 1000")
-    assert doctor._explain(error, "rank 1 on a").startswith("rank 1 on a shares its GPU: give each process its own")
+    assert doctor._explain(error, "rank 1 on a").startswith("rank 1 on a shares its GPU: give each process of a host")
     assert "has lost another rank" in doctor._explain(RuntimeError("Connection closed by peer"), "rank 1 on a")
 
 

@@ -251,6 +251,38 @@ def test_weights_that_the_last_step_broke_are_not_called_finished(tmp_path: Path
     assert not list((tmp_path / "checkpoints").glob("*")) if (tmp_path / "checkpoints").exists() else True
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_target_ends_the_run_at_the_evaluation_that_reaches_it(tmp_path: Path, world_size: int) -> None:
+    """Not at the end of the epoch, 23 steps later."""
+    arguments = [*SMALL, "--min-accuracy", "None", "--eval-every", "3", "--target-accuracy", "0.02"]
+    assert run_ranks(run, world_size, tmp_path, *arguments) == [0] * world_size
+    assert (result(tmp_path)["steps"], result(tmp_path)["stop_reason"]) == (3, "target reached")
+    assert run_ranks(run, world_size, tmp_path, *arguments) == [0] * world_size, "and it is finished"
+
+
+def test_a_job_that_is_started_again_before_its_first_checkpoint_begins_where_it_had_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_ranks(run, 1, tmp_path / "a", *SMALL)
+    start = str(tmp_path / "a" / "checkpoints" / "step-00000046")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert run_ranks(run, 1, tmp_path / "b", *SMALL, "--resume", start) == [0]
+    assert min(record["step"] for record in metrics(tmp_path / "b")) == 50
+
+
+def test_records_of_steps_that_took_another_way_are_set_aside(tmp_path: Path) -> None:
+    """Killed at step 40, with records of steps to 30 and a checkpoint of 23; goes on with another learning rate."""
+    arguments = [*SMALL, "--schedule", "constant"]
+    with pytest.raises(RuntimeError, match="a rank died"):
+        run_ranks(run, 1, tmp_path, *arguments, "--inject", "kill@rank0:35")
+    assert [record["step"] for record in metrics(tmp_path) if record["split"] == "train"] == [10, 20, 23, 30]
+    assert run_ranks(run, 1, tmp_path, *arguments, "--lr", "1e-6") == [0]
+    assert {record["lr"] for record in metrics(tmp_path) if record["split"] == "train" and record["step"] > 23} == {
+        1e-6
+    }
+    assert list(tmp_path.glob("before-*/metrics.jsonl"))
+
+
 def test_a_restarted_job_goes_on_even_if_its_command_says_never(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

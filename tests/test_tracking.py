@@ -276,6 +276,14 @@ def records_of(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.parametrize("mode", ["online", "offline"])
+def test_wandb_that_is_asked_for_and_not_installed_is_a_mistake(monkeypatch: pytest.MonkeyPatch, mode: Any) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install wandb"):
+        tracking.tracker_names(OutputConfig(wandb=mode))
+    tracking.tracker_names(OutputConfig(wandb="auto"))
+
+
 def test_tensorboard_that_is_not_installed_is_a_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install tensorboard"):

@@ -135,8 +135,8 @@ def judge_devices(facts: Sequence[Fact]) -> Judgement:
         uuid = fact.value["uuid"]
         if uuid in holders:
             return "fail", (
-                f"{holders[uuid].where} and {fact.where} share GPU {uuid}: give each process its own LOCAL_RANK, or "
-                "its own CUDA_VISIBLE_DEVICES"
+                f"{holders[uuid].where} and {fact.where} share GPU {uuid}: give each process of a "
+                "host its own LOCAL_RANK"
             )
         if uuid is not None:
             holders[uuid] = fact
