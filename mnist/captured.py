@@ -22,9 +22,9 @@ from mnist.engine import TrainStep
 
 WARMUP_STEPS = 3
 CHECK_STEPS, CHECK_REPEATS = 2, 2
-# How far a captured outcome may be from an eager one, where eager ones differ at all: so many times as far as they are
+# Where eager outcomes differ from one another, a captured one may be off by DRIFT times as much, or by FLOOR.
 DRIFT = 10
-FLOOR = 1e-5  # from one another, and at least so far, in parts of a tensor's norm.
+FLOOR = 1e-5  # in parts of a tensor's norm
 
 Replay = Callable[[], object]
 Record = Callable[[Callable[[], object], Sequence[torch.Generator]], Replay]

@@ -235,9 +235,10 @@ def check_compatible(checkpoint: Checkpoint, config: TrainConfig, plan: Plan, fa
     old_steps = checkpoint.plan["num_steps"]
     if checkpoint.facts["data_files"] != facts["data_files"]:
         raise UserError("the data files have changed since this run began; use --resume never to start over")
-    if plan.num_steps != old_steps and {old["schedule"], new["schedule"]} & set(LENGTH_BOUND_SCHEDULES):
+    bound = [name for name in (old["schedule"], new["schedule"]) if name in LENGTH_BOUND_SCHEDULES]
+    if plan.num_steps != old_steps and bound:
         raise UserError(
-            f"--epochs/--max-steps: the {old['schedule']} schedule was laid out for {old_steps} steps and cannot go on "
+            f"--epochs/--max-steps: the {bound[0]} schedule was laid out for {old_steps} steps and cannot go on "
             f"to {plan.num_steps}; use --resume never to start over"
         )
     if plan.num_steps < done:

@@ -1,8 +1,9 @@
 """The loop: a training step, an epoch, an evaluation. It sees tensors and callables, no configuration and no recipe.
 
 In: a prepared model and optimizer, micro-batches (uint8 images (B, 28, 28), labels int64 (B,)), a loss. Out: plain
-numbers. The host waits for the device only where a record is due; ranks wait for one another there, and about once a
-second in between. Letters: B images of a rank's micro-batch, G of the global batch, S side in pixels, P ranks.
+numbers. The host waits for the device, and ranks for one another, only where a record is due and, if there are several
+ranks, about once a second in between. Letters: B images of a rank's micro-batch, G of the global batch, S side in
+pixels, P ranks.
 """
 
 from __future__ import annotations

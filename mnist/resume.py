@@ -106,11 +106,12 @@ def find_checkpoint(
     changes = check_compatible(saved, config, plan, facts)
     steps = list_steps(directory.checkpoints)
     later = [path for step, path in steps.items() if step > saved.step]
-    new = to_flat(config)
-    if wanted == "auto" and all(saved.config.get(name) == new[name] for name in COURSE_FIELDS):
-        directory.move_aside(later)  # the broken ones, which must not pass for this run's steps again
+    last, new = directory.read("config.json") or saved.config, to_flat(config)  # of the start that made later records
+    is_other_course = any(last.get(name) != new[name] for name in COURSE_FIELDS)
+    if is_other_course or (wanted != "auto" and not is_restart()):
+        directory.rewind(saved.step, later)
     else:
-        directory.rewind(saved.step, later)  # later steps have gone, or will go, another way
+        directory.move_aside(later)  # the broken ones, which must not pass for this run's steps again
     if saved.loop["best"] is not None and saved.loop["best"]["step"] not in steps:
         saved.loop["best"] = None  # it stayed behind in another directory
     if saved.plan["num_steps"] != plan.num_steps or not _stops_alike(saved.config, config):

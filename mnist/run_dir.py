@@ -19,7 +19,7 @@ from typing import Any, TextIO
 with contextlib.suppress(ImportError):  # Windows has none
     import fcntl
 
-from mnist.config import RUNS, TrainConfig, UserError, sections, to_flat
+from mnist.config import RUNS, RunError, TrainConfig, UserError, sections, to_flat
 from mnist.files import read_json, write_atomically, write_json
 
 UNFINISHED = ("running", "preempted")
@@ -67,7 +67,10 @@ class RunDir:
         """
         metrics = self.path / "metrics.jsonl"
         lines = metrics.read_bytes().splitlines(keepends=True) if metrics.exists() else []
-        kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= step]
+        try:
+            kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= step]
+        except (ValueError, KeyError, TypeError) as error:
+            raise RunError(f"{metrics}: a line is no record; mend it, or start over elsewhere") from error
         if not later and kept == lines:
             return
         self.move_aside([path for path in (*later, metrics, self.path / "wandb_id") if path.exists()])

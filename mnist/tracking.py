@@ -53,7 +53,7 @@ def tracker_names(config: OutputConfig) -> list[str]:
     """The names under which Accelerate knows the trackers of this run.
 
     Raises:
-        UserError: --tensorboard without TensorBoard, or W&B asked for without its package.
+        UserError: --tensorboard without TensorBoard, or --wandb online or offline without W&B's package.
     """
     if config.wandb in ("online", "offline") and importlib.util.find_spec("wandb") is None:
         raise UserError(f"--wandb {config.wandb}: the package is missing; pip install wandb")

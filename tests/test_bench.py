@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,12 @@ def test_the_usual_loop_starts_where_the_bare_one_starts() -> None:
 
 def test_the_bare_loop_computes_the_same_when_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a GPU the work stands in for its recording; 300 images are two full batches and a short one."""
-    monkeypatch.setattr(rivals, "record_cuda_graph", lambda work, _: work)
+
+    def record(work: Callable[[], object], _: object) -> Callable[[], object]:
+        work()
+        return work
+
+    monkeypatch.setattr(rivals, "record_cuda_graph", record)
     sizes = {"num_images": 300, "global_batch_size": 128}
     captured, eager = LOOPS["bare"](job(step_mode="captured", **sizes)), LOOPS["bare"](job(**sizes))
     for index in range(3):
@@ -135,6 +141,8 @@ def test_each_step_mode_has_its_own_limit() -> None:
 def test_loops_that_compute_something_else_are_not_compared(loss: float) -> None:
     check_losses([entry("bare", [1]), entry("project", [1], loss=2.05)])
     check_losses([entry("bare", [1], precision="bf16"), entry("project", [1], loss=loss)])
+    with pytest.raises(RunError, match="bare loop, fp32, captured"):
+        check_losses([entry("bare", [1]), entry("bare", [1], loss=loss, step_mode="captured")])
     with pytest.raises(RunError, match="do not compute the same"):
         check_losses([entry("bare", [1]), entry("project", [1], loss=loss)])
 

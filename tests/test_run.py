@@ -268,19 +268,21 @@ def test_a_job_that_is_started_again_before_its_first_checkpoint_begins_where_it
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert run_ranks(run, 1, tmp_path / "b", *SMALL, "--resume", start) == [0]
     assert min(record["step"] for record in metrics(tmp_path / "b")) == 50
+    assert not list((tmp_path / "b").glob("before-*"))
 
 
-def test_records_of_steps_that_took_another_way_are_set_aside(tmp_path: Path) -> None:
-    """Killed at step 40, with records of steps to 30 and a checkpoint of 23; goes on with another learning rate."""
-    arguments = [*SMALL, "--schedule", "constant"]
-    with pytest.raises(RuntimeError, match="a rank died"):
-        run_ranks(run, 1, tmp_path, *arguments, "--inject", "kill@rank0:35")
-    assert [record["step"] for record in metrics(tmp_path) if record["split"] == "train"] == [10, 20, 23, 30]
-    assert run_ranks(run, 1, tmp_path, *arguments, "--lr", "1e-6") == [0]
-    assert {record["lr"] for record in metrics(tmp_path) if record["split"] == "train" and record["step"] > 23} == {
-        1e-6
-    }
-    assert list(tmp_path.glob("before-*/metrics.jsonl"))
+@pytest.mark.parametrize(("rates", "kept"), [("ab", 0), ("aba", 0), ("abb", 1), ("aa", 1)])
+def test_records_of_another_course_are_set_aside_and_no_others(tmp_path: Path, rates: str, kept: int) -> None:
+    """Killed at step 35 with records to 30 and a checkpoint of 23, time and again; the last start goes to the end."""
+    arguments = [*SMALL, "--schedule", "constant", "--checkpoint-every", "23"]
+    lr = {"a": 1e-3, "b": 1e-6}
+    for rate in rates[:-1]:
+        with pytest.raises(RuntimeError, match="a rank died"):
+            run_ranks(run_and_signal, 1, signal.SIGKILL, 35, 0, tmp_path, *arguments, "--lr", str(lr[rate]))
+    folders = set(tmp_path.glob("before-*"))
+    assert run_ranks(run, 1, tmp_path, *arguments, "--lr", str(lr[rates[-1]])) == [0]
+    assert {r["lr"] for r in metrics(tmp_path) if r["split"] == "train" and r["step"] > 23} == {lr[rates[-1]]}
+    assert (set(tmp_path.glob("before-*")) == folders) is bool(kept)
 
 
 def test_a_restarted_job_goes_on_even_if_its_command_says_never(

@@ -245,18 +245,17 @@ def relative_difference(entry: Entry, limit: Entry) -> float:
 
 
 def check_losses(entries: Sequence[Entry]) -> None:
-    """The project and the bare loop of the same precision compute the same thing.
+    """The project and the bare loop, captured or not, compute the same as the eager bare loop of their precision.
 
     Raises:
         RunError: they do not, and a comparison of their speed would mean nothing.
     """
     for entry in entries:
         for limit in entries:
-            is_pair = entry.contestant.loop == "project" and limit.contestant == Contestant(
-                "bare", entry.contestant.precision
-            )
+            who = entry.contestant
+            is_pair = who.loop in ("project", "bare") and limit.contestant == Contestant("bare", who.precision)
             if is_pair and not relative_difference(entry, limit) <= LOSS_TOLERANCE:
                 raise RunError(
-                    f"the first pass of {describe(entry.contestant)} has loss {entry.losses[0]:.4f} in this project "
-                    f"and {limit.losses[0]:.4f} in the bare loop: they do not compute the same"
+                    f"{NAMES[who.loop]}, {describe(who)}: the first pass has a loss of {entry.losses[0]:.4f}, and of "
+                    f"{limit.losses[0]:.4f} in the eager bare loop: they do not compute the same"
                 )

@@ -7,6 +7,7 @@ constant learning rate.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,7 +174,13 @@ def bare(job: Job) -> Pass:
         optimizer.zero_grad()
         return loss.detach()
 
-    train_full_batch = _captured(train_batch, batch, device) if is_captured else train_batch
+    train_full_batch: Callable[[Tensor], Tensor] = train_batch
+    if is_captured:
+        initial = copy.deepcopy(model.state_dict())
+        train_full_batch = _captured(train_batch, batch, device)
+        model.load_state_dict(initial)
+        for value in (value for state in optimizer.state.values() for value in state.values()):
+            value.zero_()  # in place, where the graph has it
 
     def train_pass(index: int) -> Sums:
         parts = order_of(index).to(device).split(batch)
@@ -184,7 +191,7 @@ def bare(job: Job) -> Pass:
 
 
 def _captured(train_batch: Callable[[Tensor], Tensor], batch: int, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """`train_batch` as a CUDA graph, for `batch` images; recording it has trained on a few batches of one image."""
+    """`train_batch` as a CUDA graph, for `batch` images; recording it trains on a few batches of one image."""
     indices, loss = torch.zeros(batch, dtype=torch.int64, device=device), torch.zeros((), device=device)
     replay = record_cuda_graph(lambda: loss.copy_(train_batch(indices)), [])
 
