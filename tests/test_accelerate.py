@@ -28,7 +28,9 @@ from tests.processes import CONFIGURED, ROOT, TORCHRUN, finish, train
 from tests.ranks import run_ranks
 from tests.test_engine import DIGITS, make_step
 
-COUNT = "from accelerate import Accelerator; print('processes', Accelerator().num_processes)"
+COUNT = (
+    "from accelerate import Accelerator; print(f'processes {Accelerator().num_processes}\\n', end='')"  # in one piece
+)
 
 
 def seedable(seed: int, accelerator: Accelerator | None = None) -> Any:
