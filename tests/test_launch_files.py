@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from contextlib import ExitStack
@@ -212,6 +213,11 @@ ELASTIC = [
 ]
 
 
+def is_listening(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
+
+
 @pytest.mark.launch
 @pytest.mark.timeout(400)
 def test_an_elastic_job_loses_a_machine_goes_on_and_takes_it_back(tmp_path: Path) -> None:
@@ -226,6 +232,7 @@ def test_an_elastic_job_loses_a_machine_goes_on_and_takes_it_back(tmp_path: Path
 
     with started(command, tmp_path, **WITHOUT_GPUS, **environment) as first:
         num_records = 4  # a checkpoint or two
+        wait_until(lambda: is_listening(int(environment["MASTER_PORT"])))  # or the other one might keep the books
         with started(command, tmp_path, **WITHOUT_GPUS, **environment) as second:
             wait_until(lambda: goes_on(2), timeout=120)
             for pid in [second.pid, *members(second)]:
