@@ -32,7 +32,7 @@ from mnist.console import Console, print_error
 from mnist.engine import TrainStep, train_one_epoch
 from mnist.losses import build_loss
 from mnist.models import build_model
-from mnist.optim import WeightAverage, build_optimizer, build_scheduler
+from mnist.optim import LearningRate, WeightAverage, build_optimizer
 from mnist.plan import Plan, build_plan
 from mnist.run import Run
 from mnist.transforms import Augmentation, BatchTransform
@@ -103,12 +103,11 @@ def build_train_step(config: TrainConfig, plan: Plan, accelerator: Accelerator) 
     optimizer = runtime.prepare_optimizer(accelerator, optimizer)
     model = accelerator.prepare(model)
     bare_model = accelerator.unwrap_model(model, keep_torch_compile=False)
-    scheduler = build_scheduler(optimizer, config.optim, plan.num_steps, plan.epoch_steps)
     return TrainStep(
         accelerator=accelerator,
         model=model,
         optimizer=optimizer,
-        scheduler=scheduler,
+        learning_rate=LearningRate(optimizer, config.optim, plan.num_steps, plan.epoch_steps),
         loss_fn=build_loss(config.optim.loss, config.optim.label_smoothing),
         transform=BatchTransform(config.image),
         augment=Augmentation(config.image, config.loop.seed, accelerator.device),

@@ -84,7 +84,8 @@ from mnist.benchmark.contest import Contestant, check_losses, compare, hold_cont
 from mnist.benchmark.rivals import has_torchvision_files
 from mnist.benchmark.scaling import ALONE, PROJECT, Turn, measure_scaling
 from mnist.benchmark.scoreboard import Report, Row, environment, publish
-from mnist.runtime import num_usable_cores, open_accelerator
+from mnist.process import num_usable_cores
+from mnist.runtime import open_accelerator
 from mnist.transforms import Augmentation
 
 ROOT = Path(__file__).parents[1]

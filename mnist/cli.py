@@ -22,7 +22,7 @@ import tyro
 import yaml
 
 from mnist import process
-from mnist.config import RunError, TrainConfig, UserError, check_choice, sections, to_flat
+from mnist.config import RunError, TrainConfig, UserError, check_choice, choices_of, sections, to_flat
 from mnist.console import print_error
 from mnist.recipes import RECIPES
 from mnist.signals import fill_standard_streams
@@ -181,11 +181,7 @@ def _last_value(tokens: Sequence[str], flag: str) -> str | None:
 
 def _check_choices(tokens: Sequence[str]) -> None:
     """Names the flag, the valid values and the likely meant one, which tyro does for flags but not for values."""
-    choices = {
-        flag: [c for part in (hint, *get_args(hint)) for c in get_args(part) if isinstance(c, str)]
-        for flag, hint in _flag_types().items()
-    }
-    choices["--recipe"] = list(RECIPES)
+    choices = {flag: choices_of(hint) for flag, hint in _flag_types().items()} | {"--recipe": list(RECIPES)}
     for flag, value in pairwise(tokens):
         valid = choices.get(flag)
         is_none = value == "None" and type(None) in get_args(_flag_types()[flag]) if valid else False

@@ -57,6 +57,11 @@ def check_choice(flag: str, value: str, valid: Sequence[str]) -> None:
         raise UserError(f"{flag} {value}: unknown; {hint}choose from {', '.join(valid)}")
 
 
+def choices_of(hint: Any) -> list[str]:
+    """The words that a field of this type takes: those of a Literal, optional or not; none for other types."""
+    return [choice for part in (hint, *get_args(hint)) for choice in get_args(part) if isinstance(choice, str)]
+
+
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise UserError(message)
@@ -65,7 +70,7 @@ def _require(condition: bool, message: str) -> None:
 def _check_types(section: Any) -> None:
     """Choices are among the valid ones and numbers finite, for code that builds a configuration by hand too."""
     for name, hint in get_type_hints(type(section)).items():
-        choices = [choice for part in (hint, *get_args(hint)) for choice in get_args(part) if isinstance(choice, str)]
+        choices = choices_of(hint)
         value = getattr(section, name)
         if choices and value is not None:
             check_choice("--" + name.replace("_", "-"), str(value), choices)

@@ -20,12 +20,11 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
 from mnist.batches import MicroBatch, Split
 from mnist.config import RunError
 from mnist.metrics import NUM_CLASSES, Scores, add_to_confusion
-from mnist.optim import WeightAverage
+from mnist.optim import LearningRate, WeightAverage
 from mnist.seeding import derive_seed
 from mnist.transforms import Augmentation
 
@@ -102,7 +101,7 @@ class TrainStep:
         accelerator: for backward passes, clipping and synchronisation.
         model: prepared; images (B, 1, S, S) float32 -> logits (B, 10).
         optimizer: prepared.
-        scheduler: not prepared; stepped once per step.
+        learning_rate: the schedule.
         loss_fn: (logits, labels) -> loss of each sample (B,).
         transform: pixels (B, 28, 28) -> network input (B, 1, S, S).
         augment: pixels (B, 28, 28) -> pixels (B, 28, 28), seeded by step.
@@ -117,7 +116,7 @@ class TrainStep:
         accelerator: Accelerator,
         model: nn.Module,
         optimizer: Optimizer,
-        scheduler: LambdaLR,
+        learning_rate: LearningRate,
         loss_fn: Callable[[Tensor, Tensor], Tensor],
         transform: Callable[[Tensor], Tensor],
         augment: Augmentation,
@@ -127,8 +126,9 @@ class TrainStep:
     ) -> None:
         self.accelerator = accelerator
         self.model = model
+        self.bare_model: nn.Module = accelerator.unwrap_model(model, keep_torch_compile=False)
         self.optimizer = optimizer
-        self.scheduler = scheduler
+        self.learning_rate = learning_rate
         self.loss_fn = loss_fn
         self.transform = transform
         self.augment = augment
@@ -136,7 +136,7 @@ class TrainStep:
         self.average = average
         self.seed = seed
         self.rank: int = accelerator.process_index
-        self.lr: float | Tensor = math.nan
+        self.lr = math.nan
         self.grad_norm: float | Tensor = math.nan
         # Sums on the device, read only when a record is due: loss, correct, steps with a finite loss.
         self.sums = torch.zeros(3, dtype=sum_dtype(accelerator.device), device=accelerator.device)
@@ -146,14 +146,13 @@ class TrainStep:
 
     def __call__(self, micro_batches: Sequence[MicroBatch], step: int, measure_grad_norm: bool = False) -> None:
         """Trains on one global batch; `step` counts the steps done before it."""
+        self.lr = self.learning_rate.set_step(step)
         if self.captured is not None and self.captured.fits(micro_batches):
             self.set_step(step, 0)
             self.captured(micro_batches[0], measure_grad_norm)
         else:
             self.compute(micro_batches, step, measure_grad_norm)
         self.num_samples += sum(batch.num_samples for batch in micro_batches)
-        self.lr = self.scheduler.get_last_lr()[0]
-        self.scheduler.step()  # also where the fp16 scaler has skipped an update: asking would wait for the device
 
     def compute(self, micro_batches: Sequence[MicroBatch], step: int, measure_grad_norm: bool = False) -> None:
         """The device's share of a step: gradients of all micro-batches, then one update."""
@@ -194,7 +193,7 @@ class TrainStep:
             self.grad_norm = get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self._finite_steps.add_(self._loss_sum.abs() < math.inf)  # false for nan; fewer kernels than `isfinite`
+        self._finite_steps.add_(self._loss_sum < math.inf)  # false for nan; losses are not negative
         if self.average is not None:
             self.average.update()
 
@@ -287,7 +286,7 @@ def _make_record(train_step: TrainStep, state: TrainState, rows: list[list[float
         loss=loss_sum / num_samples,
         accuracy=num_correct / num_samples,
         num_samples=int(num_samples),
-        lr=float(train_step.lr),
+        lr=train_step.lr,
         grad_norm=float(train_step.grad_norm),
         images_per_s=num_samples / seconds,
     )

@@ -19,6 +19,7 @@ from typing import Literal
 from mnist.cli import RunOption, parse_options, run_command
 from mnist.config import Dataset as DatasetName
 from mnist.config import Evaluation, Precision, RuntimeConfig, UserError
+from mnist.process import num_usable_cores
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def _settle_runtime(trained: RuntimeConfig, options: Options) -> RuntimeConfig:
     precision = options.mixed_precision or trained.mixed_precision
     if options.mixed_precision is None and precision == "fp16" and (options.cpu or not torch.cuda.is_available()):
         precision = "no"
-    share = runtime.num_usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    share = num_usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     threads = options.num_threads or (trained.num_threads if trained.num_threads <= share else 0)
     return replace(trained, mixed_precision=precision, num_threads=threads, cpu=options.cpu)
 

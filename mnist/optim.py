@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
 from mnist.config import OptimConfig
 
@@ -99,14 +98,34 @@ def _half_cosine(start: float, end: float, fraction: float) -> float:
     return end + (start - end) * (1 + math.cos(math.pi * min(fraction, 1.0))) / 2
 
 
-def build_scheduler(optimizer: Optimizer, config: OptimConfig, num_steps: int, epoch_steps: int) -> LambdaLR:
-    """A scheduler to be stepped once per optimizer step, on every rank alike.
+class LearningRate:
+    """The schedule at work: writes each step's rate into the optimizer.
 
-    It must not go through `accelerator.prepare`, which would step it once per process (accelerate#2926).
+    There is nothing in it to be saved, stepped or prepared. (A prepared scheduler of torch would step once per process,
+    accelerate#2926. Where the gradient scaler of fp16 skips an update, the schedule goes on: asking it would wait for
+    the device.)
+
+    Args:
+        optimizer: of which all parameters have one rate.
+        config: names the schedule; its `lr` is the peak.
+        num_steps: length of the run.
+        epoch_steps: steps that count as one epoch.
     """
-    scheduler = LambdaLR(optimizer, lr_factor(config, num_steps, epoch_steps))
-    scheduler.base_lrs = [config.lr] * len(scheduler.base_lrs)  # numbers, also where the optimizer's is on a GPU
-    return scheduler
+
+    def __init__(self, optimizer: Optimizer, config: OptimConfig, num_steps: int, epoch_steps: int) -> None:
+        self.optimizer = optimizer
+        self.peak = config.lr
+        self.factor = lr_factor(config, num_steps, epoch_steps)
+
+    def set_step(self, step: int) -> float:
+        """Sets the rate of the step that follows `step` steps; returns it."""
+        rate = self.peak * self.factor(step)
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)  # a CUDA graph reads it where it is
+            else:
+                group["lr"] = rate
+        return rate
 
 
 class WeightAverage:
@@ -142,15 +161,3 @@ class WeightAverage:
         torch._foreach_add_(self._averages, changes)
         if self._counters:
             torch._foreach_copy_(self._counters, self._counter_sources)
-
-
-def restore_scheduler(scheduler: LambdaLR, step: int) -> None:
-    """Puts a schedule at `step` steps; the peak stays the configured one, even if a checkpoint's differed."""
-    rates = [base * factor(step) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
-    scheduler.last_epoch = step
-    scheduler._last_lr = rates
-    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
-        if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(rate)  # a CUDA graph reads it where it is
-        else:
-            group["lr"] = rate

@@ -1,16 +1,20 @@
-"""The process as a whole: what is set before torch is imported, and how it ends.
+"""The process as a whole: what it runs on, what is set before torch is imported, and how it ends.
 
-In: nothing. Out: settings of OpenMP, of the C library and of Python itself. Standard library only.
+In: what the system says. Out: cores; settings of OpenMP, of the C library and of Python itself. Standard library only.
 """
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import math
 import os
+import platform
 import sys
+from pathlib import Path
 from typing import NoReturn
 
+_CPUINFO, _CPU_QUOTA = Path("/proc/cpuinfo"), Path("/sys/fs/cgroup/cpu.max")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # names of glibc's malloc.h
 
 
@@ -45,6 +49,36 @@ def keep_memory() -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # bytes; the most that it takes
         mallopt(_M_TRIM_THRESHOLD, 1 << 30)
+
+
+def usable_cores() -> list[int]:
+    """Cores that this process may run on: its affinity mask, where the platform has one."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+
+
+def cpu_quota() -> float | None:
+    """How many cores' time this process's container may use (Linux control groups, version 2); None = no limit."""
+    try:
+        limit, period = _CPU_QUOTA.read_text(encoding="ascii").split()
+    except OSError:
+        return None
+    return None if limit == "max" else int(limit) / int(period)
+
+
+def num_usable_cores() -> int:
+    """As many threads as can run at a time; more of them than a container's quota would all be stopped by turns."""
+    cores, quota = len(usable_cores()), cpu_quota()
+    return cores if quota is None else min(cores, math.ceil(quota))
+
+
+def cpu_name() -> str:
+    """The processor's name."""
+    try:
+        lines = _CPUINFO.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def leave(code: int) -> NoReturn:

@@ -11,8 +11,6 @@ again, so that an interrupted call goes on where it was; rows of other recipes a
 from __future__ import annotations
 
 import json
-import os
-import platform
 import re
 import statistics
 import subprocess
@@ -24,6 +22,7 @@ from typing import Any
 from mnist.cli import parse_options, run_command
 from mnist.config import RunError, UserError, check_choice
 from mnist.files import read_json, write_atomically, write_json
+from mnist.process import cpu_name, num_usable_cores
 from mnist.recipes import RECIPES
 
 ROOT = Path(__file__).parents[1]
@@ -130,7 +129,7 @@ def summarise(recipe: str, runs: list[dict[str, Any]], *, is_sample: bool = Fals
         "train_time_s": statistics.fmean(times),
         "train_time_is_extrapolated": is_sample,
         "total_time_s": None if is_sample else statistics.fmean(run["total_time_s"] for run in runs),
-        "hardware": cpu_name() if device == "cpu" else device,
+        "hardware": f"{cpu_name()}, {num_usable_cores()} cores" if device == "cpu" else device,
         "threads": environment["threads_per_process"],
         "precision": first["precision"],
         "torch": environment["packages"]["torch"],
@@ -194,17 +193,6 @@ def _time(row: dict[str, Any] | None) -> str:
     seconds = row["train_time_s"]
     time = f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 3600:.1f} h"
     return f"{time}, extrapolated" if row["train_time_is_extrapolated"] else time
-
-
-def cpu_name() -> str:
-    """The processor's name and the number of cores that this process may use."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {cores} cores"
 
 
 if __name__ == "__main__":

@@ -27,7 +27,6 @@ from mnist.checkpoint import (
 from mnist.config import RunError, TrainConfig, UserError, to_flat
 from mnist.engine import TrainState, TrainStep
 from mnist.metrics import Scores
-from mnist.optim import restore_scheduler
 from mnist.plan import Plan
 from mnist.run_dir import RunDir
 
@@ -130,16 +129,15 @@ def capture(
     facts: dict[str, Any],
 ) -> Checkpoint:
     """The state of a run after the step that it has just done."""
-    accelerator = train_step.accelerator
-    model = accelerator.unwrap_model(train_step.model, keep_torch_compile=False)
-    tensors = {"model": module_tensors(model), "optimizer": optimizer_tensors(train_step.optimizer)}
+    scaler = train_step.accelerator.scaler
+    tensors = {"model": module_tensors(train_step.bare_model), "optimizer": optimizer_tensors(train_step.optimizer)}
     if train_step.average is not None:
         tensors["ema"] = module_tensors(train_step.average.module)
     return Checkpoint(
         step=state.step,
         tensors=tensors,
         loop=dataclasses.asdict(state),
-        scaler=None if accelerator.scaler is None else accelerator.scaler.state_dict(),
+        scaler=None if scaler is None else scaler.state_dict(),
         config=to_flat(config),
         plan=dataclasses.asdict(plan),
         facts=facts,
@@ -149,14 +147,13 @@ def capture(
 
 def restore(saved: Checkpoint, train_step: TrainStep) -> TrainState:
     """Puts the live objects where `saved` has them; returns the loop's state. Every rank must call this."""
-    accelerator = train_step.accelerator
-    accelerator.unwrap_model(train_step.model, keep_torch_compile=False).load_state_dict(saved.tensors["model"])
+    train_step.bare_model.load_state_dict(saved.tensors["model"])
     if train_step.average is not None:
         train_step.average.module.load_state_dict(saved.tensors["ema"])
     restore_optimizer(train_step.optimizer, saved.tensors["optimizer"])
-    restore_scheduler(train_step.scheduler, saved.step)
-    if accelerator.scaler is not None and saved.scaler is not None:
-        accelerator.scaler.load_state_dict(saved.scaler)
+    scaler = train_step.accelerator.scaler
+    if scaler is not None and saved.scaler is not None:
+        scaler.load_state_dict(saved.scaler)
     state = TrainState(**{**saved.loop, "is_stopping": False})
     train_step.load_sums(state.interval)
     return state

@@ -67,9 +67,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self.state = TrainState()
-        self.model = cast(
-            "nn.Sequential", self.accelerator.unwrap_model(self.train_step.model, keep_torch_compile=False)
-        )
+        self.model = cast("nn.Sequential", self.train_step.bare_model)
         average = self.train_step.average
         self.eval_model = self.model if average is None else cast("nn.Sequential", average.module)
         self.eval_loss = build_loss(self.config.optim.loss)  # without smoothing, which is a means of training

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mnist.config import MachineError, RunError, RuntimeConfig, UserError
+from mnist.process import num_usable_cores
 from mnist.seeding import derive_seed
 
 try:
@@ -137,11 +138,6 @@ def _has_accelerator() -> bool:
 def _set_threads(num_threads: int, local_world_size: int) -> None:
     """Launchers set OMP_NUM_THREADS=1 unasked; a rank is better off with its share of the cores it may use."""
     torch.set_num_threads(num_threads or max(1, num_usable_cores() // local_world_size))
-
-
-def num_usable_cores() -> int:
-    """Cores that this process may run on (affinity mask, where the platform has one)."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _set_determinism(deterministic: bool) -> None:

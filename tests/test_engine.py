@@ -13,7 +13,7 @@ from mnist.data import read
 from mnist.engine import DivergedError, TrainState, TrainStep, evaluate, train_one_epoch
 from mnist.losses import build_loss
 from mnist.models import build_model
-from mnist.optim import WeightAverage, build_optimizer, build_scheduler
+from mnist.optim import LearningRate, WeightAverage, build_optimizer
 from mnist.runtime import build_accelerator, seed_initial_weights, warm_up
 from mnist.transforms import Augmentation, BatchTransform
 from tests.ranks import run_ranks
@@ -44,7 +44,7 @@ def make_step(
         accelerator=accelerator,
         model=wrapped,
         optimizer=optimizer,
-        scheduler=build_scheduler(optimizer, config, 100, 10),
+        learning_rate=LearningRate(optimizer, config, 100, 10),
         loss_fn=loss_fn or build_loss("cross_entropy"),
         transform=lambda images: transform(images).to(dtype),
         augment=Augmentation(ImageConfig(rotation=10, translation=0.1), 0, accelerator.device),

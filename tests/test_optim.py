@@ -7,7 +7,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from mnist.config import OptimConfig
-from mnist.optim import WeightAverage, build_optimizer, build_scheduler, lr_factor, restore_scheduler
+from mnist.optim import LearningRate, WeightAverage, build_optimizer, lr_factor
 
 NUM_STEPS = 24
 EPOCH_STEPS = 6
@@ -50,8 +50,18 @@ def sgd(lr=1.0):
     return torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=lr)
 
 
-def rates(scheduler, count):
-    """The learning rates of the next `count` steps."""
+def rates(schedule, steps):
+    """The learning rates that our schedule sets for `steps`."""
+    seen = []
+    for step in steps:
+        returned = schedule.set_step(step)
+        seen.append(schedule.optimizer.param_groups[0]["lr"])
+        assert returned == seen[-1]
+    return seen
+
+
+def torch_rates(scheduler, count):
+    """The learning rates of the next `count` steps of one of torch's."""
     seen = []
     for _ in range(count):
         seen.append(scheduler.optimizer.param_groups[0]["lr"])
@@ -74,7 +84,7 @@ def test_an_optimizer_steps_as_torch_documents_it(config, reference):
 @pytest.mark.parametrize("warmup", [0.0, 0.1, 0.3, 0.5])
 def test_one_cycle_is_that_of_torch(warmup, num_steps):
     config = OptimConfig(lr=0.02, schedule="one_cycle", warmup=warmup)
-    ours = build_scheduler(sgd(0.02), config, num_steps, EPOCH_STEPS)
+    ours = LearningRate(sgd(), config, num_steps, EPOCH_STEPS)
     theirs = lr_scheduler.OneCycleLR(
         sgd(), max_lr=0.02, total_steps=num_steps, pct_start=warmup, anneal_strategy="cos", cycle_momentum=False
     )
@@ -83,7 +93,7 @@ def test_one_cycle_is_that_of_torch(warmup, num_steps):
         theirs.optimizer.step()
         theirs.step()
         expected.append(theirs.get_last_lr()[0])
-    assert rates(ours, num_steps) == pytest.approx(expected, rel=1e-6)
+    assert rates(ours, range(num_steps)) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -106,15 +116,15 @@ def test_one_cycle_is_that_of_torch(warmup, num_steps):
     ],
 )
 def test_a_schedule_is_that_of_torch_at_every_step(changes, reference):
-    ours = build_scheduler(sgd(0.5), OptimConfig(lr=0.5, **changes), NUM_STEPS, EPOCH_STEPS)
-    theirs = reference(sgd(0.5))
-    assert rates(ours, NUM_STEPS) == pytest.approx(rates(theirs, NUM_STEPS), rel=1e-6, abs=1e-12)
+    ours = LearningRate(sgd(), OptimConfig(lr=0.5, **changes), NUM_STEPS, EPOCH_STEPS)
+    expected = torch_rates(reference(sgd(0.5)), NUM_STEPS)
+    assert rates(ours, range(NUM_STEPS)) == pytest.approx(expected, rel=1e-6, abs=1e-12)
 
 
 def test_exponential_decay_per_epoch_is_that_of_torch_per_epoch():
-    ours = build_scheduler(sgd(), OptimConfig(lr=1.0, schedule="exponential", gamma=0.7), NUM_STEPS, EPOCH_STEPS)
-    theirs = lr_scheduler.ExponentialLR(sgd(), gamma=0.7)
-    assert rates(ours, NUM_STEPS)[::EPOCH_STEPS] == pytest.approx(rates(theirs, NUM_STEPS // EPOCH_STEPS))
+    ours = LearningRate(sgd(), OptimConfig(lr=1.0, schedule="exponential", gamma=0.7), NUM_STEPS, EPOCH_STEPS)
+    expected = torch_rates(lr_scheduler.ExponentialLR(sgd(), gamma=0.7), NUM_STEPS // EPOCH_STEPS)
+    assert rates(ours, range(0, NUM_STEPS, EPOCH_STEPS)) == pytest.approx(expected)
 
 
 def test_cosine_with_warm_up_rises_linearly_and_falls_to_zero():
@@ -135,22 +145,27 @@ def test_the_shortest_runs_learn_at_a_sane_rate(schedule, warmup, num_steps):
 
 
 @pytest.mark.parametrize("schedule", ["constant", "step", "exponential", "cosine", "one_cycle"])
-def test_a_restored_schedule_goes_on_as_if_never_interrupted(schedule):
+def test_a_schedule_begun_in_the_middle_goes_on_as_if_never_interrupted(schedule):
     config = OptimConfig(lr=0.1, schedule=schedule, warmup=0.25)
-    whole = rates(build_scheduler(sgd(0.1), config, NUM_STEPS, EPOCH_STEPS), NUM_STEPS)
-    resumed = build_scheduler(sgd(0.1), config, NUM_STEPS, EPOCH_STEPS)
-    restore_scheduler(resumed, 10)
-    assert resumed.get_last_lr() == [whole[10]]
-    assert rates(resumed, NUM_STEPS - 10) == whole[10:]
+    whole = rates(LearningRate(sgd(), config, NUM_STEPS, EPOCH_STEPS), range(NUM_STEPS))
+    assert rates(LearningRate(sgd(), config, NUM_STEPS, EPOCH_STEPS), range(10, NUM_STEPS)) == whole[10:]
 
 
 def test_the_configured_peak_wins_over_the_one_in_a_checkpoint():
     config = OptimConfig(lr=0.1, schedule="step", gamma=0.5)
     optimizer = sgd(0.1)
-    scheduler = build_scheduler(optimizer, config, NUM_STEPS, EPOCH_STEPS)
+    ours = LearningRate(optimizer, config, NUM_STEPS, EPOCH_STEPS)
     optimizer.load_state_dict(sgd(0.7).state_dict())
-    restore_scheduler(scheduler, EPOCH_STEPS)
-    assert rates(scheduler, EPOCH_STEPS + 1) == pytest.approx([0.05] * EPOCH_STEPS + [0.025])
+    expected = [0.05] * EPOCH_STEPS + [0.025]
+    assert rates(ours, range(EPOCH_STEPS, 2 * EPOCH_STEPS + 1)) == pytest.approx(expected)
+
+
+def test_a_rate_that_lives_on_the_device_is_written_where_it_is():
+    rate = torch.tensor(7.0)
+    optimizer = torch.optim.Adam([nn.Parameter(torch.zeros(1))], lr=rate, capturable=True)
+    assert LearningRate(optimizer, OptimConfig(lr=0.5), NUM_STEPS, EPOCH_STEPS).set_step(3) == 0.5
+    assert optimizer.param_groups[0]["lr"] is rate
+    assert rate == 0.5
 
 
 def test_the_average_follows_its_formula():

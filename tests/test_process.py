@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from mnist import process
 from tests.processes import PYTHON, finish
 
 STEPS = """
@@ -39,6 +40,25 @@ def test_what_the_environment_says_of_waiting_stays(tmp_path: Path) -> None:
     code = "import os; from mnist import process; process.tune(); print(os.environ.get('GOMP_SPINCOUNT'))"
     assert finish([*PYTHON, "-c", code], tmp_path, OMP_WAIT_POLICY="active").out == "None\n"
     assert finish([*PYTHON, "-c", code], tmp_path, GOMP_SPINCOUNT="7").out == "7\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "quota", "num_cores"),
+    [("max 100000\n", None, 8), ("250000 100000\n", 2.5, 3), ("50000 100000\n", 0.5, 1), ("6400000 100000\n", 64, 8)],
+)
+def test_a_containers_quota_counts_as_cores_do(
+    content: str, quota: float | None, num_cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cpu.max").write_text(content)
+    monkeypatch.setattr(process, "_CPU_QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr(process, "usable_cores", lambda: list(range(8)))
+    assert (process.cpu_quota(), process.num_usable_cores()) == (quota, num_cores)
+
+
+def test_without_control_groups_there_is_no_quota(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "_CPU_QUOTA", tmp_path / "cpu.max")
+    assert process.cpu_quota() is None
+    assert process.num_usable_cores() == len(process.usable_cores())
 
 
 def test_leaving_keeps_the_exit_code_and_what_was_printed(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import torch
 
 from mnist import runtime
 from mnist.config import RunError, RuntimeConfig, UserError
+from mnist.process import num_usable_cores
 from tests.ranks import run_ranks
 
 
@@ -48,7 +49,7 @@ def test_threads_are_what_was_asked_for_or_the_share_of_a_process(
         runtime.build_accelerator(RuntimeConfig(cpu=True, num_threads=requested))
         return torch.get_num_threads()
 
-    assert run_ranks(count, 2) == [expected or max(1, runtime.num_usable_cores() // 2)] * 2
+    assert run_ranks(count, 2) == [expected or max(1, num_usable_cores() // 2)] * 2
 
 
 @pytest.mark.parametrize(("requested", "launcher", "expected"), [(0, None, 1), (0, "4", 4), (2, "4", 2)])

@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import resource
 import signal
 import statistics
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -29,6 +27,7 @@ from mnist.benchmark.scoreboard import Row
 from mnist.config import Precision, RunError, StepMode, TrainConfig, evolve
 from mnist.data import read
 from mnist.process import keep_memory
+from mnist.runtime import peak_memory_mb
 
 LOSS_TOLERANCE = 0.05  # relative, of the first pass's mean loss; dropout draws other masks in each loop
 NAMES = {
@@ -67,15 +66,14 @@ class Entry:
         images_per_s: a value per counted round.
         losses: mean training loss of each pass, the uncounted first one included.
         num_images: images seen, the first pass included.
-        peak_memory_bytes: on a GPU what torch has allocated at most; else the largest resident set of the process,
-            libraries included, workers not.
+        peak_memory_mb: as `runtime.peak_memory_mb` has it; of the process, libraries included, workers not.
     """
 
     contestant: Contestant
     images_per_s: list[float]
     losses: list[float]
     num_images: int
-    peak_memory_bytes: int
+    peak_memory_mb: float
 
 
 class Measurement(NamedTuple):
@@ -84,7 +82,7 @@ class Measurement(NamedTuple):
     seconds: float
     loss_sum: float
     num_images: int
-    peak_memory_bytes: int
+    peak_memory_mb: float
 
 
 def hold_contest(
@@ -113,7 +111,7 @@ def _entry(contestant: Contestant, passes: Sequence[Measurement]) -> Entry:
         images_per_s=[one.num_images / one.seconds for one in passes[1:]],
         losses=[one.loss_sum / one.num_images for one in passes],
         num_images=sum(one.num_images for one in passes),
-        peak_memory_bytes=passes[-1].peak_memory_bytes,
+        peak_memory_mb=passes[-1].peak_memory_mb,
     )
 
 
@@ -178,11 +176,7 @@ def _measure(train_pass: Pass, index: int, device: torch.device) -> Measurement:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     seconds = time.perf_counter() - started
-    if device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated(device)
-    else:
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return Measurement(seconds, loss_sum, num_images, memory)
+    return Measurement(seconds, loss_sum, num_images, peak_memory_mb(device))
 
 
 def _device_name(device: torch.device) -> str:
@@ -208,7 +202,7 @@ def compare(recipe: str, entries: Sequence[Entry]) -> list[Row]:
                 "max": max(entry.images_per_s),
                 "x usual": paired_ratio(entry.images_per_s, usual.images_per_s),
                 "over bare": paired_ratio(limit.images_per_s, entry.images_per_s) - 1 if limit and is_ours else None,
-                "memory MB": entry.peak_memory_bytes / 1e6,
+                "memory MB": entry.peak_memory_mb,
                 "loss difference": relative_difference(entry, twin) if twin and is_ours else None,
                 "loss": entry.losses[-1],
                 "passes": len(entry.losses),

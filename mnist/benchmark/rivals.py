@@ -28,7 +28,7 @@ from mnist.data import FILES, SOURCES
 from mnist.engine import TrainState, TrainStep, train_one_epoch
 from mnist.losses import build_loss
 from mnist.models import build_model
-from mnist.optim import build_optimizer, build_scheduler
+from mnist.optim import LearningRate, build_optimizer
 from mnist.runtime import build_accelerator, prepare_optimizer, seed_initial_weights, warm_up
 from mnist.torchvision_compat import import_torchvision
 from mnist.transforms import Augmentation, BatchTransform
@@ -244,7 +244,7 @@ def build_step(accelerator: Accelerator, config: TrainConfig, *, communicates: b
         accelerator=accelerator,
         model=accelerator.prepare_model(bare_model, evaluation_mode=not communicates),
         optimizer=optimizer,
-        scheduler=build_scheduler(optimizer, config.optim, num_steps=1, epoch_steps=1),
+        learning_rate=LearningRate(optimizer, config.optim, num_steps=1, epoch_steps=1),
         loss_fn=build_loss(config.optim.loss, config.optim.label_smoothing),
         transform=BatchTransform(config.image),
         augment=Augmentation(config.image, config.loop.seed, accelerator.device),

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mnist.config import UserError
-from mnist.runtime import num_usable_cores
+from mnist.process import cpu_name, num_usable_cores
 
 Row = dict[str, Any]
 
@@ -46,11 +46,9 @@ class Report:
 
 def environment(num_threads: int, device_name: str = "cpu") -> dict[str, Any]:
     """What a figure needs beside it: hardware, threads, versions, and how busy the machine was."""
-    info = Path("/proc/cpuinfo")
-    models = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
     return {
         "device": device_name,
-        "cpu": models[0].partition(": ")[2] if models else platform.processor() or platform.machine(),
+        "cpu": cpu_name(),
         "cores": num_usable_cores(),
         "threads": num_threads,
         "load": round(os.getloadavg()[0], 1),

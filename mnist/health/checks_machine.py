@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mnist import data, runtime, wandb_run
+from mnist import data, process, runtime, wandb_run
 from mnist.config import RUNS, to_flat
 from mnist.files import write_and_flush
 from mnist.health.checkup import Check, Fact, Judgement, Patient, by_host, count, judge_equal, short_hash
@@ -150,14 +150,11 @@ def judge_devices(facts: Sequence[Fact]) -> Judgement:
 
 def measure_threads(patient: Patient) -> dict[str, Any]:
     """CPU threads of this rank, the cores it may run on, and its share of them where a container has a quota."""
-    has_affinity = hasattr(os, "sched_getaffinity")
-    quota = Path("/sys/fs/cgroup/cpu.max")
-    limit, period = quota.read_text().split() if quota.exists() else ("max", "1")
     return {
         "threads": torch.get_num_threads(),
         "as_asked": patient.config.runtime.num_threads > 0,
-        "cores": sorted(os.sched_getaffinity(0)) if has_affinity else list(range(os.cpu_count() or 1)),
-        "quota": None if limit == "max" else int(limit) / int(period),
+        "cores": process.usable_cores(),
+        "quota": process.cpu_quota(),
     }
 
 
