@@ -138,6 +138,7 @@ class TrainStep:
         # Accelerate's is for the scaler of fp16; besides, it divides by its accumulation count, which is 1 here: two
         # operations for nothing, 2 % of LeNet-5's step on a CPU.
         self._backward = Tensor.backward if accelerator.scaler is None else accelerator.backward
+        self._seed_dropout = dropout_seeder(accelerator.device)
         self.rank: int = accelerator.process_index
         self.lr = math.nan
         self.grad_norm: float | Tensor = math.nan
@@ -169,7 +170,7 @@ class TrainStep:
     def set_step(self, step: int, micro_step: int) -> None:
         """Tells the device what depends on the step: what augmentation and dropout draw next, how averages move."""
         self.augment.reseed(step)
-        seed_dropout(self.accelerator.device, derive_seed(self.seed, "dropout", step, micro_step, self.rank))
+        self._seed_dropout(derive_seed(self.seed, "dropout", step, micro_step, self.rank))
         if self.average is not None:
             self.average.set_step(step + 1)
 
@@ -352,14 +353,10 @@ def _broadcast_buffers(model: nn.Module) -> None:
         torch.distributed.broadcast(buffer, src=0)
 
 
-def seed_dropout(device: torch.device, seed: int) -> None:
-    """Seeds the global generator of `device` alone: `torch.manual_seed` visits every device and costs 0.1 ms."""
-    if device.type == "cpu":
-        torch.default_generator.manual_seed(seed)
-    elif device.type == "cuda":
-        torch.cuda.manual_seed(seed)
-    else:
-        torch.manual_seed(seed)
+def dropout_seeder(device: torch.device) -> Callable[[int], object]:
+    """What seeds the global generator of `device` alone: `torch.manual_seed` visits every device and costs 0.1 ms."""
+    seeders = {"cpu": torch.default_generator.manual_seed, "cuda": torch.cuda.manual_seed}
+    return seeders.get(device.type, torch.manual_seed)
 
 
 def sum_dtype(device: torch.device) -> torch.dtype:

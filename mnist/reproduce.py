@@ -162,8 +162,13 @@ def render(results: dict[str, Any]) -> str:
         size = f"{any_row['num_params']:,}" if any_row else "-"
         cells = [f"`{recipe}`", source, size, str(RECIPES[recipe]().loop.epochs), stated]
         lines.append(f"| {' | '.join([*cells, *_accuracy(known), _time(cpu), _time(gpu)])} |")
-    machines = sorted({f"{row['hardware']}, {row['threads']} threads, torch {row['torch']}" for row in rows.values()})
+    machines = sorted({_machine(row) for row in rows.values()})
     return "\n".join([*lines, "", f"Times are of training alone. Measured on: {'; '.join(machines)}.", ""])
+
+
+def _machine(row: dict[str, Any]) -> str:
+    threads = "1 thread" if row["threads"] == 1 else f"{row['threads']} threads"
+    return f"{row['hardware']}, {threads}, torch {row['torch']}"
 
 
 def describe(recipe: str) -> tuple[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ for name in [name for name in os.environ if name.startswith(("WANDB_", "ACCELERA
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["WANDB_MODE"] = "disabled"
 os.environ["NETRC"] = os.devnull
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, and what they start, ignore it
 torch.set_num_threads(1)  # also what makes forking safe
 
 
