@@ -246,7 +246,7 @@ class RuntimeConfig:
     cpu: bool = False
     """Train on the CPU even where there is a GPU."""
     num_threads: int = 0
-    """CPU threads per process; 0 = the cores given to this node's processes, shared equally (affinity, container quota)."""
+    """CPU threads per process; 0 = a share of the cores that this container may use."""
     step_mode: StepMode = "auto"
     """A step kernel by kernel, or captured as one CUDA graph; auto = captured where that gives the same weights."""
     deterministic: bool = False
