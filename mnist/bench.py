@@ -26,7 +26,7 @@ from typing import Literal
 import tyro
 
 from mnist.cli import parse_options, run_command
-from mnist.config import DataConfig, Dataset, RunError, TrainConfig, UserError, check_choice, evolve
+from mnist.config import DataConfig, DatasetName, RunError, TrainConfig, UserError, check_choice, evolve
 from mnist.recipes import RECIPES
 
 LEAST = {"images": 1, "repeats": 1, "seeds": 1, "processes": 2, "workers": 0, "num_threads": 0}
@@ -40,7 +40,7 @@ class Options:
     """What to measure."""
     recipe: tuple[str, ...] = ()
     """Recipes: network, batch, optimizer and loss; default convnet (loops, scaling) or fast (recipe, startup)."""
-    dataset: Dataset = "auto"
+    dataset: DatasetName = "auto"
     """The images."""
     data_dir: str = field(default_factory=lambda: DataConfig().data_dir)
     """Folder in torchvision's layout; default $MNIST_DATA_DIR, else "data"."""

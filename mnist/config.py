@@ -19,7 +19,7 @@ from mnist.faults import parse_fault
 
 RUNS = Path("runs")  # where runs are kept whose --run-dir is not given
 
-Dataset = Literal["auto", "mnist", "fashion_mnist", "kmnist", "digits"]
+DatasetName = Literal["auto", "mnist", "fashion_mnist", "kmnist", "digits"]
 Model = Literal[
     "convnet", "mycnn", "lenet5", "lenet5_classic", "mlp", "mlp_sigmoid", "yannet", "fastnet", "deepnet", "tinynet"
 ]
@@ -82,7 +82,7 @@ def _check_types(section: Any) -> None:
 class DataConfig:
     """Which images, and from where."""
 
-    dataset: Dataset = "auto"
+    dataset: DatasetName = "auto"
     """auto = MNIST where it is there or can be downloaded, else the embedded digits (with a warning)."""
     data_dir: str = field(default_factory=lambda: os.environ.get("MNIST_DATA_DIR") or "data")
     """Folder in torchvision's layout (<dir>/MNIST/raw/*-ubyte[.gz]); default $MNIST_DATA_DIR, else "data"."""
@@ -246,7 +246,7 @@ class RuntimeConfig:
     cpu: bool = False
     """Train on the CPU even where there is a GPU."""
     num_threads: int = 0
-    """CPU threads per process; 0 = a share of the cores that this container may use."""
+    """CPU threads per process; 0 = the cores that this node's processes may use, shared equally."""
     step_mode: StepMode = "auto"
     """A step kernel by kernel, or captured as one CUDA graph; auto = captured where that gives the same weights."""
     deterministic: bool = False

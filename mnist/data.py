@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mnist.batches import Split
-from mnist.config import DataConfig, UserError
-from mnist.config import Dataset as Name
+from mnist.config import DataConfig, DatasetName, UserError
 from mnist.download import download
 from mnist.idx import IMAGES_MAGIC, LABELS_MAGIC, read_idx
 
@@ -89,7 +88,7 @@ class Dataset:
         return replace(self, train=self.train.to(device), val=val, test=self.test.to(device))
 
 
-def relocate(config: DataConfig, dataset: Name | None, data_dir: str | None) -> DataConfig:
+def relocate(config: DataConfig, dataset: DatasetName | None, data_dir: str | None) -> DataConfig:
     """The data that a model was trained on as they are to be found here and now, or another data set."""
     folder = data_dir or os.environ.get("MNIST_DATA_DIR") or config.data_dir
     val_size = config.val_size if dataset in (None, config.dataset) else 0

@@ -17,8 +17,7 @@ from functools import partial
 from typing import Literal
 
 from mnist.cli import RunOption, parse_options, run_command
-from mnist.config import Dataset as DatasetName
-from mnist.config import Evaluation, Precision, RuntimeConfig, UserError
+from mnist.config import DatasetName, Evaluation, Precision, RuntimeConfig, UserError
 from mnist.process import num_usable_cores
 
 

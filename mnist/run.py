@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, Self, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
@@ -40,6 +41,8 @@ from mnist.run_dir import RunDir, open_run_dir
 from mnist.wandb_run import wandb_mode
 
 EXIT_FINISHED, EXIT_FAILED = 0, 1
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -468,5 +471,5 @@ class Run:
             ) from error
         error.add_note(f"on {where}")
 
-    def _together(self, work: Any) -> Any:
+    def _together(self, work: Callable[[], T]) -> T:
         return runtime.together(self.accelerator, work)
