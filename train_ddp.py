@@ -97,12 +97,11 @@ def train(config: TrainConfig, accelerator: Accelerator) -> int:
 def build_train_step(config: TrainConfig, plan: Plan, accelerator: Accelerator) -> TrainStep:
     """Network, optimizer and schedule in one step, and the moving average of the weights, where there is one."""
     runtime.seed_initial_weights(config.loop.seed)
-    model = build_model(config.optim.model).to(accelerator.device)
+    bare_model = build_model(config.optim.model).to(accelerator.device)
     capturable = why_not(accelerator, plan.accumulation_steps) is None
-    optimizer = build_optimizer(model.parameters(), config.optim, capturable=capturable)
+    optimizer = build_optimizer(bare_model.parameters(), config.optim, capturable=capturable)
     optimizer = runtime.prepare_optimizer(accelerator, optimizer)
-    model = accelerator.prepare(model)
-    bare_model = accelerator.unwrap_model(model, keep_torch_compile=False)
+    model = accelerator.prepare(bare_model)  # wraps it, and gives it, in place, the precision of the run
     return TrainStep(
         accelerator=accelerator,
         model=model,

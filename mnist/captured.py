@@ -1,4 +1,4 @@
-"""The training step as one CUDA graph: the same numbers, and one launch instead of some two hundred.
+"""The training step as one CUDA graph: the same numbers, and one launch for all its kernels.
 
 In: a `TrainStep` whose model and optimizer are where training begins. Out: the same `TrainStep`, which from now on
 replays a recording of its work on the device: gathering images, augmentation, transform, forward, loss, backward,
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 
 import torch
 from accelerate import Accelerator
@@ -62,13 +63,13 @@ def settle_step_mode(
     reason = why_not(train_step.accelerator, accumulation_steps)
     if mode == "eager" or reason is not None:
         return "eager", f"--step-mode captured {reason}: steps are eager" if mode == "captured" else None
-    first = [micro_batches for micro_batches, _ in zip(steps(), range(CHECK_STEPS), strict=False)]
+    first = list(islice(steps(), CHECK_STEPS))
     largest = max((micro_batches[0] for micro_batches in first), key=lambda batch: batch.num_samples)
     try:
         captured = CapturedStep(train_step, largest, record_cuda_graph)
         is_same = agrees(train_step, captured, first)
     except RuntimeError as error:  # a kernel that cannot be recorded; what ends the recording then covers the cause
-        cause = str(error.__context__ or error).splitlines()[0]
+        cause = (str(error.__context__ or error) or type(error).__name__).splitlines()[0]
         return "eager", f"steps are eager, because capturing failed ({cause})"
     if not is_same and mode == "auto":
         return "eager", "steps are eager: captured ones give other weights here (--step-mode captured takes them)"
@@ -133,7 +134,7 @@ def record_cuda_graph(work: Callable[[], object], generators: Sequence[torch.Gen
     except BaseException:
         torch.cuda.set_stream(usual)  # torch stays on the other one when a recording breaks off,
         for generator in (torch.cuda.default_generators[usual.device_index], *generators):
-            generator.graphsafe_set_state(generator.clone_state())  # and its generators believe that it goes on
+            generator.graphsafe_set_state(generator.clone_state())  # and, before 2.13, its generators in the recording
         torch.cuda.synchronize()
         raise
     return graph.replay

@@ -53,7 +53,7 @@ FIXED_FIELDS = (
     *("horizontal_flip", "rotation", "translation", "scale", "shear", "elastic", "elastic_sigma"),
 )
 # ... these may, and are mentioned: they change what happens from here on.
-COURSE_FIELDS = ("lr", "schedule", "warmup", "gamma", "decay_epochs")
+COURSE_FIELDS = ("lr", "schedule", "warmup", "gamma", "decay_epochs", "stretch_epochs")
 NOTED_FIELDS = ("epochs", "max_steps", *COURSE_FIELDS, "deterministic", "step_mode")
 LENGTH_BOUND_SCHEDULES = ("cosine", "one_cycle")
 

@@ -87,7 +87,7 @@ class Console:
             self.say(f"step {step}/{self._num_steps}  {text}")
 
     def epoch_row(
-        self, epoch: float, step: int, train: tuple[float, float], scores: dict[str, tuple[float, float, str]]
+        self, epoch: float, step: int, train: tuple[float, float], split: str, scored: tuple[float, float, str]
     ) -> None:
         """A line at each evaluation.
 
@@ -95,15 +95,15 @@ class Console:
             epoch: where the run is.
             step: likewise, in steps.
             train: loss and accuracy of training since the epoch began.
-            scores: loss, accuracy and counts of each split scored.
+            split: what was scored.
+            scored: its loss, accuracy and counts.
         """
         self._last_line_s = time.monotonic()
-        parts = [
-            f"epoch {epoch:g}  step {step}/{self._num_steps}",
-            f"train loss {train[0]:.4f} accuracy {train[1]:.2%}",
-        ]
-        parts += [f"{name} loss {s[0]:.4f} accuracy {s[1]:.2%} ({s[2]})" for name, s in scores.items()]
-        self.say("  |  ".join(parts))
+        loss, accuracy, counts = scored
+        self.say(
+            f"epoch {epoch:g}  step {step}/{self._num_steps}  |  train loss {train[0]:.4f} accuracy {train[1]:.2%}  |  "
+            f"{split} loss {loss:.4f} accuracy {accuracy:.2%} ({counts})"
+        )
 
     def stop_progress(self) -> None:
         """Takes the bar away."""

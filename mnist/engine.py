@@ -1,9 +1,9 @@
 """The loop: a training step, an epoch, an evaluation. It sees tensors and callables, no configuration and no recipe.
 
 In: a prepared model and optimizer, micro-batches (uint8 images (B, 28, 28), labels int64 (B,)), a loss. Out: plain
-numbers. The host waits for the device, and ranks for one another, only where a record is due and, if there are several
-ranks, about once a second in between. Letters: B images of a rank's micro-batch, G of the global batch, S side in
-pixels, P ranks.
+numbers. The host waits for the device, and ranks, gradients apart, for one another only where a record is due and, if
+there are several ranks, about once a second in between. Letters: B images of a rank's micro-batch, G of the global
+batch, S side in pixels, P ranks.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class TrainStep:
     """One optimizer step, called with this rank's micro-batches of one global batch.
 
     Args:
-        accelerator: for backward passes, clipping and synchronisation.
+        accelerator: for ranks, `no_sync`, clipping and the gradient scaler of fp16.
         model: prepared; images (B, 1, S, S) float32 -> logits (B, 10).
         optimizer: prepared.
         learning_rate: the schedule.
@@ -172,7 +172,7 @@ class TrainStep:
         self.augment.reseed(step)
         self._seed_dropout(derive_seed(self.seed, "dropout", step, micro_step, self.rank))
         if self.average is not None:
-            self.average.set_step(step + 1)
+            self.average.set_step(step)
 
     def forward_backward(self, batch: MicroBatch) -> None:
         """Adds a micro-batch's part to the gradients and to the sums."""
@@ -262,8 +262,7 @@ def _compare_notes(train_step: TrainStep, state: TrainState, stop: bool, started
     The one place where the host waits for the device. All decisions are taken from these rows, never from local flags.
     """
     sums = train_step.sums
-    if sums.is_cuda:
-        torch.cuda.synchronize(sums.device)  # or the clock would miss the work that is only queued
+    wait_for_device(sums.device)  # or the clock would miss the work that is only queued
     seconds = time.perf_counter() - started
     own = torch.tensor([train_step.num_samples, stop, seconds], dtype=sums.dtype, device=sums.device)
     gathered = train_step.accelerator.gather(torch.cat([sums, own]))
@@ -351,6 +350,12 @@ def _broadcast_buffers(model: nn.Module) -> None:
     """Gives every rank the buffers of rank 0: after the last step batch-norm statistics differ by one update."""
     for buffer in model.buffers():
         torch.distributed.broadcast(buffer, src=0)
+
+
+def wait_for_device(device: torch.device) -> None:
+    """Waits until all that is queued on `device` is done."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def dropout_seeder(device: torch.device) -> Callable[[int], object]:

@@ -1,6 +1,7 @@
 """Optimizers and learning-rate schedules.
 
-In: parameters, the `optim` section and the run's length in optimizer steps. Out: plain torch objects. A schedule is a
+In: parameters, the `optim` section and the run's length in optimizer steps. Out: an optimizer of torch, the learning
+rate of each step, an average of the weights. A schedule is a
 factor on the peak learning rate, a pure function of the step, so that nothing but the step needs to be remembered.
 """
 
@@ -87,7 +88,7 @@ def lr_factor(config: OptimConfig, num_steps: int, epoch_steps: int) -> Callable
 
     return {
         "constant": lambda _: 1.0,
-        "step": lambda step: config.gamma ** math.floor(step / decay_steps),
+        "step": lambda step: config.gamma ** math.floor(step / decay_steps + 1e-9),
         "exponential": lambda step: config.gamma ** (step / decay_steps),
         "cosine": cosine,
         "one_cycle": one_cycle,
@@ -150,8 +151,9 @@ class WeightAverage:
         self._counter_sources = [source for average, source in pairs if not average.is_floating_point()]
 
     def set_step(self, step: int) -> None:
-        """Writes the weight of the update after `step` steps to the device, where a CUDA graph can read it."""
-        self._weight.fill_(1 - min(self.decay, (1 + step) / (10 + step)))
+        """Writes the weight of the step that follows `step` steps to the device, where a CUDA graph can read it."""
+        updates = step + 1
+        self._weight.fill_(1 - min(self.decay, (1 + updates) / (10 + updates)))
 
     @torch.no_grad()
     def update(self) -> None:

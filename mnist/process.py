@@ -40,8 +40,7 @@ def keep_memory() -> None:
     """Lets the C library keep the memory of freed tensors for the next ones.
 
     It gives it back to the system by default, and gets it again at the next step, page by page: on a CPU `yannet` had
-    0.7 of its speed. (glibc has this; other C libraries are left as they are,
-    and so is what the environment says of it.)
+    0.7 of its speed. (Only glibc has this switch. What the environment says of it stays.)
     """
     if sys.platform != "linux" or any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
         return

@@ -173,7 +173,7 @@ class Run:
         signals.training_begins()
         started = time.perf_counter()
         zeros = self.dataset.train.images.new_zeros((self.plan.micro_batch_size, 28, 28))
-        runtime.warm_up(self.accelerator, self.train_step.model, self.train_step.transform(zeros))
+        runtime.warm_up(self.train_step.model, self.train_step.transform(zeros))
         if self.goes_on():
             self._settle_step_mode(train_loader)
         self.warmup_time_s = time.perf_counter() - started
@@ -302,13 +302,14 @@ class Run:
         train = (loss / samples, correct / samples) if samples else (float("nan"), float("nan"))
         counts = f"{scores.num_correct:,}/{scores.num_samples:,}"
         epoch = round(self._epoch, 2)
-        self.console.epoch_row(epoch, self.state.step, train, {split: (scores.loss, scores.accuracy, counts)})
+        self.console.epoch_row(epoch, self.state.step, train, split, (scores.loss, scores.accuracy, counts))
 
     def save(self) -> None:
         """Writes a checkpoint of this step, unless it is there."""
         if self._saved_step == self.state.step:
             return
-        if not all(bool(weight.isfinite().all()) for weight in self.model.parameters()):  # alike on every rank
+        finite = torch.stack([weight.isfinite().all() for weight in self.model.parameters()])
+        if not bool(finite.all()):  # alike on every rank
             raise DivergedError(self.state.step, self.accelerator.process_index, "weights are")
         self._together(self._write_checkpoint)
         self._saved_step = self.state.step

@@ -84,7 +84,6 @@ def build_accelerator(config: RuntimeConfig, trackers: Sequence[str] = ()) -> Ac
             f"(--num_processes / --nproc-per-node), or train on the CPU with --cpu"
         )
     _restart_with_fresh_keys("gloo" if cpu else "nccl", config.timeout_s)
-    _set_determinism(config.deterministic)
     try:
         accelerator = Accelerator(
             cpu=cpu,
@@ -98,7 +97,9 @@ def build_accelerator(config: RuntimeConfig, trackers: Sequence[str] = ()) -> Ac
         )
     except ValueError as error:  # an unknown backend, an incomplete environment
         raise MachineError(f"Accelerate cannot start: {error}") from error
-    _set_threads(config.num_threads, local_world_size)  # after Accelerate, which has a mind of its own on CPUs
+    # After Accelerate, which sets threads on CPUs, and TF32 with a dynamo backend.
+    _set_determinism(config.deterministic)
+    _set_threads(config.num_threads, local_world_size)
     promised = int(os.environ.get("WORLD_SIZE", "1"))
     if promised != accelerator.num_processes:
         raise MachineError(
@@ -172,7 +173,7 @@ def prepare_optimizer(accelerator: Accelerator, optimizer: Optimizer) -> Optimiz
     return wrapped
 
 
-def warm_up(accelerator: Accelerator, model: nn.Module, inputs: Tensor) -> None:
+def warm_up(model: nn.Module, inputs: Tensor) -> None:
     """Two forward and backward passes on zeros that leave no trace. Every rank must call this before its first step.
 
     With three ranks or more DDP sorts its gradient buckets anew after the first backward pass, which changes the order
@@ -180,14 +181,13 @@ def warm_up(accelerator: Accelerator, model: nn.Module, inputs: Tensor) -> None:
     one-off cost of choosing kernels out of the first step.
 
     Args:
-        accelerator: for the backward pass.
         model: prepared.
         inputs: zeros in the shape of a micro-batch (B, 1, S, S).
     """
     buffers = [buffer.clone() for buffer in model.buffers()]
     model.train()
     for _ in range(2):
-        accelerator.backward(model(inputs).sum() * 0.0)
+        (model(inputs).sum() * 0.0).backward()
     model.zero_grad()
     for buffer, saved in zip(model.buffers(), buffers, strict=True):
         buffer.copy_(saved)
@@ -269,7 +269,7 @@ def describe_environment(accelerator: Accelerator) -> dict[str, Any]:
         "rank": accelerator.process_index,
         "host": socket.gethostname(),
         "pid": os.getpid(),
-        "device": device_name(accelerator),
+        "device": device_name(accelerator.device),
     }
     return {
         "python": platform.python_version(),
@@ -285,9 +285,8 @@ def describe_environment(accelerator: Accelerator) -> dict[str, Any]:
     }
 
 
-def device_name(accelerator: Accelerator) -> str:
+def device_name(device: torch.device) -> str:
     """The GPU's name, or "cpu"."""
-    device = accelerator.device
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 

@@ -21,7 +21,7 @@ def speak(voice: Console) -> None:
     voice.warn("careful")
     voice.start_progress(100, 0)
     voice.progress(50, 0.5, 0.25, 1234.5)
-    voice.epoch_row(1.0, 100, (0.5, 0.25), {"test": (0.1, 0.99, "99/100")})
+    voice.epoch_row(1.0, 100, (0.5, 0.25), "test", (0.1, 0.99, "99/100"))
     voice.summary([("test", "accuracy 99.00%")])
 
 

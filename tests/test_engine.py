@@ -59,7 +59,7 @@ def make_step(
         world_size=accelerator.num_processes,
         accumulation_steps=accumulation,
     )
-    warm_up(accelerator, wrapped, torch.zeros(8, 1, 28, 28, dtype=dtype, device=accelerator.device))
+    warm_up(wrapped, torch.zeros(8, 1, 28, 28, dtype=dtype, device=accelerator.device))
     return step, loader
 
 
@@ -239,7 +239,7 @@ def test_sharded_evaluation_uses_the_batch_norm_statistics_of_rank_0() -> None:
 def test_warming_up_leaves_no_trace() -> None:
     step, _ = make_step(model=build_model("mycnn"))
     before = {name: value.clone() for name, value in step.model.state_dict().items()}
-    warm_up(step.accelerator, step.model, torch.rand(8, 1, 28, 28))
+    warm_up(step.model, torch.rand(8, 1, 28, 28))
     assert all(torch.equal(before[name], value) for name, value in step.model.state_dict().items())
     assert all(parameter.grad is None for parameter in step.model.parameters())
     assert not step.optimizer.state_dict()["state"]

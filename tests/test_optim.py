@@ -1,5 +1,6 @@
 import copy
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -127,6 +128,14 @@ def test_exponential_decay_per_epoch_is_that_of_torch_per_epoch():
     assert rates(ours, range(0, NUM_STEPS, EPOCH_STEPS)) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("decay_epochs", [0.1, 0.2, 0.4, 0.7])
+@pytest.mark.parametrize("epoch_steps", [157, 235, 469, 938])
+def test_a_rate_falls_at_the_end_of_an_epoch_whatever_a_quotient_rounds_to(epoch_steps, decay_epochs):
+    config = OptimConfig(schedule="step", gamma=0.5, decay_epochs=decay_epochs)
+    factor = lr_factor(config, 7 * epoch_steps, epoch_steps)
+    assert factor(7 * epoch_steps) == 0.5 ** math.floor(7 / Fraction(str(decay_epochs)))
+
+
 def test_cosine_with_warm_up_rises_linearly_and_falls_to_zero():
     factor = lr_factor(OptimConfig(schedule="cosine", warmup=0.25), NUM_STEPS, EPOCH_STEPS)
     assert [factor(step) for step in range(7)] == pytest.approx([k / 7 for k in range(1, 8)])
@@ -173,7 +182,7 @@ def test_the_average_follows_its_formula():
     optimizer = build_optimizer(model.parameters(), OptimConfig(optimizer="sgd", lr=0.01))
     average = WeightAverage(model, decay=0.3)
     expected = copy.deepcopy(model.state_dict())
-    for step, decay in enumerate([2 / 11, 3 / 12, 0.3, 0.3], start=1):
+    for step, decay in enumerate([2 / 11, 3 / 12, 0.3, 0.3]):
         train_steps(model, optimizer, 1)
         average.set_step(step)
         average.update()

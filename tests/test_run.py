@@ -285,6 +285,14 @@ def test_records_of_another_course_are_set_aside_and_no_others(tmp_path: Path, r
     assert (set(tmp_path.glob("before-*")) == folders) is bool(kept)
 
 
+def test_another_length_of_an_epoch_is_another_course(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """It moves the decay of a step-wise schedule."""
+    arguments = [*SMALL, "--schedule", "step", "--checkpoint-every", "10", "--min-accuracy", "None"]
+    assert run_ranks(run_and_signal, 1, signal.SIGTERM, 15, 0, tmp_path, *arguments, "--max-steps", "20") == [75]
+    assert run_ranks(run, 1, tmp_path, *arguments, "--max-steps", "20", "--stretch-epochs") == [0]
+    assert "from here on: stretch_epochs False -> True" in " ".join(capfd.readouterr().err.split())
+
+
 def test_a_restarted_job_goes_on_even_if_its_command_says_never(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from mnist import runtime
 from mnist.config import RunError, RuntimeConfig, UserError
@@ -86,6 +88,18 @@ def test_an_error_on_one_rank_is_raised_on_all(kind: type[Exception], on: str, f
         return type(caught.value).__name__
 
     assert run_ranks(fail_together, 2) == [kind.__name__] * 2
+
+
+def test_deterministic_means_no_tf32_whatever_accelerate_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It switches TF32 on where a dynamo backend meets a GPU in fp32."""
+
+    def accelerator(**arguments: Any) -> Accelerator:
+        torch.backends.cuda.matmul.allow_tf32 = True
+        return Accelerator(**arguments)
+
+    monkeypatch.setattr(runtime, "Accelerator", accelerator)
+    runtime.build_accelerator(RuntimeConfig(cpu=True, num_threads=1, deterministic=True))
+    assert not torch.backends.cuda.matmul.allow_tf32
 
 
 def test_ranks_with_other_data_are_stopped() -> None:

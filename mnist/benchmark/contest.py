@@ -26,8 +26,9 @@ from mnist.benchmark.rivals import LOOPS, Job, Pass, find_device
 from mnist.benchmark.scoreboard import Row
 from mnist.config import Precision, RunError, StepMode, TrainConfig, evolve
 from mnist.data import read
+from mnist.engine import wait_for_device
 from mnist.process import keep_memory
-from mnist.runtime import peak_memory_mb
+from mnist.runtime import device_name, peak_memory_mb
 
 LOSS_TOLERANCE = 0.05  # relative, of the first pass's mean loss; dropout draws other masks in each loop
 NAMES = {
@@ -165,7 +166,7 @@ def _compete(contestant: Contestant, config: TrainConfig, num_images: int, pipe:
     try:
         while True:
             index = pipe.recv()
-            pipe.send(_device_name(device) if index is None else _measure(train_pass, index, device))
+            pipe.send(device_name(device) if index is None else _measure(train_pass, index, device))
     except (EOFError, BrokenPipeError):  # the contest is over, or was stopped
         pass
 
@@ -173,14 +174,9 @@ def _compete(contestant: Contestant, config: TrainConfig, num_images: int, pipe:
 def _measure(train_pass: Pass, index: int, device: torch.device) -> Measurement:
     started = time.perf_counter()
     loss_sum, num_images = train_pass(index)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    wait_for_device(device)
     seconds = time.perf_counter() - started
     return Measurement(seconds, loss_sum, num_images, peak_memory_mb(device))
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def compare(recipe: str, entries: Sequence[Entry]) -> list[Row]:

@@ -210,7 +210,7 @@ def project(job: Job) -> Pass:
     train_step = build_step(accelerator, job.config)
     side = job.config.image.image_size
     batch = min(len(job.split), job.config.loop.global_batch_size)
-    warm_up(accelerator, train_step.model, torch.zeros(batch, 1, side, side, device=accelerator.device))
+    warm_up(train_step.model, torch.zeros(batch, 1, side, side, device=accelerator.device))
     wanted = job.config.runtime.step_mode
     mode, remark = settle_step_mode(train_step, wanted, 1, lambda: loader.steps(0, loader.pass_steps))
     if wanted == "captured" and mode != wanted:

@@ -17,6 +17,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from mnist.batches import Split, TrainLoader
 from mnist.benchmark.rivals import build_step
 from mnist.config import TrainConfig
+from mnist.engine import wait_for_device
 from mnist.runtime import warm_up
 
 ALONE = "no communication"
@@ -78,7 +79,7 @@ def _build(accelerator: Accelerator, config: TrainConfig, split: Split, num_step
     train_step = build_step(accelerator, config, communicates=way not in (ALONE, LOCKSTEP))
     accelerator.ddp_handler = of_project
     batch, side = config.loop.global_batch_size, config.image.image_size
-    warm_up(accelerator, train_step.model, torch.zeros(batch, 1, side, side, device=accelerator.device))
+    warm_up(train_step.model, torch.zeros(batch, 1, side, side, device=accelerator.device))
     ranks = accelerator.num_processes
     loader = TrainLoader(
         split, global_batch_size=batch * ranks, seed=0, rank=accelerator.process_index, world_size=ranks
@@ -94,8 +95,7 @@ def _build(accelerator: Accelerator, config: TrainConfig, split: Split, num_step
                 torch.distributed.all_reduce(train_step.sums[2:])
             step += 1
             num_images += sum(micro_batch.num_samples for micro_batch in micro_batches)
-        if accelerator.device.type == "cuda":
-            torch.cuda.synchronize(accelerator.device)
+        wait_for_device(accelerator.device)
         return num_images
 
     return train

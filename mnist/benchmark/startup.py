@@ -13,6 +13,9 @@ from itertools import pairwise
 BEGAN = time.time()
 STAMPS = [("", time.perf_counter())]
 
+from mnist import process
+
+process.tune()  # as train_ddp.py does
 import torch
 
 STAMPS.append(("import torch", time.perf_counter()))
@@ -39,7 +42,7 @@ def main(config: TrainConfig) -> int:
         train_step = build_step(accelerator, config)
         _stamp("build and prepare")
         batch, side = config.loop.global_batch_size, config.image.image_size
-        runtime.warm_up(accelerator, train_step.model, torch.zeros(batch, 1, side, side, device=accelerator.device))
+        runtime.warm_up(train_step.model, torch.zeros(batch, 1, side, side, device=accelerator.device))
         _stamp("warm up")
         (micro_batches,) = TrainLoader(dataset.train, global_batch_size=batch, seed=0).steps(0, 1)
         train_step(micro_batches, 0)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mnist import runtime
 from mnist.checkpoint import module_tensors
+from mnist.engine import wait_for_device
 from mnist.health.checkup import Check, Fact, Judgement, Patient, judge_equal, short_hash
 from mnist.losses import build_loss
 from mnist.models import build_model
@@ -100,11 +101,11 @@ def measure_speed(patient: Patient) -> float:
     step, _ = _build_step(patient, *_sample(patient, batch))
     for _ in range(3):
         step()
-    _synchronise(patient)
+    wait_for_device(patient.accelerator.device)
     started, num_steps = time.perf_counter(), 0
     while num_steps < 3 or time.perf_counter() - started < SPEED_TIME_S:
         step()
-        _synchronise(patient)
+        wait_for_device(patient.accelerator.device)
         num_steps += 1
     return (time.perf_counter() - started) / num_steps
 
@@ -156,10 +157,10 @@ def measure_bandwidth(patient: Patient) -> list[float]:
         values = torch.zeros(num_bytes // 4, device=patient.accelerator.device)
         seconds = []
         for _ in range(1 + (20 if num_bytes < 1 << 18 else 5)):
-            _synchronise(patient)
+            wait_for_device(patient.accelerator.device)
             started = time.perf_counter()
             _all_reduce(values)
-            _synchronise(patient)
+            wait_for_device(patient.accelerator.device)
             seconds.append(time.perf_counter() - started)
         medians.append(statistics.median(seconds[1:]))
     return medians
@@ -221,11 +222,6 @@ def _all_reduce(values: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(values)
     return values
-
-
-def _synchronise(patient: Patient) -> None:
-    if patient.accelerator.device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def _hash_weights(model: nn.Module) -> str:

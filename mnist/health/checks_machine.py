@@ -121,7 +121,7 @@ def measure_device(patient: Patient) -> dict[str, Any]:
     module = Path("/proc/driver/nvidia/version")
     driver = re.search(r"\d+\.\d+(\.\d+)?", module.read_text()) if module.exists() else None
     return {
-        "device": runtime.device_name(patient.accelerator),
+        "device": runtime.device_name(patient.accelerator.device),
         "uuid": str(torch.cuda.get_device_properties(device).uuid) if is_cuda else None,
         "driver": driver.group() if driver else None,
         "num_visible": torch.cuda.device_count() if is_cuda else 0,
