@@ -13,13 +13,14 @@ import time
 from functools import partial
 
 from mnist import process, signals
-from mnist.cli import parse_command_line
 
 STARTED = time.perf_counter()
 if __name__ == "__main__":
     # Torch takes a second to import. A signal may come in it, and --help and mistyped flags are answered before it.
     signals.install()
     process.tune()
+    from mnist.cli import parse_command_line
+
     CONFIG = parse_command_line()
 
 from accelerate import Accelerator

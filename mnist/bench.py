@@ -40,8 +40,8 @@ class Options:
     """What to measure."""
     recipe: tuple[str, ...] = ()
     """Recipes: network, batch, optimizer and loss; default convnet (loops, scaling) or fast (recipe, startup)."""
-    dataset: DatasetName = "auto"
-    """The images."""
+    dataset: DatasetName | None = None
+    """The images; default the recipe's own."""
     data_dir: str = field(default_factory=lambda: DataConfig().data_dir)
     """Folder in torchvision's layout; default $MNIST_DATA_DIR, else "data"."""
     precisions: tuple[Literal["no", "bf16"], ...] = ("no", "bf16")
@@ -139,9 +139,10 @@ def settle(recipe: str, options: Options) -> TrainConfig:
     Raises:
         UserError: its augmentation cannot be left out without changing its work.
     """
-    choice = data.choose(DataConfig(options.dataset, options.data_dir))
+    config = RECIPES[recipe]()
+    choice = data.choose(DataConfig(options.dataset or config.data.dataset, options.data_dir))
     config = evolve(
-        RECIPES[recipe](),
+        config,
         dataset=choice.name,
         data_dir=options.data_dir,
         schedule="constant",
@@ -175,12 +176,13 @@ def bench_recipes(options: Options) -> Report:
     for recipe in options.recipe or ("fast",):
         results = []
         for seed in range(options.seeds):
+            sys.stderr.write(f"{recipe}, seed {seed} ...\n")
             with tempfile.TemporaryDirectory() as folder:
                 seconds = run_training(recipe, options, "--seed", str(seed), "--run-dir", folder)
                 results.append(json.loads(Path(folder, "result.json").read_bytes()) | {"command_time_s": seconds})
         rows.append(summarise(recipe, results))
     return Report(
-        title=f"recipes over {options.seeds} seeds (accuracy: mean; times: medians)",
+        title=f"recipes over {options.seeds} seed{'s' * (options.seeds > 1)} (accuracy: mean; times: medians)",
         environment=environment(threads(options)) | {"data": results[0]["dataset"]},
         rows=rows,
         notes=["command: python train_ddp.py as a whole, imports, evaluation and checkpoints included"],
@@ -224,8 +226,8 @@ def threads(options: Options) -> int:
 
 def training_flags(recipe: str, options: Options) -> list[str]:
     """The command line of a training run, without tracking, and without a gate: a low accuracy is a figure too."""
-    flags = ["--recipe", recipe, "--dataset", options.dataset, "--data-dir", options.data_dir, "--wandb", "disabled"]
-    flags += ["--min-accuracy", "None"]
+    flags = ["--recipe", recipe, "--data-dir", options.data_dir, "--wandb", "disabled", "--min-accuracy", "None"]
+    flags += ["--dataset", options.dataset] if options.dataset else []
     return [*flags, "--num-threads", str(threads(options)), *(["--cpu"] if options.cpu else [])]
 
 
@@ -293,7 +295,7 @@ def bench_startup(options: Options) -> Report:
             )
     return Report(
         title=f"start-up, medians of {options.repeats} fresh processes",
-        environment=environment(threads(options)) | {"data": options.dataset},
+        environment=environment(threads(options)) | {"data": options.dataset or "the recipe's own"},
         rows=rows,
         notes=["the last two rows are whole commands: train_ddp.py --help, and train_ddp.py --max-steps 1"],
     )

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from mnist.config import MachineError, RankError, RunError, UserError
 
@@ -51,10 +50,8 @@ class Console:
 
     def banner(self, rows: Sequence[tuple[str, str]]) -> None:
         """The plan of the run, a line per fact."""
-        if self._quiet:
-            return
-        for name, value in rows:
-            self._rich.print(f"[bold]{name:>12}[/bold]  {_escape(value)}")
+        if not self._quiet:
+            self._print_rows(rows)
 
     def say(self, line: str) -> None:
         """One line of information."""
@@ -112,16 +109,13 @@ class Console:
             self._progress = None
 
     def summary(self, rows: Sequence[tuple[str, str]]) -> None:
-        """The closing table; printed even with --quiet."""
+        """The closing lines; printed even with --quiet."""
         self.stop_progress()
-        if not self._live:
-            for name, value in rows:
-                self._rich.print(f"{name:>12}  {_escape(value)}")
-            return
-        table = Table(show_header=False, box=None, padding=(0, 1))
+        self._print_rows(rows)
+
+    def _print_rows(self, rows: Sequence[tuple[str, str]]) -> None:
         for name, value in rows:
-            table.add_row(f"[bold]{name}[/bold]", _escape(value))
-        self._rich.print(table)
+            self._rich.print(f"[bold]{name:>12}[/bold]  {_escape(value)}")
 
 
 def print_error(error: UserError | RunError) -> int:

@@ -49,6 +49,7 @@ if __name__ == "__main__":
     OPTIONS = parse_options(Options, "evaluate", __doc__)  # before torch is imported: --help answers at once
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console as RichConsole
 from rich.progress import Progress, TaskID
 from rich.table import Table
@@ -139,14 +140,15 @@ class Report:
 
     def as_text(self) -> str:
         """A table with a row per class: its accuracy, and what its images were taken for."""
-        table = Table("class", "accuracy", *self.class_names, title="rows: true class, columns: taken for")
+        table = Table("class", "accuracy", *self.class_names, box=SIMPLE_HEAD, pad_edge=False)
+        table.title = "rows: true class, columns: taken for"
         for name, accuracy, row in zip(
             self.class_names, self.scores.accuracy_per_class, self.scores.confusion, strict=True
         ):
             table.add_row(name, f"{accuracy:.2%}", *(str(count) if count else "" for count in row))
         for column in table.columns[1:]:
             column.justify = "right"
-        console = RichConsole(width=None if sys.stdout.isatty() else 200)
+        console = RichConsole(width=200)  # a terminal may wrap long class names, but nothing is cut
         with console.capture() as captured:
             console.print(table)
         return captured.get() + self._closing_line()

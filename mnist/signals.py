@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import faulthandler
 import os
+import select
 import signal
 import sys
 import threading
@@ -23,7 +24,7 @@ EXIT_FORCED = 130
 EXIT_PREEMPTED = 75
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
-_received: list[tuple[int, float]] = []  # the first signal and its time
+_received: list[int] = []  # the signals that have come
 _training = threading.Event()
 
 
@@ -61,9 +62,12 @@ def training_begins() -> None:
 
 
 def _watch_over_the_end() -> None:
-    """Ends a process that a signal finds where Python does not run: in a collective whose other ranks are gone.
+    """Ends a process at a later second Ctrl-C, and one that does not obey: in a collective whose other ranks are gone.
 
-    The interpreter writes to the wake-up descriptor at once, wherever the main thread is; a thread waits for that.
+    The interpreter writes each signal's number to the wake-up descriptor at once, also where the main thread is in C++
+    and no Python runs; a thread waits for that. Signals arrive twice: SLURM tells every process and the launcher
+    forwards; so a second one means nothing, except a second Ctrl-C of a person who has had time to read that the first
+    one is being obeyed.
     """
     if os.name != "posix":
         return
@@ -73,8 +77,12 @@ def _watch_over_the_end() -> None:
 
     def watch() -> None:
         os.read(reader, 1)
-        is_training = _training.is_set()
-        time.sleep(GRACE_S if is_training else START_GRACE_S)
+        first, is_training = time.monotonic(), _training.is_set()
+        end = first + (GRACE_S if is_training else START_GRACE_S)
+        while (left := end - time.monotonic()) > 0:
+            has_come = select.select([reader], [], [], left)[0]
+            if has_come and os.read(reader, 1)[0] == signal.SIGINT and time.monotonic() - first >= FORCE_AFTER_S:
+                os._exit(EXIT_FORCED)
         os.write(2, b"the signal was not obeyed in time; this process was here:\n")
         faulthandler.dump_traceback()
         os._exit(1 if is_training else EXIT_PREEMPTED)
@@ -89,7 +97,7 @@ def stop_requested() -> bool:
 
 def signal_name() -> str | None:
     """The first signal that came, such as "SIGTERM"."""
-    return signal.Signals(_received[0][0]).name if _received else None
+    return signal.Signals(_received[0]).name if _received else None
 
 
 def _was_launched() -> bool:
@@ -97,13 +105,7 @@ def _was_launched() -> bool:
 
 
 def _note(number: int, _frame: FrameType | None) -> None:
-    # Signals arrive twice: SLURM tells every process and the launcher forwards; so a second one means nothing, except a
-    # second Ctrl-C of a person who has had time to read that the first one is being obeyed.
-    now = time.monotonic()
-    if not _received:
-        _received.append((number, now))
-        if os.environ.get("RANK", "0") == "0":
-            with contextlib.suppress(OSError):
-                os.write(2, f"\n{signal.Signals(number).name}: saving and ending at the next step\n".encode())
-    elif number == signal.SIGINT and now - _received[0][1] >= FORCE_AFTER_S:
-        os._exit(EXIT_FORCED)
+    _received.append(number)
+    if len(_received) == 1 and os.environ.get("RANK", "0") == "0":
+        with contextlib.suppress(OSError):
+            os.write(2, f"\n{signal.Signals(number).name}: saving and ending at the next step\n".encode())

@@ -93,20 +93,29 @@ time.sleep(30)
 STUCK = """
 import ctypes
 from mnist import signals
-signals.START_GRACE_S = signals.GRACE_S = 0.5
+signals.START_GRACE_S = signals.GRACE_S = {grace_s}
 signals.install()
 if {is_training}:
     signals.training_begins()
 print("ready", flush=True)
-ctypes.CDLL(None).sleep(30)  # no Python runs in here, as in a collective whose other ranks are gone
-ctypes.CDLL(None).sleep(30)
+for _ in range(3):  # a signal ends a sleep
+    ctypes.CDLL(None).sleep(30)  # no Python runs in here, as in a collective whose other ranks are gone
 """
 
 
 @pytest.mark.parametrize(("is_training", "code"), [(False, signals.EXIT_PREEMPTED), (True, 1)])
 def test_a_process_that_is_stuck_in_c_ends_after_a_while(is_training: bool, code: int) -> None:
-    with start(DEFAULTS + STUCK.format(is_training=is_training)) as process:
+    with start(DEFAULTS + STUCK.format(grace_s=0.5, is_training=is_training)) as process:
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=10) == code
         assert process.stderr is not None
         assert "this process was here" in process.stderr.read()
+
+
+def test_a_later_second_ctrl_c_is_heard_in_c_too() -> None:
+    with start(DEFAULTS + STUCK.format(grace_s=20, is_training=True)) as process:
+        process.send_signal(signal.SIGINT)
+        time.sleep(signals.FORCE_AFTER_S + 0.2)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=5) == signals.EXIT_FORCED

@@ -7,19 +7,23 @@ from __future__ import annotations
 
 import importlib
 import math
+import statistics
 from collections.abc import Sequence
 from functools import partial
+from itertools import pairwise
 from operator import mul
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from mnist.drawing.canvas import GREY, HEAD, INK, LINES, MARGIN, PALE, add_axes, new_figure
-from mnist.drawing.history import SPLITS, History
+from mnist.drawing.history import SPLITS, Curve, History
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+Point = tuple[int, int, float, float]  # a stretch of steps, the step where it ends, loss and accuracy in it
 
 
 def draw_curves(histories: Sequence[History], title: str, subtitle: str) -> Figure:
@@ -28,7 +32,8 @@ def draw_curves(histories: Sequence[History], title: str, subtitle: str) -> Figu
     figure = new_figure(1180, 480, title, subtitle)
     left, right = (add_axes(figure, MARGIN + 50 + side * 580, HEAD + 40, 490, 320) for side in (0, 1))
     for number, history in enumerate(histories):
-        for split, curve in history.curves.items():
+        for split, recorded in history.curves.items():
+            curve = without_fragments(recorded) if split == "train" else recorded
             is_train, turn = split == "train", SPLITS.index(split) if is_single else number
             final = (_running_mean(curve.accuracies) if is_train else curve.accuracies)[-1]
             label = f"{split if is_single else f'{history.name}: {split}'} {final:.2%}"
@@ -43,6 +48,27 @@ def draw_curves(histories: Sequence[History], title: str, subtitle: str) -> Figu
     _fit_curves(left, right, histories)
     right.legend(loc="lower right", fontsize=8 if len(histories) <= 8 else 6, frameon=False)
     return figure
+
+
+def without_fragments(curve: Curve) -> Curve:
+    """A training curve in which a record of less than half the usual stretch of steps is joined to the one before it.
+
+    A record is the mean since the one before; log intervals and epochs end in records. Where one end follows the other
+    closely, that is the mean of a few batches, and would look like an event.
+    """
+    stretches = [step - before for before, step in pairwise([0, *curve.steps])]
+    usual = statistics.median(stretches)
+    points: list[Point] = []
+    for point in zip(stretches, curve.steps, curve.losses, curve.accuracies, strict=True):
+        points.append(_join(points.pop(), point) if points and point[0] < usual / 2 else point)
+    return Curve(*(list(column) for column in list(zip(*points, strict=True))[1:]))
+
+
+def _join(one: Point, other: Point) -> Point:
+    """The mean of two neighbours, weighted by their steps, where the second one ends."""
+    steps = one[0] + other[0]
+    share = other[0] / steps
+    return steps, other[1], (1 - share) * one[2] + share * other[2], (1 - share) * one[3] + share * other[3]
 
 
 def _draw_curve(axes: Axes, steps: list[int], values: list[float], is_train: bool, style: dict[str, Any]) -> None:
