@@ -6,12 +6,14 @@ standard error is no terminal, the same calls print less.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
 from collections.abc import Sequence
 
 from rich.console import Console as RichConsole
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from mnist.config import MachineError, RankError, RunError, UserError
@@ -21,7 +23,7 @@ PLAIN_EVERY_S = 10.0
 
 class _RichConsole(RichConsole):
     def on_broken_pipe(self) -> None:
-        """Falls silent: whoever read the log has gone, and that is no reason to end a run."""
+        """Falls silent: whoever read the log has gone, or it has no room, and that is no reason to end a run."""
         self.quiet = True
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
@@ -56,13 +58,19 @@ class Console:
     def say(self, line: str) -> None:
         """One line of information."""
         if not self._quiet:
-            self._rich.print(_escape(line))
+            self._print(escape(line))
 
     def warn(self, line: str) -> None:
         """One line that matters, once."""
         if line not in self._warned:
             self._warned.add(line)
-            self._rich.print(f"[bold yellow]warning[/bold yellow]  {_escape(line)}")
+            self._print(f"[bold yellow]warning[/bold yellow]  {escape(line)}")
+
+    def _print(self, text: str) -> None:
+        try:
+            self._rich.print(text)
+        except OSError:  # the disk is full below the log; the run's own may be another one
+            self._rich.on_broken_pipe()
 
     def start_progress(self, num_steps: int, done: int) -> None:
         """Begins the bar of the run (on a terminal)."""
@@ -115,17 +123,14 @@ class Console:
 
     def _print_rows(self, rows: Sequence[tuple[str, str]]) -> None:
         for name, value in rows:
-            self._rich.print(f"[bold]{name:>12}[/bold]  {_escape(value)}")
+            self._print(f"[bold]{name:>12}[/bold]  {escape(value)}")
 
 
 def print_error(error: UserError | RunError) -> int:
     """One line on standard error, from rank 0 (or whoever knows); returns the exit code that belongs to it."""
     is_first = isinstance(error, MachineError) and os.environ.get("LOCAL_RANK") == "0"
     if os.environ.get("RANK", "0") == "0" or is_first or isinstance(error, RankError):
-        sys.stderr.write("error: " + " ".join(str(error).split()) + "\n")
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):  # the exit code says it too
+            sys.stderr.write("error: " + " ".join(str(error).split()) + "\n")
+            sys.stderr.flush()
     return 2 if isinstance(error, UserError) else 1
-
-
-def _escape(text: str) -> str:
-    return text.replace("[", r"\[")

@@ -11,7 +11,6 @@ import math
 import os
 import re
 import signal
-import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -38,8 +37,7 @@ class Watchdog:
         now = time.monotonic()
         if self._armed_at < 0 or now - self._armed_at >= 1.0:
             self._armed_at = now
-            if sys.__stderr__ is not None:
-                faulthandler.dump_traceback_later(self._timeout_s, exit=True, file=sys.__stderr__)
+            faulthandler.dump_traceback_later(self._timeout_s, exit=True, file=2)
 
     def rest(self) -> None:
         """Stops watching."""

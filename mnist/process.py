@@ -59,9 +59,9 @@ def cpu_quota() -> float | None:
     """How many cores' time this process's container may use (Linux control groups, version 2); None = no limit."""
     try:
         limit, period = _CPU_QUOTA.read_text(encoding="ascii").split()
-    except OSError:
+        return int(limit) / int(period) or None
+    except (OSError, ValueError, ZeroDivisionError):  # no such file; "max 100000"
         return None
-    return None if limit == "max" else int(limit) / int(period)
 
 
 def num_usable_cores() -> int:

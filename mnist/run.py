@@ -323,6 +323,7 @@ class Run:
 
     def _write_checkpoint(self) -> None:
         assert self._directory is not None
+        self.tracker.check()
         saved = resuming.capture(
             self.train_step,
             self.state,

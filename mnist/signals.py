@@ -46,14 +46,20 @@ def install() -> None:
 
 
 def fill_standard_streams() -> None:
-    """Puts /dev/null where a standard stream is closed; a file of the run would get its number, and its text."""
+    """Puts /dev/null where a standard stream is closed; a file of the run would get its number, and its text.
+
+    Python has None for such a stream, which nobody who writes to it expects.
+    """
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
-    if sys.stdout is None:
-        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115 - for the life of the process
+    for descriptor, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        if getattr(sys, name) is None:
+            stream = open(descriptor, mode, encoding="utf-8", closefd=False)  # noqa: SIM115 - as long as the process
+            setattr(sys, name, stream)
+            setattr(sys, f"__{name}__", stream)
 
 
 def training_begins() -> None:
@@ -83,8 +89,9 @@ def _watch_over_the_end() -> None:
             has_come = select.select([reader], [], [], left)[0]
             if has_come and os.read(reader, 1)[0] == signal.SIGINT and time.monotonic() - first >= FORCE_AFTER_S:
                 os._exit(EXIT_FORCED)
-        os.write(2, b"the signal was not obeyed in time; this process was here:\n")
-        faulthandler.dump_traceback()
+        with contextlib.suppress(OSError):  # nobody reads it
+            os.write(2, b"the signal was not obeyed in time; this process was here:\n")
+            faulthandler.dump_traceback(file=2)
         os._exit(1 if is_training else EXIT_PREEMPTED)
 
     threading.Thread(target=watch, daemon=True, name="signal-watch").start()

@@ -215,6 +215,7 @@ class JsonlFile:
     """Append-only metrics.jsonl; knows what it already holds."""
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         self._last_step: dict[str, int] = {}
         complete = 0
         if path.exists():
@@ -242,7 +243,9 @@ class JsonlFile:
         self._last_step[record["split"]] = record["step"]
         valid = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         try:
+            if not self._path.exists():
+                raise RunError(f"{self._path}: removed or moved while the run was writing it")
             self._file.write(json.dumps(valid) + "\n")  # JSON has no inf, which an fp16 gradient norm can be
         except OSError as error:
-            raise RunError(f"{self._file.name}: not written ({error.strerror}); free some space there") from error
+            raise RunError(f"{self._path}: not written ({error.strerror}); free some space there") from error
         return True

@@ -25,6 +25,13 @@ def speak(voice: Console) -> None:
     voice.summary([("test", "accuracy 99.00%")])
 
 
+@pytest.mark.parametrize("path", ["runs/a[b]", r"runs/a\[/b]", r"runs/a\[b]c"])
+def test_a_path_is_printed_as_it_is(path: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Console().say(path)
+    Console().banner([("run", path)])
+    assert capsys.readouterr().err == f"{path}\n         run  {path}\n"
+
+
 def test_without_a_terminal_there_are_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
     speak(Console())
     text = capsys.readouterr().err

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import resource
+import shutil
 import signal
 import socket
 import sys
@@ -318,6 +319,32 @@ def test_metrics_that_cannot_be_written_end_the_run_with_their_path(
     arguments = [*SMALL, "--epochs", "100", "--log-every", "1", "--checkpoint-every", "5000", "--eval-every", "5000"]
     assert run_ranks(run_with_small_files, 1, 8_000, tmp_path, *arguments) == [1]
     assert f"{tmp_path}/metrics.jsonl: not written" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("goes", ["removed", "moved", "one file"])
+def test_a_directory_that_goes_in_mid_run_is_noticed(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], goes: str
+) -> None:
+    folder = tmp_path / "run"
+
+    def lose() -> int:
+        original = Run.save
+
+        def save(self: Run) -> None:
+            original(self)
+            if goes == "removed":
+                shutil.rmtree(folder)
+            elif goes == "moved":
+                folder.rename(tmp_path / "elsewhere")
+            else:
+                (folder / "metrics.jsonl").unlink()
+
+        Run.save = save  # type: ignore[method-assign]
+        return run(folder, *SMALL)
+
+    assert run_ranks(lose, 1) == [1]
+    assert f"error: {folder}/metrics.jsonl: removed or moved" in capfd.readouterr().err
+    assert folder.exists() == (goes == "one file")
 
 
 def test_a_directory_that_disappears_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

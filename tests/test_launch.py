@@ -158,6 +158,19 @@ def test_closed_streams_are_not_taken_for_files_of_the_run(tmp_path: Path) -> No
     assert result(tmp_path / "run")["status"] == "finished"
 
 
+def test_a_log_without_room_does_not_end_a_run(tmp_path: Path) -> None:
+    command = " ".join(train(*SMOKE, "--num-threads", "1", "--run-dir", "run"))
+    assert finish(["sh", "-c", f"{command} 2>/dev/full"], tmp_path).code == 0
+    assert result(tmp_path / "run")["status"] == "finished"
+
+
+@pytest.mark.parametrize("stream", ["2>&-", "2>/dev/full"])
+def test_a_mistake_has_its_exit_code_also_where_nobody_reads_why(tmp_path: Path, stream: str) -> None:
+    for wrong in (["--schedule", "cosin"], ["--recipe", "smoke", "--global-batch-size", "99999"]):
+        done = finish(["sh", "-c", f"{' '.join(train(*wrong, '--run-dir', 'run'))} {stream}"], tmp_path)
+        assert (done.code, done.out) == (2, "")
+
+
 @pytest.mark.skipif("MNIST_DATA_DIR" not in os.environ, reason="MNIST_DATA_DIR does not name a folder with MNIST")
 def test_the_default_command_reaches_99_percent_on_mnist(tmp_path: Path) -> None:
     done = finish(train("--dataset", "mnist", "--min-accuracy", "0.99", "--run-dir", "run"), tmp_path)

@@ -44,7 +44,8 @@ def test_what_the_environment_says_of_waiting_stays(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "quota", "num_cores"),
-    [("max 100000\n", None, 8), ("250000 100000\n", 2.5, 3), ("50000 100000\n", 0.5, 1), ("6400000 100000\n", 64, 8)],
+    [("max 100000\n", None, 8), ("250000 100000\n", 2.5, 3), ("50000 100000\n", 0.5, 1), ("6400000 100000\n", 64, 8)]
+    + [(odd, None, 8) for odd in ("", "max", "a b", "1 2 3", "100000 0", "0 100000", "\u00fc \u00fc")],
 )
 def test_a_containers_quota_counts_as_cores_do(
     content: str, quota: float | None, num_cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -103,6 +103,13 @@ for _ in range(3):  # a signal ends a sleep
 """
 
 
+def test_a_process_that_is_stuck_ends_also_where_nobody_reads_where() -> None:
+    program = "import os; os.close(2)\n" + DEFAULTS + STUCK.format(grace_s=0.5, is_training=True)
+    with start(program) as process:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=10) == 1
+
+
 @pytest.mark.parametrize(("is_training", "code"), [(False, signals.EXIT_PREEMPTED), (True, 1)])
 def test_a_process_that_is_stuck_in_c_ends_after_a_while(is_training: bool, code: int) -> None:
     with start(DEFAULTS + STUCK.format(grace_s=0.5, is_training=is_training)) as process:

@@ -167,7 +167,8 @@ def judge_threads(facts: Sequence[Fact]) -> Judgement:
         threads = sum(fact.value["threads"] for fact in ranks)
         line = f"{count(threads, 'thread')} of {count(len(ranks), 'rank')} for {count(usable, 'core')} on {host}"
         if threads > usable:
-            return "fail", f"{line}: each waits for the others; set LOCAL_WORLD_SIZE, or --num-threads"
+            remedy = "set LOCAL_WORLD_SIZE, or --num-threads" if threads > len(ranks) else "start fewer processes"
+            return "fail", f"{line}: each waits for the others; {remedy}"
         has_idle_cores = 2 * threads <= usable and any(fact.value["threads"] == 1 for fact in ranks)
         if has_idle_cores and not any(fact.value["as_asked"] for fact in ranks):
             return "fail", f"{line}: the rest is idle; set LOCAL_WORLD_SIZE to the processes of this host"
