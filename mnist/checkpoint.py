@@ -220,7 +220,8 @@ def check_same_run(old: dict[str, Any], config: TrainConfig) -> None:
     if differing:
         listed = ", ".join(f"--{n.replace('_', '-')} was {old.get(n)}, now {new[n]}" for n in differing)
         raise UserError(
-            f"this run has another configuration: {listed}; use --resume never to start over, or another --run-dir"
+            f"this run (recipe {old.get('recipe')}) has another configuration: {listed}; "
+            "use --resume never to start over, or another --run-dir"
         )
 
 

@@ -149,7 +149,8 @@ class Run:
         self.val_scores = saved.scores.get("val")
         self._saved_step = self.state.step
         self._has_resumed = True
-        self.console.say(f"resuming {self.path} at step {self.state.step}")
+        way_out = "" if self.config.output.run_dir else "; --resume never would start a new run"
+        self.console.say(f"resuming {self.path} at step {self.state.step}{way_out}")
         for note in notes:
             self.console.warn(note)
 
@@ -359,7 +360,8 @@ class Run:
         self._together(lambda: self._show_results(test))
         self._together(lambda: self._close("finished", gate_passed=code == EXIT_FINISHED))
         rows = report.closing(test, self.dataset, self.choice, self.plan, self.state)
-        times = f"{self.state.train_time_s:.1f} s training, {self._total_time_s():.1f} s in all"
+        span = "since this start" if self._has_resumed else "in all"
+        times = f"{self.state.train_time_s:.1f} s training, {self._total_time_s():.1f} s {span}"
         self.console.summary([*rows, ("time", times), ("run", str(self.path)), *self._drawn, *self._hints])
         return code
 
