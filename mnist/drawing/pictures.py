@@ -335,7 +335,7 @@ def draw_prediction(
     bars.barh(rows, probabilities, color=[BLUE if row == best else PALE for row in rows])
     for row, probability in enumerate(probabilities):
         bars.text(probability + 0.02, row, f"{probability:.1%}", va="center", size=8, color=INK)
-    bars.set(xlim=(0, 1.2), xticks=[], yticks=rows)
+    bars.set(xlim=(0, 1.3), xticks=[], yticks=rows)
     bars.set_yticklabels(class_names)
     bars.tick_params(length=0)  # a tick before a number looks like a minus sign
     bars.invert_yaxis()
