@@ -33,8 +33,8 @@ def draw_curves(histories: Sequence[History], title: str, subtitle: str) -> Figu
     left, right = (add_axes(figure, MARGIN + 50 + side * 580, HEAD + 40, 490, 320) for side in (0, 1))
     for number, history in enumerate(histories):
         for split, recorded in history.curves.items():
-            curve = without_fragments(recorded) if split == "train" else recorded
             is_train, turn = split == "train", SPLITS.index(split) if is_single else number
+            curve = without_fragments(recorded) if is_train else recorded
             final = (_running_mean(curve.accuracies) if is_train else curve.accuracies)[-1]
             label = f"{split if is_single else f'{history.name}: {split}'} {final:.2%}"
             style = {
