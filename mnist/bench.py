@@ -84,6 +84,7 @@ from mnist.benchmark.contest import Contestant, check_losses, compare, hold_cont
 from mnist.benchmark.rivals import has_torchvision_files
 from mnist.benchmark.scaling import ALONE, PROJECT, Turn, measure_scaling
 from mnist.benchmark.scoreboard import Report, Row, environment, publish
+from mnist.console import count
 from mnist.process import num_usable_cores
 from mnist.runtime import open_accelerator
 from mnist.transforms import Augmentation
@@ -182,7 +183,7 @@ def bench_recipes(options: Options) -> Report:
                 results.append(json.loads(Path(folder, "result.json").read_bytes()) | {"command_time_s": seconds})
         rows.append(summarise(recipe, results))
     return Report(
-        title=f"recipes over {options.seeds} seed{'s' * (options.seeds > 1)} (accuracy: mean; times: medians)",
+        title=f"recipes over {count(options.seeds, 'seed')} (accuracy: mean; times: medians)",
         environment=environment(threads(options)) | {"data": results[0]["dataset"]},
         rows=rows,
         notes=["command: python train_ddp.py as a whole, imports, evaluation and checkpoints included"],

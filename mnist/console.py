@@ -134,3 +134,9 @@ def print_error(error: UserError | RunError) -> int:
             sys.stderr.write("error: " + " ".join(str(error).split()) + "\n")
             sys.stderr.flush()
     return 2 if isinstance(error, UserError) else 1
+
+
+def count(number: int, noun: str) -> str:
+    """1 rank, 2 ranks, 2 processes."""
+    plural = noun + ("es" if noun.endswith("s") else "s")
+    return f"{number} {noun if number == 1 else plural}"

@@ -90,11 +90,11 @@ from rich.table import Table
 from rich.text import Text
 
 from mnist.config import RankError, RunError
-from mnist.console import print_error
+from mnist.console import count, print_error
 from mnist.faults import Watchdog
 from mnist.health.checks_compute import COMPUTE_CHECKS, all_reduce_table
 from mnist.health.checks_machine import MACHINE_CHECKS
-from mnist.health.checkup import Finding, Patient, count, run_check
+from mnist.health.checkup import Finding, Patient, run_check
 from mnist.runtime import open_accelerator
 
 EXIT_FIT, EXIT_UNFIT = 0, 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from mnist.config import TrainConfig
+from mnist.console import count
 from mnist.data import Choice, Dataset
 from mnist.engine import TrainState
 from mnist.metrics import Scores
@@ -24,7 +25,7 @@ def banner(
     sizes += f" / {len(dataset.val):,} val" if dataset.val is not None else ""
     world = f"{plan.world_size} process{'es' if plan.world_size > 1 else ''} ({environment['launcher']})"
     num_threads = environment["threads_per_process"]
-    threads = f"{num_threads} thread{'s' if num_threads != 1 else ''}"
+    threads = count(num_threads, "thread")
     share = f"{plan.world_size} x {plan.accumulation_steps} x {plan.micro_batch_size}"
     optim = config.optim
     return [

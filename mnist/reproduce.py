@@ -21,6 +21,7 @@ from typing import Any
 
 from mnist.cli import parse_options, run_command
 from mnist.config import RunError, UserError, check_choice
+from mnist.console import count
 from mnist.files import read_json, write_atomically, write_json
 from mnist.process import cpu_name, num_usable_cores
 from mnist.recipes import RECIPES
@@ -162,13 +163,10 @@ def render(results: dict[str, Any]) -> str:
         size = f"{any_row['num_params']:,}" if any_row else "-"
         cells = [f"`{recipe}`", source, size, str(RECIPES[recipe]().loop.epochs), stated]
         lines.append(f"| {' | '.join([*cells, *_accuracy(known), _time(cpu), _time(gpu)])} |")
-    machines = sorted({_machine(row) for row in rows.values()})
+    machines = sorted(
+        {f"{row['hardware']}, {count(row['threads'], 'thread')}, torch {row['torch']}" for row in rows.values()}
+    )
     return "\n".join([*lines, "", f"Times are of training alone. Measured on: {'; '.join(machines)}.", ""])
-
-
-def _machine(row: dict[str, Any]) -> str:
-    threads = "1 thread" if row["threads"] == 1 else f"{row['threads']} threads"
-    return f"{row['hardware']}, {threads}, torch {row['torch']}"
 
 
 def describe(recipe: str) -> tuple[str, str]:

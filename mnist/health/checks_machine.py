@@ -25,8 +25,9 @@ import torch.distributed as dist
 
 from mnist import data, process, runtime, wandb_run
 from mnist.config import RUNS, to_flat
+from mnist.console import count
 from mnist.files import write_and_flush
-from mnist.health.checkup import Check, Fact, Judgement, Patient, by_host, count, judge_equal, short_hash
+from mnist.health.checkup import Check, Fact, Judgement, Patient, by_host, judge_equal, short_hash
 
 ROOT = Path(__file__).parents[2]
 FIELDS_OF_A_NODE = {"data_dir", "run_dir"}  # of the configuration; may differ between ranks

@@ -118,9 +118,3 @@ def by_host(facts: Sequence[Fact]) -> dict[str, list[Fact]]:
     for fact in facts:
         hosts[fact.host].append(fact)
     return dict(hosts)
-
-
-def count(number: int, noun: str) -> str:
-    """1 rank, 2 ranks, 2 processes."""
-    plural = noun + ("es" if noun.endswith("s") else "s")
-    return f"{number} {noun if number == 1 else plural}"
