@@ -25,7 +25,7 @@ from mnist.config import TrainConfig, UserError, evolve
 from mnist.faults import Fault, inject, parse_fault
 from mnist.plan import build_plan
 from mnist.run import Run
-from tests.processes import CONFIGURED, TORCHRUN, Finished, finish, members, started, train
+from tests.processes import CONFIGURED, TORCHRUN, Finished, finish, left_behind, started, train
 from tests.ranks import run_ranks
 from tests.test_checkpoint import make_checkpoint
 from tests.test_launch import LONG, has_records, wait_until
@@ -152,7 +152,7 @@ def test_a_signal_to_one_rank_ends_both_after_one_checkpoint(tmp_path: Path, num
         wait_until(lambda: has_records(tmp_path / "run"))
         os.kill(pid_of_rank(tmp_path / "run", to_rank), number)
         process.wait(timeout=20)
-        assert members(process) == []
+        assert left_behind(process) == []
     assert result(tmp_path / "run")["status"] == "preempted"
 
 

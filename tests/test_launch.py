@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.processes import ACCELERATE, CONFIGURED, PYTHON, TORCHRUN, finish, members, started, train
+from tests.processes import ACCELERATE, CONFIGURED, PYTHON, TORCHRUN, finish, left_behind, members, started, train
 
 pytestmark = pytest.mark.launch
 
@@ -114,7 +114,7 @@ def test_a_signal_to_the_launcher_saves_and_is_resumable(tmp_path: Path, launche
         wait_until(lambda: has_records(tmp_path / "run"))
         os.kill(process.pid, number)
         process.wait(timeout=20)
-        assert members(process) == []
+        assert left_behind(process) == []
     found = result(tmp_path / "run")
     assert found["status"] == "preempted"
     assert process.returncode == (75 if launcher is PYTHON else 1)
