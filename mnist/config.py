@@ -62,20 +62,38 @@ def choices_of(hint: Any) -> list[str]:
     return [choice for part in (hint, *get_args(hint)) for choice in get_args(part) if isinstance(choice, str)]
 
 
+# The types of fields, apart from choices and what may also be None: what their values are, and how people call it.
+_KINDS: dict[Any, tuple[Any, str]] = {
+    bool: (bool, "true or false"),
+    int: (int, "a whole number"),
+    float: ((int, float), "a number"),
+    str: (str, "text"),
+    tuple[str, ...]: (tuple, "a list of texts"),
+}
+
+
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise UserError(message)
 
 
 def _check_types(section: Any) -> None:
-    """Choices are among the valid ones and numbers finite, for code that builds a configuration by hand too."""
+    """Values are of their fields' types, choices valid and numbers finite, whoever has built the configuration."""
     for name, hint in get_type_hints(type(section)).items():
-        choices = choices_of(hint)
-        value = getattr(section, name)
-        if choices and value is not None:
-            check_choice("--" + name.replace("_", "-"), str(value), choices)
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be a finite number")
+        value, is_optional = getattr(section, name), type(None) in get_args(hint)
+        if value is not None or not is_optional:
+            _check_type("--" + name.replace("_", "-"), value, get_args(hint)[0] if is_optional else hint)
+
+
+def _check_type(flag: str, value: Any, kind: Any) -> None:
+    if choices_of(kind):
+        check_choice(flag, str(value), choices_of(kind))
+        return
+    classes, words = _KINDS[kind]
+    _require(
+        isinstance(value, classes) and isinstance(value, bool) == (kind is bool), f"{flag} {value}: must be {words}"
+    )
+    _require(kind is not float or math.isfinite(value), f"{flag} {value}: must be a finite number")
 
 
 @dataclass(frozen=True)
@@ -365,7 +383,7 @@ def from_flat(flat: dict[str, Any]) -> TrainConfig:
     """The inverse of `to_flat`. Fields that are missing keep their defaults.
 
     Raises:
-        UserError: an unknown field, or a value out of its range.
+        UserError: an unknown field, or a value of another type or out of its range.
     """
     known = to_flat(TrainConfig())
     unknown = sorted(set(flat) - set(known))

@@ -2,7 +2,9 @@ import ast
 import dataclasses
 import inspect
 import json
+import re
 from itertools import pairwise
+from typing import Any
 
 import pytest
 
@@ -221,6 +223,25 @@ def test_missing_fields_keep_their_defaults():
 def test_an_unknown_field_is_named():
     with pytest.raises(UserError, match="learning_rate"):
         from_flat({"learning_rate": 0.5, "lr": 0.1})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("lr", "1e-3", "a number"),
+        ("lr", None, "a number"),
+        ("epochs", 1.5, "a whole number"),
+        ("seed", True, "a whole number"),
+        ("cpu", 1, "true or false"),
+        ("run_dir", 3, "text"),
+        ("wandb_tags", "a", "a list of texts"),
+        ("target_accuracy", [0.9], "a number"),
+        ("model", ["lenet5"], "unknown; .*lenet5"),
+    ],
+)
+def test_a_value_of_another_type_is_named(name: str, value: Any, words: str) -> None:
+    with pytest.raises(UserError, match=f"^--{name.replace('_', '-')} {re.escape(str(value))}: (must be )?{words}"):
+        evolve(TrainConfig(), **{name: value})
 
 
 def test_the_data_folder_comes_from_the_environment(monkeypatch):
