@@ -342,7 +342,8 @@ def evaluate(
     sums = accelerator.reduce(torch.cat([losses, confusion]), reduction="sum").cpu().double()
     counts = sums[num_chunks:].round().long().view(NUM_CLASSES, NUM_CLASSES)
     scores = Scores.from_sums(math.fsum(sums[:num_chunks].tolist()), counts)
-    assert scores.num_samples == len(split), f"scored {scores.num_samples} of {len(split)} samples"
+    if scores.num_samples != len(split):
+        raise RuntimeError(f"scored {scores.num_samples} of {len(split)} samples")
     return scores
 
 

@@ -29,11 +29,19 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def write_and_flush(path: Path, content: bytes) -> None:
-    """Writes `content` and waits until the disk has it."""
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    """Writes `content` and waits until the disk has it.
+
+    Raises:
+        OSError: names `path`, which Python leaves out where the disk is full.
+    """
+    try:
+        with path.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        error.filename = str(path)
+        raise
 
 
 def flush_folder(folder: Path) -> None:

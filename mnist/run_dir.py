@@ -134,7 +134,10 @@ def _lock(path: Path) -> RunDir:
         holder = lock.read().strip() or "another process"
         lock.close()
         raise UserError(f"--run-dir {path}: in use by {holder}; choose another directory, or wait") from error
-    lock.truncate(0)
-    lock.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
-    lock.flush()
+    try:
+        lock.truncate(0)
+        lock.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
+        lock.flush()
+    except OSError as error:
+        raise UserError(f"--run-dir {path}: not writable ({error.strerror or error})") from error
     return RunDir(path, lock)

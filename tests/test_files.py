@@ -34,7 +34,7 @@ def test_a_full_disk_leaves_the_old_content_and_no_rubbish(tmp_path, full_disk, 
     path = tmp_path / "result.json"
     if before is not None:
         path.write_bytes(before)
-    with pytest.raises(OSError, match="too large"):
+    with pytest.raises(OSError, match=r"too large: .*result\.json"):
         write_atomically(path, bytes(9 << 20))
     assert names_in(tmp_path) == (["result.json"] if before else [])
     assert before is None or path.read_bytes() == before

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,16 @@ def test_a_path_below_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="file/run: not writable"):
         open_run_dir(config_in(tmp_path / "file" / "run"), "mnist")
+
+
+def test_a_disk_without_room_for_a_line_is_named_by_its_flag(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        with pytest.raises(UserError, match=f"--run-dir {tmp_path}: not writable"):
+            open_run_dir(config_in(tmp_path), "mnist")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def leave_run(name: str, status: str, config: TrainConfig) -> Path:
