@@ -110,6 +110,8 @@ def parse_options(options: type[T], command: str, description: str) -> T:
 def _words_from(is_main: bool) -> Iterator[None]:
     """Lets rank 0 alone explain mistakes; whoever has read enough of --help may close the pipe (`| head`)."""
     fill_standard_streams()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # as standard error does with what its encoding lacks
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with contextlib.nullcontext() if is_main else contextlib.redirect_stderr(io.StringIO()):
             yield

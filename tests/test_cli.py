@@ -56,6 +56,12 @@ def test_whoever_has_read_enough_may_close_the_pipe(flag):
     assert done.stderr == ""
 
 
+def test_a_pipe_that_takes_ascii_only_gets_escapes():
+    done = run_script("-m", "mnist.plots", "--help", PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert r"\u2022 samples" in done.stdout
+
+
 def test_no_arguments_mean_the_fast_recipe():
     assert parse_command_line([]) == RECIPES["fast"]()
 
