@@ -15,6 +15,7 @@ import re
 import statistics
 import subprocess
 import sys
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -163,10 +164,17 @@ def render(results: dict[str, Any]) -> str:
         size = f"{any_row['num_params']:,}" if any_row else "-"
         cells = [f"`{recipe}`", source, size, str(RECIPES[recipe]().loop.epochs), stated]
         lines.append(f"| {' | '.join([*cells, *_accuracy(known), _time(cpu), _time(gpu)])} |")
-    machines = sorted(
-        {f"{row['hardware']}, {count(row['threads'], 'thread')}, torch {row['torch']}" for row in rows.values()}
-    )
-    return "\n".join([*lines, "", f"Times are of training alone. Measured on: {'; '.join(machines)}.", ""])
+    return "\n".join([*lines, "", f"Times are of training alone. Measured on: {_machines(list(rows.values()))}.", ""])
+
+
+def _machines(rows: list[dict[str, Any]]) -> str:
+    """Where most rows were measured, and where the others, by name."""
+    recipes = defaultdict(list)
+    for row in rows:
+        machine = f"{row['hardware']}, {count(row['threads'], 'thread')}, torch {row['torch']}"
+        recipes[machine].append(f"`{row['recipe']}`")
+    most, *others = sorted(recipes, key=lambda machine: -len(recipes[machine])) or ["nothing yet"]
+    return "; ".join([most, *(f"{', '.join(recipes[machine])} on: {machine}" for machine in others)])
 
 
 def describe(recipe: str) -> tuple[str, str]:

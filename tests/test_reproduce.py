@@ -66,6 +66,16 @@ def test_rows_of_other_hardware_stay_apart() -> None:
     assert "A GPU" in table
 
 
+def test_what_was_measured_elsewhere_than_most_is_named() -> None:
+    rows = [summarise(name, [made(0, 0.99)]) for name in ("fast", "smoke", "mlp")]
+    rows[1] = {**rows[1], "hardware": "another one"}
+    line = render({"rows": rows}).splitlines()[-1]
+    here, *elsewhere = line.partition("Measured on: ")[2].split("; ")
+    assert here.endswith(", 2 threads, torch 2.0")
+    assert elsewhere == ["`smoke` on: another one, 2 threads, torch 2.0."]
+    assert render({"rows": []}).endswith("Measured on: nothing yet.\n")
+
+
 def test_finished_runs_are_taken_as_they_are_and_the_table_is_replaced(documents: Path, smoke_run: Path) -> None:
     shutil.copytree(smoke_run, documents / "runs" / "smoke-seed0")
     assert main(Options(recipe=("smoke",), seeds=1, runs_dir=str(documents / "runs"))) == 0
