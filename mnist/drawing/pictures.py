@@ -211,7 +211,9 @@ def _filter_block(name: str, weight: Tensor) -> _FilterBlock:
     num_filters, num_inputs, height, width = weight.shape
     shown = weight[:MOST_FILTERS].detach().cpu().float()
     limit = float(shown.abs().flatten().quantile(0.995))  # a single large weight would leave the others pale
-    columns, pitch = (COLUMNS, PITCH) if num_inputs == 1 else (len(shown), 28)
+    columns, pitch = COLUMNS, PITCH
+    if num_inputs > 1:  # as wide as there is room, but no tower
+        columns, pitch = len(shown), max(28, min(PITCH, MAPS_WIDTH // len(shown), 720 // num_inputs))
     tiles = signed(shown.transpose(0, 1).flatten(0, 1), limit)  # input by input
     lines = [f"{num_filters} filters, {height}x{width}"]
     lines = [f"{num_filters} filters (across)", f"{num_inputs} inputs (down)"] if num_inputs > 1 else lines
