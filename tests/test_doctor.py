@@ -95,6 +95,22 @@ def test_a_slow_and_a_faulty_rank_are_named(tmp_path: Path, capfd: pytest.Captur
     assert "end in different weights on rank 1 on " in found["determinism"][1]
 
 
+def test_threads_that_are_no_gain_are_told_so(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    def wait_for_a_core(*_: Any) -> None:
+        if torch.get_num_threads() > 1:
+            time.sleep(0.05)
+
+    def suffer() -> int:
+        register_optimizer_step_post_hook(wait_for_a_core)
+        examine(tmp_path, num_threads=2)
+        return torch.get_num_threads()
+
+    assert run_ranks(suffer, 1) == [2], "as it was before"
+    verdict, message = report(capfd.readouterr().out)["one thread"]
+    assert verdict == "warn"
+    assert re.match(r"one thread is \d+\.\d times as fast as 2 threads on rank 0 on \S+: other work", message)
+
+
 def test_an_unwritable_run_directory_is_one_failed_check(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
 
@@ -176,7 +192,7 @@ def test_a_launch_ends_with_a_table_and_a_verdict(tmp_path: Path) -> None:
     done = finish([*TORCHRUN, "--nproc-per-node", "2", *DOCTOR, *ONE_THREAD], tmp_path)
     assert done.code == 0, done.out + done.err
     lines = done.out.splitlines()
-    assert re.match(r"verdict: fit to train \(\d+ passed, \d+ warnings, 0 failed; ", lines[-1])
+    assert re.match(r"verdict: fit to train \(\d+ passed, \d+ warnings, 0 failed, 1 skipped; ", lines[-1])
     assert sum(line.startswith("processes") for line in lines) == 1, "one rank speaks"
     assert re.search(r"^16,384 KB +[\d.]+ ms", done.out, re.MULTILINE)
     assert "\x1b" not in done.out
@@ -314,6 +330,10 @@ def weights(first: str, second: str) -> dict[str, str]:
     return {"first": first, "second": second}
 
 
+def threads_gain(factor: float) -> dict[str, float]:
+    return {"threads": 2, "all_s": 0.01, "one_s": 0.01 * factor}
+
+
 def bandwidth(first: float, last: float) -> list[float]:
     return [first, *[0.001] * 6, last]
 
@@ -380,6 +400,14 @@ CASES: list[tuple[Callable[[Any], Judgement], list[Any], str, str]] = [
     (compute.judge_speed, [0.010], "pass", "10.0 ms"),
     (compute.judge_speed, [0.010, 0.014], "pass", "14.0 ms"),
     (compute.judge_speed, [0.010, 0.011, 0.012, 0.020], "warn", "rank 3 on b needs 20.0 ms a step, the others 11.0 ms"),
+    (compute.judge_one_thread, [None, None], "skip", "one thread a rank"),
+    (compute.judge_one_thread, [threads_gain(1.7)] * 2, "pass", "2 threads are 1.7 times as fast as one"),
+    (
+        compute.judge_one_thread,
+        [threads_gain(1.7), threads_gain(0.5)],
+        "warn",
+        "2.0 times as fast as 2 threads on rank 1",
+    ),
     (compute.judge_all_reduce, [{"float32": 0, "float64": 0}] * 2, "pass", "exact in float32, float64"),
     (compute.judge_all_reduce, [{"float32": 0}, {"float32": 3}], "fail", "3 wrong sums in float32 on rank 1 on a"),
     (compute.judge_all_reduce, [{"float32": 0}], "skip", "one process"),

@@ -28,6 +28,7 @@ from mnist.transforms import BatchTransform
 DETERMINISM_STEPS, DETERMINISM_BATCH = 20, 32
 SPEED_TIME_S = 0.5
 SLOW_RANK = 1.5  # times the median of the others
+HARMFUL_THREADS = 0.8  # times the speed of one
 ALL_REDUCE_BYTES = tuple(1024 * 4**i for i in range(8))  # 1 KB .. 16 MB
 MAX_LATENCY_S, MIN_BANDWIDTH = 0.1, 10e6  # of an all-reduce, in seconds and bytes per second
 
@@ -97,17 +98,7 @@ def judge_determinism(facts: Sequence[Fact]) -> Judgement:
 
 def measure_speed(patient: Patient) -> float:
     """Seconds of a training step of this rank's share of a batch, without communication, all ranks at the same time."""
-    batch = math.ceil(patient.config.loop.global_batch_size / patient.accelerator.num_processes)
-    step, _ = _build_step(patient, *_sample(patient, batch))
-    for _ in range(3):
-        step()
-    wait_for_device(patient.accelerator.device)
-    started, num_steps = time.perf_counter(), 0
-    while num_steps < 3 or time.perf_counter() - started < SPEED_TIME_S:
-        step()
-        wait_for_device(patient.accelerator.device)
-        num_steps += 1
-    return (time.perf_counter() - started) / num_steps
+    return _step_time_s(patient, SPEED_TIME_S)
 
 
 def judge_speed(facts: Sequence[Fact]) -> Judgement:
@@ -121,6 +112,38 @@ def judge_speed(facts: Sequence[Fact]) -> Judgement:
                 "for it: what else runs there? is it throttled?"
             )
     return "pass", f"{1e3 * max(fact.value for fact in facts):.1f} ms a step on the slowest rank"
+
+
+def measure_one_thread(patient: Patient) -> dict[str, float] | None:
+    """Seconds of a training step with all threads of this rank and with one; None where it has one, or a GPU."""
+    num_threads = torch.get_num_threads()
+    if patient.accelerator.device.type != "cpu" or num_threads == 1:
+        return None
+    all_s, one_s = [], []
+    try:
+        for _ in range(2):  # in turns: what else runs on the machine comes and goes
+            torch.set_num_threads(num_threads)
+            all_s.append(_step_time_s(patient, SPEED_TIME_S / 2))
+            torch.set_num_threads(1)
+            one_s.append(_step_time_s(patient, SPEED_TIME_S / 2))
+    finally:
+        torch.set_num_threads(num_threads)
+    return {"threads": num_threads, "all_s": statistics.fmean(all_s), "one_s": statistics.fmean(one_s)}
+
+
+def judge_one_thread(facts: Sequence[Fact]) -> Judgement:
+    """Threads are a gain. They are none where they wait for one that has no core, or where the network is too small."""
+    measured = [fact for fact in facts if fact.value is not None]
+    if not measured:
+        return "skip", "one thread a rank, or a GPU"
+    worst = min(measured, key=lambda fact: fact.value["one_s"] / fact.value["all_s"])
+    gain, threads = worst.value["one_s"] / worst.value["all_s"], f"{worst.value['threads']} threads"
+    if gain < HARMFUL_THREADS:
+        return "warn", (
+            f"one thread is {1 / gain:.1f} times as fast as {threads} on {worst.where}: other work goes on there, or "
+            "the network is small for so many; add --num-threads 1, or a few"
+        )
+    return "pass", f"{threads} are {gain:.1f} times as fast as one"
 
 
 def measure_all_reduce(patient: Patient) -> dict[str, int]:
@@ -203,6 +226,20 @@ def _loss(patient: Patient, model: nn.Module, images: Tensor, labels: Tensor) ->
     return build_loss(config.optim.loss, config.optim.label_smoothing)(logits, labels).mean()
 
 
+def _step_time_s(patient: Patient, duration_s: float) -> float:
+    batch = math.ceil(patient.config.loop.global_batch_size / patient.accelerator.num_processes)
+    step, _ = _build_step(patient, *_sample(patient, batch))
+    for _ in range(3):
+        step()
+    wait_for_device(patient.accelerator.device)
+    started, num_steps = time.perf_counter(), 0
+    while num_steps < 3 or time.perf_counter() - started < duration_s:
+        step()
+        wait_for_device(patient.accelerator.device)
+        num_steps += 1
+    return (time.perf_counter() - started) / num_steps
+
+
 def _build_step(patient: Patient, images: Tensor, labels: Tensor) -> tuple[Callable[[], None], nn.Module]:
     """A training step of the recipe's network in the precision asked for, without communication; and the network."""
     model = _build_model(patient).to(patient.accelerator.device)
@@ -237,6 +274,7 @@ COMPUTE_CHECKS = (
     Check("precision", measure_precision, judge_precision),
     Check("determinism", measure_determinism, judge_determinism),
     Check("speed", measure_speed, judge_speed),
+    Check("one thread", measure_one_thread, judge_one_thread),
     Check("all-reduce", measure_all_reduce, judge_all_reduce),
     Check("bandwidth", measure_bandwidth, judge_bandwidth),
 )
