@@ -1,8 +1,8 @@
 """Optimizers and learning-rate schedules.
 
 In: parameters, the `optim` section and the run's length in optimizer steps. Out: an optimizer of torch, the learning
-rate of each step, an average of the weights. A schedule is a
-factor on the peak learning rate, a pure function of the step, so that nothing but the step needs to be remembered.
+rate of each step, an average of the weights. A schedule is a factor on the peak learning rate, a pure function of the
+step, so that nothing but the step needs to be remembered.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState, PartialState
 
-TIMEOUT_S = 40
+TIMEOUT_S = 100
 
 
 def free_port() -> int:

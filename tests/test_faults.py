@@ -151,7 +151,7 @@ def test_a_signal_to_one_rank_ends_both_after_one_checkpoint(tmp_path: Path, num
     with started(train(*LONG, "--run-dir", "run", launcher=TWO), tmp_path) as process:
         wait_until(lambda: has_records(tmp_path / "run"))
         os.kill(pid_of_rank(tmp_path / "run", to_rank), number)
-        process.wait(timeout=20)
+        process.wait(timeout=60)
         assert left_behind(process) == []
     assert result(tmp_path / "run")["status"] == "preempted"
 
@@ -166,7 +166,7 @@ def test_a_second_ctrl_c_ends_a_run_that_does_not_listen(tmp_path: Path) -> None
         time.sleep(signals.FORCE_AFTER_S + 0.2)
         assert process.poll() is None
         os.kill(process.pid, signal.SIGINT)
-        assert process.wait(timeout=5) == 130
+        assert process.wait(timeout=20) == 130
 
 
 # --- ranks that fail -------------------------------------------------------------------------------------------------
@@ -178,7 +178,7 @@ def pid_of_rank(folder: Path, rank: int) -> int:
 
 def drill(tmp_path: Path, fault: str, *launcher: str, arguments: tuple[str, ...] = ()) -> Finished:
     command = train(*SMALL, *arguments, "--run-dir", "run", "--inject", fault, launcher=launcher or TWO)
-    return finish(command, tmp_path, timeout=60)
+    return finish(command, tmp_path)
 
 
 @pytest.mark.launch
@@ -224,7 +224,7 @@ def test_a_rank_that_hangs_shows_where_and_ends_the_job(tmp_path: Path) -> None:
     assert done.code != 0
     assert "faults.py" in done.err, "the stack of the rank that hangs"
     assert "_happen" in done.err
-    assert done.seconds < 30
+    assert done.seconds < 60
 
 
 @pytest.mark.launch

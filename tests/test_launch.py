@@ -68,7 +68,7 @@ def test_without_network_and_data_the_digits_are_trained_and_nobody_can_miss_it(
     "launcher", [PYTHON, [*TORCHRUN, "--nproc-per-node", "2"], CONFIGURED], ids=["python", "torchrun", "accelerate"]
 )
 def test_missing_mnist_is_one_message_on_every_launcher(tmp_path: Path, launcher: list[str]) -> None:
-    done = finish(train("--dataset", "mnist", launcher=launcher), tmp_path, timeout=30, **NO_NETWORK)
+    done = finish(train("--dataset", "mnist", launcher=launcher), tmp_path, **NO_NETWORK)
     assert done.code != 0
     assert done.err.count("error: --dataset mnist: not in data/MNIST/raw") == 1
     assert "--dataset digits" in done.err
@@ -113,7 +113,7 @@ def test_a_signal_to_the_launcher_saves_and_is_resumable(tmp_path: Path, launche
     with started(train(*LONG, "--run-dir", "run", launcher=launcher), tmp_path) as process:
         wait_until(lambda: has_records(tmp_path / "run"))
         os.kill(process.pid, number)
-        process.wait(timeout=20)
+        process.wait(timeout=60)
         assert left_behind(process) == []
     found = result(tmp_path / "run")
     assert found["status"] == "preempted"
@@ -126,8 +126,8 @@ def test_a_killed_launcher_leaves_no_orphan(tmp_path: Path) -> None:
     with started(train(*LONG, "--run-dir", "run", launcher=ACCELERATE), tmp_path) as process:
         wait_until(lambda: has_records(tmp_path / "run"))
         os.kill(process.pid, signal.SIGKILL)
-        process.wait(timeout=5)
-        wait_until(lambda: members(process) == [], timeout=15)
+        process.wait(timeout=20)
+        wait_until(lambda: members(process) == [], timeout=60)
     assert result(tmp_path / "run")["status"] == "preempted"
 
 
@@ -138,7 +138,7 @@ def test_a_second_run_in_the_same_directory_is_refused_with_the_name_of_the_firs
         assert second.code == 2
         assert f"in use by pid {process.pid} on " in second.err
         process.terminate()
-        process.wait(timeout=20)
+        process.wait(timeout=60)
 
 
 def test_a_reader_that_goes_away_does_not_end_a_run(tmp_path: Path) -> None:

@@ -171,7 +171,7 @@ def test_two_machines_static_one_is_told_to_stop_and_both_go_on_later(tmp_path: 
     ):
         wait_until(lambda: has_records(folder))
         other.send_signal(signal.SIGUSR1)
-        assert [process.wait(timeout=60) for process in (one, other)] == [1, 1]
+        assert [process.wait(timeout=100) for process in (one, other)] == [1, 1]
         assert left_behind(one) == left_behind(other) == []
     assert result(folder)["status"] == "preempted"
     errors = together([command] * 2, machines(NNODES="2"), tmp_path)

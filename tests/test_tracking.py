@@ -136,7 +136,7 @@ def test_a_preempted_run_is_marked_and_goes_on_under_the_same_id(tmp_path: Path)
     with started(command, tmp_path) as process:
         wait_until((tmp_path / "run" / "metrics.jsonl").exists)
         process.terminate()
-        assert process.wait(timeout=30) == 75
+        assert process.wait(timeout=60) == 75
     assert '"preempting"' in inspect(tmp_path / "run")
     assert json.loads(inspect(tmp_path / "run", "--summary"))["exit_code"] == 75
     run_id = (tmp_path / "run" / "wandb_id").read_text()
