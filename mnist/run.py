@@ -163,10 +163,10 @@ class Run:
         environment = runtime.describe_environment(self.accelerator)
         plan = report.banner(self.config, self.plan, self.dataset, self._facts, environment)
         self.console.banner([*plan, ("run", str(self.path)), ("W&B", wandb_mode(self.config.output))])
-        idle = runtime.idle_hardware(self.accelerator)
-        warnings = report.data_warnings(self.dataset, self.choice)
+        warnings = runtime.hardware_warnings(self.accelerator)
+        warnings += report.data_warnings(self.dataset, self.choice)
         warnings += report.drill_warnings(self.config, has_resumed=self._has_resumed)
-        for line in [*warnings, *([idle] if idle else [])]:
+        for line in warnings:
             self.console.warn(line)
         self._together(lambda: self._write_down(environment))
         self._has_begun = True

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mnist.config import MachineError, RunError, RuntimeConfig, UserError
+from mnist.console import count
 from mnist.process import num_usable_cores
 from mnist.seeding import derive_seed
 
@@ -307,13 +308,16 @@ def launcher() -> str:
     return "srun" if "SLURM_PROCID" in os.environ else "python"
 
 
-def idle_hardware(accelerator: Accelerator) -> str | None:
-    """A hint when GPUs of this node have nothing to do."""
-    visible = torch.cuda.device_count() if accelerator.device.type == "cuda" else 0
-    used = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if visible > used:
-        return f"{visible} GPUs visible, {used} in use: add --num_processes {visible} to accelerate launch"
-    return None
+def hardware_warnings(accelerator: Accelerator) -> list[str]:
+    """What this node has and does not use, or has not and is asked for, a line each."""
+    num_processes, num_threads = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.get_num_threads()
+    if accelerator.device.type == "cuda":
+        visible = torch.cuda.device_count()
+        hint = f"{visible} GPUs visible, {num_processes} in use: add --num_processes {visible} to accelerate launch"
+        return [hint] if visible > num_processes else []
+    share = max(1, num_usable_cores() // num_processes)
+    hint = f"--num-threads {num_threads}: a process has {count(share, 'core')} here, and more threads are slower"
+    return [hint] if num_threads > share else []
 
 
 def _git_commit() -> str | None:

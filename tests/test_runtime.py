@@ -54,6 +54,18 @@ def test_threads_are_what_was_asked_for_or_the_share_of_a_process(
     assert run_ranks(count, 2) == [expected or max(1, num_usable_cores() // 2)] * 2
 
 
+@pytest.mark.parametrize(("more", "num_warnings"), [(0, 0), (1, 1)])
+def test_more_threads_than_cores_are_warned_of(more: int, num_warnings: int) -> None:
+    share = max(1, num_usable_cores() // 2)
+
+    def warnings() -> list[str]:
+        return runtime.hardware_warnings(runtime.build_accelerator(RuntimeConfig(cpu=True, num_threads=share + more)))
+
+    for found in run_ranks(warnings, 2):
+        assert len(found) == num_warnings
+        assert all(line.startswith(f"--num-threads {share + more}: a process has {share} core") for line in found)
+
+
 @pytest.mark.parametrize(("requested", "launcher", "expected"), [(0, None, 1), (0, "4", 4), (2, "4", 2)])
 def test_accumulation_is_the_launchers_unless_asked_for(
     monkeypatch: pytest.MonkeyPatch, requested: int, launcher: str | None, expected: int
