@@ -81,12 +81,12 @@ import torch
 
 from mnist import data
 from mnist.benchmark.contest import Contestant, check_losses, compare, hold_contest, paired_ratio
-from mnist.benchmark.rivals import has_torchvision_files
+from mnist.benchmark.rivals import find_device, has_torchvision_files
 from mnist.benchmark.scaling import ALONE, PROJECT, Turn, measure_scaling
 from mnist.benchmark.scoreboard import Report, Row, environment, publish
 from mnist.console import count
 from mnist.process import num_usable_cores
-from mnist.runtime import open_accelerator
+from mnist.runtime import device_name, open_accelerator
 from mnist.transforms import Augmentation
 
 ROOT = Path(__file__).parents[1]
@@ -112,22 +112,22 @@ def main(options: Options) -> int:
 
 def bench_loops(options: Options) -> Report:
     """All loops on each recipe, in turns."""
-    rows, device_name = [], "cpu"
+    rows = []
     for recipe in options.recipe or ("convnet",):
         config = settle(recipe, options)
-        entries, device_name = hold_contest(contestants(options), config, options.images, options.repeats)
+        entries = hold_contest(contestants(options), config, options.images, options.repeats)
         check_losses(entries)
         rows += compare(recipe, entries)
     is_real = has_torchvision_files(config.data.dataset, config.data.data_dir)
     source = "torchvision's class" if is_real else "a stand-in for torchvision's class, whose files are not there"
+    device = device_used(options)
     return Report(
         title=f"training loops, {options.images:,} images a pass, {options.repeats} passes each in turns",
-        environment=environment(threads(options), device_name) | {"data": f"{config.data.dataset}, {source}"},
+        environment=environment(threads(options), device) | {"data": f"{config.data.dataset}, {source}"},
         rows=rows,
         notes=[
             "x usual and over bare: medians of the ratios within each round; the bare loop of the same mode",
-            "memory: "
-            + ("resident set, libraries included, workers not" if device_name == "cpu" else "allocated on GPU"),
+            "memory: " + ("resident set, libraries included, workers not" if device == "cpu" else "allocated on GPU"),
             f"bare loop and this project: equal losses, to {max(row['loss difference'] or 0 for row in rows):.1e}",
         ],
         hidden=("loss difference", "loss", "passes", "images seen"),
@@ -184,7 +184,7 @@ def bench_recipes(options: Options) -> Report:
         rows.append(summarise(recipe, results))
     return Report(
         title=f"recipes over {count(options.seeds, 'seed')} (accuracy: mean; times: medians)",
-        environment=environment(threads(options)) | {"data": results[0]["dataset"]},
+        environment=environment(threads(options), device_used(options)) | {"data": results[0]["dataset"]},
         rows=rows,
         notes=["command: python train_ddp.py as a whole, imports, evaluation and checkpoints included"],
         hidden=("accuracies",),
@@ -225,6 +225,11 @@ def threads(options: Options) -> int:
     return options.num_threads or num_usable_cores()
 
 
+def device_used(options: Options) -> str:
+    """What a run takes here: the GPU's name, or cpu."""
+    return device_name(find_device(evolve(TrainConfig(), cpu=options.cpu)))
+
+
 def training_flags(recipe: str, options: Options) -> list[str]:
     """The command line of a training run, without tracking, and without a gate: a low accuracy is a figure too."""
     flags = ["--recipe", recipe, "--data-dir", options.data_dir, "--wandb", "disabled", "--min-accuracy", "None"]
@@ -257,7 +262,7 @@ def bench_scaling(options: Options) -> Report:
             rows += [{"recipe": recipe, "ranks": way, **compare_turns(turns[way], turns[ALONE])} for way in turns]
     return Report(
         title=f"{os.environ['WORLD_SIZE']} processes, the recipe's batch each, {options.repeats} rounds in turns",
-        environment=environment(1) | {"data": config.data.dataset},
+        environment=environment(1, device_used(options)) | {"data": config.data.dataset},
         rows=rows,
         notes=[
             f"ratio: of images/s to '{ALONE}' in the same round; '{PROJECT}' is DDP as train_ddp.py sets it",
@@ -296,7 +301,8 @@ def bench_startup(options: Options) -> Report:
             )
     return Report(
         title=f"start-up, medians of {options.repeats} fresh processes",
-        environment=environment(threads(options)) | {"data": options.dataset or "the recipe's own"},
+        environment=environment(threads(options), device_used(options))
+        | {"data": options.dataset or "the recipe's own"},
         rows=rows,
         notes=["the last two rows are whole commands: train_ddp.py --help, and train_ddp.py --max-steps 1"],
     )

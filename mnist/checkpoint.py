@@ -13,10 +13,10 @@ written under a temporary name, flushed, closed by the manifest, then renamed. O
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 import re
 import shutil
 from dataclasses import dataclass, field
@@ -94,14 +94,15 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep_last: int, keep_b
         CheckpointError: it could not be written; earlier checkpoints are untouched.
     """
     final = folder / f"step-{checkpoint.step:08d}"
-    temporary = folder / f".tmp-{final.name}-{os.getpid()}"
+    temporary = folder / f".tmp-{final.name}"
+    for leftover in folder.glob(".tmp-*"):  # of a start that was killed while it wrote or removed one
+        shutil.rmtree(leftover, ignore_errors=True)
     try:
         if not final.exists():  # else: this step was saved before, and a step is the same every time
             temporary.mkdir(parents=True)
             _write(temporary, checkpoint)
             temporary.rename(final)
             flush_folder(folder)
-        _prune(folder, keep_last, keep_best)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{final}: not written ({error}); earlier checkpoints are intact; free some space, or fix the folder, and "
@@ -109,6 +110,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep_last: int, keep_b
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    _prune(folder, keep_last, keep_best)
     return final
 
 
@@ -140,8 +142,9 @@ def _prune(folder: Path, keep_last: int, keep_best: int) -> None:
     keep = {*sorted(steps)[-keep_last:], *ranked[:keep_best]}
     for step, path in steps.items():
         if step not in keep:
-            doomed = path.rename(folder / f".tmp-old-{path.name}-{os.getpid()}")  # half a checkpoint has no final name
-            shutil.rmtree(doomed)
+            with contextlib.suppress(OSError):  # one checkpoint too many is no reason to end a run
+                doomed = path.rename(folder / f".tmp-old-{path.name}")  # half a checkpoint has no final name
+                shutil.rmtree(doomed)
 
 
 def _val_accuracy(path: Path) -> float:

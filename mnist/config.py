@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
@@ -62,13 +62,17 @@ def choices_of(hint: Any) -> list[str]:
     return [choice for part in (hint, *get_args(hint)) for choice in get_args(part) if isinstance(choice, str)]
 
 
-# The types of fields, apart from choices and what may also be None: what their values are, and how people call it.
-_KINDS: dict[Any, tuple[Any, str]] = {
-    bool: (bool, "true or false"),
-    int: (int, "a whole number"),
-    float: ((int, float), "a number"),
-    str: (str, "text"),
-    tuple[str, ...]: (tuple, "a list of texts"),
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+# The types of fields, apart from choices and what may also be None: whether a value is of it, and how people call it.
+_KINDS: dict[Any, tuple[Callable[[Any], bool], str]] = {
+    bool: (lambda value: isinstance(value, bool), "true or false"),
+    int: (lambda value: isinstance(value, int) and not isinstance(value, bool), "a whole number"),
+    float: (_is_number, "a finite number"),
+    str: (lambda value: isinstance(value, str), "text"),
+    tuple[str, ...]: (lambda value: isinstance(value, tuple) and all(isinstance(v, str) for v in value), "texts"),
 }
 
 
@@ -89,11 +93,8 @@ def _check_type(flag: str, value: Any, kind: Any) -> None:
     if choices_of(kind):
         check_choice(flag, str(value), choices_of(kind))
         return
-    classes, words = _KINDS[kind]
-    _require(
-        isinstance(value, classes) and isinstance(value, bool) == (kind is bool), f"{flag} {value}: must be {words}"
-    )
-    _require(kind is not float or math.isfinite(value), f"{flag} {value}: must be a finite number")
+    is_of_kind, words = _KINDS[kind]
+    _require(is_of_kind(value), f"{flag} {value}: must be {words}")
 
 
 @dataclass(frozen=True)
@@ -343,6 +344,7 @@ class TrainConfig:
     output: OutputConfig = field(default_factory=OutputConfig)
 
     def __post_init__(self) -> None:
+        _check_type("--recipe", self.recipe, str)
         size = IMAGE_SIZES.get(self.optim.model, 28)
         _require(
             self.image.image_size == size,

@@ -145,7 +145,9 @@ class Report:
         for name, accuracy, row in zip(
             self.class_names, self.scores.accuracy_per_class, self.scores.confusion, strict=True
         ):
-            table.add_row(name, f"{accuracy:.2%}", *(str(count) if count else "" for count in row))
+            table.add_row(
+                name, "-" if accuracy is None else f"{accuracy:.2%}", *(str(count) if count else "" for count in row)
+            )
         for column in table.columns[1:]:
             column.justify = "right"
         console = RichConsole(width=200)  # a terminal may wrap long class names, but nothing is cut

@@ -36,9 +36,9 @@ class Scores:
         return self.num_correct / self.num_samples
 
     @property
-    def accuracy_per_class(self) -> list[float]:
-        """The recall of each class, a fraction; nan for a class without samples."""
-        return [row[k] / sum(row) if sum(row) else float("nan") for k, row in enumerate(self.confusion)]
+    def accuracy_per_class(self) -> list[float | None]:
+        """The recall of each class, a fraction; None for a class without samples."""
+        return [row[k] / sum(row) if sum(row) else None for k, row in enumerate(self.confusion)]
 
     def as_dict(self) -> dict[str, Any]:
         """The four numbers that records and result.json hold."""

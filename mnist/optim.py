@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Callable, Iterable
 
 import torch
@@ -30,6 +31,8 @@ def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig, *, 
         capturable: keep learning rate and step count on the GPU, where a CUDA graph can read them. (In fp32, where a
             number would be a double: eager steps have it so too, or they would differ from captured ones.)
     """
+    if capturable:  # torch warns of each eager step, of which a captured run has a few
+        warnings.filterwarnings("ignore", message="This instance was constructed with capturable=True")
     parameters = list(parameters)
     fused = all(p.device.type in ("cpu", "cuda") for p in parameters)
     lr = torch.tensor(config.lr, device=parameters[0].device) if capturable else config.lr

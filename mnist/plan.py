@@ -44,7 +44,8 @@ class Plan:
         passes = self.num_steps / self.pass_steps
         if self.epoch_steps != self.pass_steps and self.num_steps % self.epoch_steps == 0:
             return f"{self.num_steps:,} steps, as many as on MNIST ({passes:.1f} passes)"
-        return f"{self.num_steps:,} steps, {passes:.3g} {'epoch' if passes == 1 else 'epochs'}"
+        length = f"{passes:.3g}" if passes < 100 else f"{passes:,.0f}"
+        return f"{self.num_steps:,} steps, {length} {'epoch' if passes == 1 else 'epochs'}"
 
     @property
     def micro_batch_size(self) -> int:

@@ -23,9 +23,8 @@ def banner(
     """The plan of a run, a row per fact."""
     sizes = f"{len(dataset.train):,} train"
     sizes += f" / {len(dataset.val):,} val" if dataset.val is not None else ""
-    world = f"{plan.world_size} process{'es' if plan.world_size > 1 else ''} ({environment['launcher']})"
-    num_threads = environment["threads_per_process"]
-    threads = count(num_threads, "thread")
+    world = f"{count(plan.world_size, 'process')} ({environment['launcher']})"
+    threads = count(environment["threads_per_process"], "thread")
     share = f"{plan.world_size} x {plan.accumulation_steps} x {plan.micro_batch_size}"
     optim = config.optim
     return [

@@ -6,7 +6,6 @@ In: the live objects of a run and its directory. Out: a checkpoint of them, or t
 from __future__ import annotations
 
 import dataclasses
-import os
 from pathlib import Path
 from typing import Any
 
@@ -28,20 +27,9 @@ from mnist.config import RunError, TrainConfig, UserError, to_flat
 from mnist.engine import TrainState, TrainStep
 from mnist.metrics import Scores
 from mnist.plan import Plan
-from mnist.run_dir import RunDir
+from mnist.run_dir import RunDir, is_restart, resume_mode
 
 _STOPPING_FIELDS = ("target_accuracy", "target_loss", "patience")
-
-
-def resume_mode(config: TrainConfig) -> str:
-    """--resume, but auto when a launcher or a scheduler has restarted the job: it has started over once already."""
-    return "auto" if is_restart() else config.output.resume
-
-
-def is_restart() -> bool:
-    """Whether a launcher or a scheduler has started this job before."""
-    names = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
-    return any(os.environ.get(name, "0") != "0" for name in names)
 
 
 def check_finished(previous: dict[str, Any], old: dict[str, Any], config: TrainConfig, plan: Plan, path: Path) -> bool:

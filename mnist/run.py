@@ -37,7 +37,7 @@ from mnist.losses import build_loss
 from mnist.metrics import Scores
 from mnist.models import count_parameters
 from mnist.plan import Plan
-from mnist.run_dir import RunDir, open_run_dir
+from mnist.run_dir import RunDir, is_restart, open_run_dir, resume_mode
 from mnist.wandb_run import wandb_mode
 
 EXIT_FINISHED, EXIT_FAILED = 0, 1
@@ -74,13 +74,14 @@ class Run:
         average = self.train_step.average
         self.eval_model = self.model if average is None else cast("nn.Sequential", average.module)
         self.eval_loss = build_loss(self.config.optim.loss)  # without smoothing, which is a means of training
-        self.scores: dict[str, Scores] = {}  # of this step
+        self._scores: dict[str, Scores] = {}  # of the last evaluation
+        self._scores_step = -1
         self.val_scores: dict[str, Any] | None = None  # of the last evaluation on validation
         self.warmup_time_s = 0.0
         self._directory: RunDir | None = None  # on rank 0
         self._saved_step = -1
         self._has_begun = False
-        self._has_resumed = resuming.is_restart()
+        self._has_resumed = is_restart()
         self._watchdog = Watchdog(self.config.runtime.timeout_s)
         self._hints: list[tracking.Hint] = []
         self._drawn: list[tracking.Hint] = []
@@ -106,7 +107,9 @@ class Run:
 
     def _open(self, directory: RunDir) -> dict[str, Any]:
         self._directory = directory
-        if resuming.resume_mode(self.config) == "never":
+        if not directory.is_locked:
+            self.console.warn(f"--run-dir {directory.path}: no locks on this file system; start no second run there")
+        if resume_mode(self.config) == "never":
             directory.set_aside()
         return {
             "path": str(directory.path),
@@ -222,6 +225,11 @@ class Run:
         return [fault for fault in map(parse_fault, self.config.output.inject) if fault.rank == rank]
 
     @property
+    def scores(self) -> dict[str, Scores]:
+        """By split, of the weights of this very step; empty where they have not been evaluated."""
+        return self._scores if self._scores_step == self.state.step else {}
+
+    @property
     def _epoch(self) -> float:
         """Epochs done, fractions included."""
         return self.state.step / self.plan.epoch_steps
@@ -234,7 +242,6 @@ class Run:
     def log(self, record: TrainRecord) -> None:
         """Writes a training record down."""
         speed = record.images_per_s
-        self.scores = {}  # they were of an earlier step
         performance = {
             "images_per_s": round(speed, 1),
             "images_per_s_per_device": round(speed / self.plan.world_size, 1),
@@ -280,7 +287,8 @@ class Run:
         )
         if not math.isfinite(scores.loss):
             raise DivergedError(self.state.step, 0)
-        self.scores[name] = scores
+        self._scores = {**self.scores, name: scores}
+        self._scores_step = self.state.step
         if name == "val":
             self.val_scores = scores.as_dict()
         self.tracker.log(name, self.state.step, self._epoch, **scores.as_dict())
@@ -334,8 +342,7 @@ class Run:
             facts=self._checkpoint_facts(),
         )
         output = self.config.output
-        keep_best = max(output.keep_best, 1) if self.dataset.val is not None else 0
-        save_checkpoint(self._directory.checkpoints, saved, output.keep_last, keep_best)
+        save_checkpoint(self._directory.checkpoints, saved, output.keep_last, output.keep_best)
 
     def should_save(self) -> bool:
         """Whether this step's checkpoint is due: by its cadence, or as the best on validation so far."""
@@ -368,9 +375,8 @@ class Run:
     def _end_preempted(self) -> int:
         self.save()
         self._together(lambda: self._close("preempted", signal=signals.signal_name()))
-        self.console.summary(
-            [("preempted", f"after step {self.state.step}"), ("continue", "type the same command again")]
-        )
+        again = "type the same command again" + (", without --resume" if self.config.output.resume != "auto" else "")
+        self.console.summary([("preempted", f"after step {self.state.step}"), ("continue", again)])
         return signals.EXIT_PREEMPTED
 
     def _gate(self, accuracy: float) -> int:

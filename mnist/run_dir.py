@@ -33,10 +33,11 @@ _INCIDENTAL = {f.name for f in dataclasses.fields(sections()["output"])} | {"dat
 
 
 class RunDir:
-    """A locked run directory."""
+    """A run directory, locked where the file system has locks."""
 
-    def __init__(self, path: Path, lock: TextIO | None) -> None:
+    def __init__(self, path: Path, lock: TextIO, is_locked: bool) -> None:
         self.path = path
+        self.is_locked = is_locked
         self._lock = lock
 
     @property
@@ -85,23 +86,49 @@ class RunDir:
                 shutil.move(path, folder / path.name)
 
 
+class InUseError(UserError):
+    """Another process holds the lock of a run directory."""
+
+
+def resume_mode(config: TrainConfig) -> str:
+    """--resume, but auto when a launcher or a scheduler has restarted the job: it has started over once already."""
+    return "auto" if is_restart() else config.output.resume
+
+
+def is_restart() -> bool:
+    """Whether a launcher or a scheduler has started this job before."""
+    names = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+    return any(os.environ.get(name, "0") != "0" for name in names)
+
+
 def open_run_dir(config: TrainConfig, dataset: str) -> RunDir:
     """The run directory, locked: the one asked for, an unfinished one of the same configuration, or a new one.
 
     Raises:
-        UserError: not writable, or in use by another process (named with host and pid).
+        InUseError: another process writes there (named with host and pid).
+        UserError: not writable.
     """
     if config.output.run_dir is not None:
         return _lock(Path(config.output.run_dir))
-    if config.output.resume == "auto":
+    if resume_mode(config) == "auto":
         for path in _unfinished_runs(config):
-            try:
+            with contextlib.suppress(InUseError):
                 return _lock(path)
-            except UserError:
-                continue  # it is being written right now
-    name = f"{config.recipe}-{dataset}-{datetime.now():%Y%m%d-%H%M%S}"
-    taken = sum(path.name.startswith(name) for path in RUNS.glob("*"))
-    return _lock(RUNS / (f"{name}-{taken + 1}" if taken else name))
+    return _lock(_new_folder(f"{config.recipe}-{dataset}-{datetime.now():%Y%m%d-%H%M%S}"))
+
+
+def _new_folder(name: str) -> Path:
+    """A folder below runs/ that nobody else has, also where several runs start in the same second."""
+    number = 1
+    while True:
+        path = RUNS / (name if number == 1 else f"{name}-{number}")
+        try:
+            path.mkdir(parents=True)
+        except OSError:
+            if path.exists():
+                number += 1
+                continue
+        return path  # where it could not be made, the attempt to lock it says why
 
 
 def _unfinished_runs(config: TrainConfig) -> list[Path]:
@@ -123,21 +150,31 @@ def _lock(path: Path) -> RunDir:
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = (path / ".lock").open("a+")
-    except OSError as error:
-        raise UserError(f"--run-dir {path}: not writable ({error.strerror or error})") from error
-    if os.name != "posix":  # on Windows two runs in one directory are the user's own affair
-        return RunDir(path, lock)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        lock.seek(0)
-        holder = lock.read().strip() or "another process"
-        lock.close()
-        raise UserError(f"--run-dir {path}: in use by {holder}; choose another directory, or wait") from error
-    try:
+        is_locked = _flock(lock)
         lock.truncate(0)
         lock.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
         lock.flush()
+    except BlockingIOError as error:
+        lock.seek(0)
+        holder = lock.read().strip() or "another process"
+        raise InUseError(f"--run-dir {path}: in use by {holder}; choose another directory, or wait") from error
     except OSError as error:
         raise UserError(f"--run-dir {path}: not writable ({error.strerror or error})") from error
-    return RunDir(path, lock)
+    return RunDir(path, lock, is_locked)
+
+
+def _flock(file: TextIO) -> bool:
+    """Locks an open file; false where the platform (Windows) or the file system has no locks.
+
+    Raises:
+        BlockingIOError: another process has locked it.
+    """
+    if os.name != "posix":
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:
+        return False
+    return True

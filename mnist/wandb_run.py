@@ -26,7 +26,7 @@ Counts = Sequence[Sequence[int]]
 
 PROJECT = "mnist-ddp"
 INIT_TIMEOUT_S = 5  # W&B waits 10 s on top of it, and 90 s by default
-FINISH_TIMEOUT_S = 30  # for ever by default
+FINISH_TIMEOUT_S = 15  # for ever by default; a run that a signal ends has `signals.GRACE_S` for this and all else
 PROBE_TIMEOUT_S = 2
 STEP = "trainer/step"  # the axis of every curve: W&B's own step would drop the points after a resume
 _KEY_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")

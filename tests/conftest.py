@@ -10,6 +10,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
+from mnist.process import num_usable_cores
 from tests.processes import finish, train
 
 for name in [name for name in os.environ if name.startswith(("WANDB_", "ACCELERATE_", "MNIST_MIRROR"))]:
@@ -28,6 +29,11 @@ def pytest_configure(config: pytest.Config) -> None:
     """
     if "gpu" not in config.option.markexpr.replace("not gpu", ""):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """As many workers as cores that may be used, which its own count does not ask; a test starts up to 4 processes."""
+    return min(8, num_usable_cores())
 
 
 @pytest.fixture(autouse=True)

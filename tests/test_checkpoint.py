@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -117,10 +118,23 @@ def test_when_all_are_damaged_nothing_is_started_over_or_deleted(tmp_path: Path)
 
 
 def test_a_half_written_directory_is_no_checkpoint(tmp_path: Path) -> None:
-    (tmp_path / ".tmp-step-00000009-1").mkdir()
-    (tmp_path / "best").mkdir()
+    for name in (".tmp-step-00000001", ".tmp-old-step-00000009", "best"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").touch()
     steps_after(tmp_path, [None], 1, 0)
-    assert sorted(list_steps(tmp_path)) == [1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "step-00000001"], "the next save clears up"
+
+
+def test_a_checkpoint_that_cannot_be_removed_is_one_too_many_and_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError
+
+    save_checkpoint(tmp_path, make_checkpoint(1), 1, 1)
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, ignore_errors=False: None if ignore_errors else refuse())
+    save_checkpoint(tmp_path, make_checkpoint(2), 1, 1)
+    assert sorted(list_steps(tmp_path)) == [2]
 
 
 @pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "model.pkl", "sub/model.safetensors"])

@@ -228,14 +228,18 @@ def test_an_unknown_field_is_named():
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
-        ("lr", "1e-3", "a number"),
-        ("lr", None, "a number"),
+        ("lr", "1e-3", "a finite number"),
+        ("lr", None, "a finite number"),
+        ("lr", 10**400, "a finite number"),
+        ("lr", True, "a finite number"),
+        ("recipe", 5, "text"),
+        ("inject", (3,), "texts"),
         ("epochs", 1.5, "a whole number"),
         ("seed", True, "a whole number"),
         ("cpu", 1, "true or false"),
         ("run_dir", 3, "text"),
-        ("wandb_tags", "a", "a list of texts"),
-        ("target_accuracy", [0.9], "a number"),
+        ("wandb_tags", "a", "texts"),
+        ("target_accuracy", [0.9], "a finite number"),
         ("model", ["lenet5"], "unknown; .*lenet5"),
     ],
 )

@@ -139,6 +139,16 @@ def test_filters_of_every_network(tmp_path: Path, name: str) -> None:
     assert overlapping_texts(figure) == []
 
 
+@pytest.mark.parametrize("shape", [(64, 4, 3, 3), (42, 6, 3, 3), (16, 16, 3, 3), (2, 128, 1, 1)])
+def test_filters_of_several_inputs_stay_in_the_picture(shape: tuple[int, ...]) -> None:
+    figure = pictures.draw_filters({"conv": torch.randn(shape)}, "title", "subtitle")
+    (axes,) = figure.axes
+    left, right, bottom, top = axes.images[0].get_extent()
+    assert axes.get_xlim()[0] < left < right < axes.get_xlim()[1]
+    assert axes.get_ylim()[0] > bottom > top > axes.get_ylim()[1]
+    assert ("first 40 shown" in texts(figure)) == (shape[0] > 40)
+
+
 @pytest.mark.parametrize("names", [DIGITS, WORDS])
 def test_confusion_shows_counts_and_rates(tmp_path: Path, names: tuple[str, ...]) -> None:
     figure = pictures.draw_confusion(confusion(25), names, "title")

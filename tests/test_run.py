@@ -110,6 +110,17 @@ def test_an_interrupted_run_ends_bit_for_bit_like_an_uninterrupted_one(tmp_path:
     assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
 
 
+def test_a_stop_between_evaluations_claims_no_scores_of_its_weights(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [*SMALL, "--eval-every", "10", "--val-size", "300", "--resume", "never"]
+    assert run_ranks(run_and_signal, 1, signal.SIGTERM, 16, 0, tmp_path, *arguments) == [75]
+    manifests = sorted((tmp_path / "checkpoints").glob("*/manifest.json"))
+    scores = {path.parent.name: set(json.loads(path.read_text())["scores"]) for path in manifests}
+    assert scores == {"step-00000010": {"val"}, "step-00000017": set()}
+    assert "type the same command again, without --resume" in capfd.readouterr().err
+
+
 def test_a_killed_run_replays_the_lost_steps_and_doubles_no_record(tmp_path: Path) -> None:
     run_ranks(run, 1, tmp_path / "a", *EVERYTHING)
     with pytest.raises(RuntimeError, match="a rank died"):

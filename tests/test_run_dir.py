@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import resource
+import time
 from pathlib import Path
 
 import pytest
 
 from mnist.config import TrainConfig, UserError, evolve, to_flat
 from mnist.run_dir import open_run_dir
+from tests.ranks import run_ranks
 
 
 def config_in(folder: Path) -> TrainConfig:
@@ -82,6 +86,40 @@ def test_a_run_that_is_being_written_is_not_continued(tmp_path: Path, monkeypatc
     second = open_run_dir(TrainConfig(), "mnist")
     assert first.path == Path("runs/old")
     assert second.path.name.startswith("fast-mnist-")
+
+
+def test_a_restarted_job_continues_whatever_its_command_line_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    anew = evolve(TrainConfig(), resume="never")
+    left = leave_run("old", "preempted", anew)
+    assert open_run_dir(anew, "mnist").path != left
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert open_run_dir(anew, "mnist").path == left
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
+def test_a_file_system_without_locks_is_no_obstacle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    assert open_run_dir(config_in(tmp_path / "a"), "mnist").is_locked
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert not open_run_dir(config_in(tmp_path / "b"), "mnist").is_locked
+
+
+def test_runs_that_start_at_the_same_time_get_a_directory_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def open_several() -> list[str]:
+        time.sleep(1 - time.time() % 1)  # all at the beginning of a second
+        return [str(open_run_dir(TrainConfig(), "mnist").path) for _ in range(20)]
+
+    paths = [path for of_rank in run_ranks(open_several, 3) for path in of_rank]
+    assert len(set(paths)) == 60
 
 
 def test_two_new_runs_in_one_second_get_two_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mnist import tracking
+from mnist import signals, tracking, wandb_run
 from mnist.config import OutputConfig, RunError, UserError
 from mnist.tracking import JsonlFile
 from mnist.wandb_run import wandb_mode
@@ -270,6 +270,11 @@ def test_tensorboard_hides_what_a_run_has_gone_back_behind(tmp_path: Path) -> No
         events.Reload()
         assert [point.step for point in events.Scalars("train/loss")] == wanted
         time.sleep(1.1)  # event files are told apart and ordered by the second
+
+
+def test_a_server_that_is_slow_at_the_end_leaves_a_preempted_run_its_exit_code() -> None:
+    """The end of W&B must fit into the time after a signal, with room for a checkpoint before it."""
+    assert wandb_run.FINISH_TIMEOUT_S <= signals.GRACE_S - 10
 
 
 def records_of(run: Path) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -28,7 +28,7 @@ from mnist.config import Precision, RunError, StepMode, TrainConfig, evolve
 from mnist.data import read
 from mnist.engine import wait_for_device
 from mnist.process import keep_memory
-from mnist.runtime import device_name, peak_memory_mb
+from mnist.runtime import peak_memory_mb
 
 LOSS_TOLERANCE = 0.05  # relative, of the first pass's mean loss; dropout draws other masks in each loop
 NAMES = {
@@ -86,24 +86,18 @@ class Measurement(NamedTuple):
     peak_memory_mb: float
 
 
-def hold_contest(
-    contestants: Sequence[Contestant], config: TrainConfig, num_images: int, repeats: int
-) -> tuple[list[Entry], str]:
+def hold_contest(contestants: Sequence[Contestant], config: TrainConfig, num_images: int, repeats: int) -> list[Entry]:
     """Lets all contestants train `repeats` + 1 passes over `num_images` images, in turns; the first is not counted.
-
-    Returns:
-        The entries in the order given, and the name of the device.
 
     Raises:
         RunError: a contestant's process has died; its own error is on standard error.
     """
     with _start(contestants, config, num_images) as pipes:
-        device_name: str = _ask(pipes[0], contestants[0], None)
-        rounds: list[list[Measurement]] = [
+        rounds = [
             [_ask(pipe, contestant, index) for pipe, contestant in zip(pipes, contestants, strict=True)]
             for index in range(repeats + 1)
         ]
-    return [_entry(*pair) for pair in zip(contestants, zip(*rounds, strict=True), strict=True)], device_name
+    return [_entry(*pair) for pair in zip(contestants, zip(*rounds, strict=True), strict=True)]
 
 
 def _entry(contestant: Contestant, passes: Sequence[Measurement]) -> Entry:
@@ -139,13 +133,14 @@ def _start(contestants: Sequence[Contestant], config: TrainConfig, num_images: i
             process.join()
 
 
-def _ask(pipe: Connection, contestant: Contestant, index: int | None) -> Any:
-    """The answer of a contestant's process: to None its device's name, to an index the `Measurement` of that pass."""
+def _ask(pipe: Connection, contestant: Contestant, index: int) -> Measurement:
+    """What a contestant's process has measured of a pass."""
     try:
         pipe.send(index)
-        return pipe.recv()
+        measured: Measurement = pipe.recv()
     except (EOFError, OSError) as error:
         raise RunError(f"the process of {contestant} has died; its error stands above") from error
+    return measured
 
 
 def _compete(contestant: Contestant, config: TrainConfig, num_images: int, pipe: Connection) -> None:
@@ -165,8 +160,7 @@ def _compete(contestant: Contestant, config: TrainConfig, num_images: int, pipe:
     train_pass = LOOPS[contestant.loop](Job(config, split, contestant.num_workers))
     try:
         while True:
-            index = pipe.recv()
-            pipe.send(device_name(device) if index is None else _measure(train_pass, index, device))
+            pipe.send(_measure(train_pass, pipe.recv(), device))
     except (EOFError, BrokenPipeError):  # the contest is over, or was stopped
         pass
 

@@ -44,7 +44,7 @@ class Report:
     hidden: Sequence[str] = ()
 
 
-def environment(num_threads: int, device_name: str = "cpu") -> dict[str, Any]:
+def environment(num_threads: int, device_name: str) -> dict[str, Any]:
     """What a figure needs beside it: hardware, threads, versions, and how busy the machine was."""
     return {
         "device": device_name,

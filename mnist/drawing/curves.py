@@ -1,6 +1,6 @@
 """Drawing the course of runs: loss and accuracy over steps, for ten records or ten thousand, one run or many.
 
-In: histories. Out: a figure. Matplotlib is imported where it is used, as in mnist/canvas.py.
+In: histories. Out: a figure. Matplotlib is imported where it is used, as in mnist/drawing/canvas.py.
 """
 
 from __future__ import annotations

@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".png", ".pdf", ".svg")
 MOST_MAPS, MOST_FILTERS = 32, 64  # of one layer
+LEAST_PITCH = 28  # pixels from filter to filter
 COLUMNS = 16  # of maps
 MAPS_WIDTH = COLUMNS * PITCH - GAP  # in pixels
 
@@ -209,11 +210,12 @@ class _FilterBlock:
 def _filter_block(name: str, weight: Tensor) -> _FilterBlock:
     """Filters of one input in rows of sixteen; of several inputs a column each, an input a row."""
     num_filters, num_inputs, height, width = weight.shape
-    shown = weight[:MOST_FILTERS].detach().cpu().float()
+    most = MOST_FILTERS if num_inputs == 1 else MAPS_WIDTH // LEAST_PITCH
+    shown = weight[:most].detach().cpu().float()
     limit = float(shown.abs().flatten().quantile(0.995))  # a single large weight would leave the others pale
     columns, pitch = COLUMNS, PITCH
     if num_inputs > 1:  # as wide as there is room, but no tower
-        columns, pitch = len(shown), max(28, min(PITCH, MAPS_WIDTH // len(shown), 720 // num_inputs))
+        columns, pitch = len(shown), max(LEAST_PITCH, min(PITCH, MAPS_WIDTH // len(shown), 720 // num_inputs))
     tiles = signed(shown.transpose(0, 1).flatten(0, 1), limit)  # input by input
     lines = [f"{num_filters} filters, {height}x{width}"]
     lines = [f"{num_filters} filters (across)", f"{num_inputs} inputs (down)"] if num_inputs > 1 else lines

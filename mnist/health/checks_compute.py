@@ -28,7 +28,7 @@ from mnist.transforms import BatchTransform
 DETERMINISM_STEPS, DETERMINISM_BATCH = 20, 32
 SPEED_TIME_S = 0.5
 SLOW_RANK = 1.5  # times the median of the others
-HARMFUL_THREADS = 0.8  # times the speed of one
+HARMFUL_THREADS = 0.8  # times the speed of one thread
 ALL_REDUCE_BYTES = tuple(1024 * 4**i for i in range(8))  # 1 KB .. 16 MB
 MAX_LATENCY_S, MIN_BANDWIDTH = 0.1, 10e6  # of an all-reduce, in seconds and bytes per second
 
@@ -143,7 +143,7 @@ def judge_one_thread(facts: Sequence[Fact]) -> Judgement:
             f"one thread is {1 / gain:.1f} times as fast as {threads} on {worst.where}: other work goes on there, or "
             "the network is small for so many; add --num-threads 1, or a few"
         )
-    return "pass", f"{threads} are {gain:.1f} times as fast as one"
+    return "pass", f"{threads} take a step in {1 / gain:.2f} of the time of one"
 
 
 def measure_all_reduce(patient: Patient) -> dict[str, int]:
