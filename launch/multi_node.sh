@@ -8,7 +8,7 @@
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
-: "${NNODES:?how many machines: 2, or 1:4 for an elastic job}" "${MASTER_ADDR:?the name or address of one of them}"
+: "${NNODES:?how many machines: 2, or 1:4 for an elastic job}" "${MASTER_ADDR:?the name or address of one of the machines}"
 MASTER_PORT=${MASTER_PORT:-29500}
 NPROC_PER_NODE=${NPROC_PER_NODE:-auto} # one process per GPU; without GPUs one per core
 RUN_DIR=${RUN_DIR:-runs/multi-node}    # one directory, one run: the same command continues it

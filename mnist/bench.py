@@ -184,7 +184,7 @@ def bench_recipes(options: Options) -> Report:
         rows.append(summarise(recipe, results))
     return Report(
         title=f"recipes over {count(options.seeds, 'seed')} (accuracy: mean; times: medians)",
-        environment=environment(threads(options), device_used(options)) | {"data": results[0]["dataset"]},
+        environment=environment(threads(options, recipe), device_used(options)) | {"data": results[0]["dataset"]},
         rows=rows,
         notes=["command: python train_ddp.py as a whole, imports, evaluation and checkpoints included"],
         hidden=("accuracies",),
@@ -220,9 +220,9 @@ def run_training(recipe: str, options: Options, *flags: str) -> float:
     return time.perf_counter() - started
 
 
-def threads(options: Options) -> int:
+def threads(options: Options, recipe: str = "fast") -> int:
     """CPU threads of one process."""
-    return options.num_threads or num_usable_cores()
+    return options.num_threads or RECIPES[recipe]().runtime.num_threads or num_usable_cores()
 
 
 def device_used(options: Options) -> str:
@@ -234,7 +234,8 @@ def training_flags(recipe: str, options: Options) -> list[str]:
     """The command line of a training run, without tracking, and without a gate: a low accuracy is a figure too."""
     flags = ["--recipe", recipe, "--data-dir", options.data_dir, "--wandb", "disabled", "--min-accuracy", "None"]
     flags += ["--dataset", options.dataset] if options.dataset else []
-    return [*flags, "--num-threads", str(threads(options)), *(["--cpu"] if options.cpu else [])]
+    flags += ["--num-threads", str(options.num_threads)] if options.num_threads else []
+    return [*flags, *(["--cpu"] if options.cpu else [])]
 
 
 def launch_ranks(options: Options) -> int:
@@ -301,7 +302,7 @@ def bench_startup(options: Options) -> Report:
             )
     return Report(
         title=f"start-up, medians of {options.repeats} fresh processes",
-        environment=environment(threads(options), device_used(options))
+        environment=environment(threads(options, recipe), device_used(options))
         | {"data": options.dataset or "the recipe's own"},
         rows=rows,
         notes=["the last two rows are whole commands: train_ddp.py --help, and train_ddp.py --max-steps 1"],

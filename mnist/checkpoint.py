@@ -222,8 +222,9 @@ def check_same_run(old: dict[str, Any], config: TrainConfig) -> None:
     differing = [name for name in FIXED_FIELDS if old.get(name) != new[name]]
     if differing:
         listed = ", ".join(f"--{n.replace('_', '-')} was {old.get(n)}, now {new[n]}" for n in differing)
+        place = f"--run-dir {config.output.run_dir}: " if config.output.run_dir else ""
         raise UserError(
-            f"this run (recipe {old.get('recipe')}) has another configuration: {listed}; "
+            f"{place}this run (recipe {old.get('recipe')}) has another configuration: {listed}; "
             "use --resume never to start over, or another --run-dir"
         )
 

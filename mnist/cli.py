@@ -8,6 +8,7 @@ tokens and parsed by the same rules, because YAML reads 1e-3 as a string and wou
 from __future__ import annotations
 
 import contextlib
+import difflib
 import io
 import os
 import signal
@@ -22,7 +23,7 @@ import tyro
 import yaml
 
 from mnist import process
-from mnist.config import RunError, TrainConfig, UserError, check_choice, choices_of, sections, to_flat
+from mnist.config import DataConfig, RunError, TrainConfig, UserError, check_choice, choices_of, sections, to_flat
 from mnist.console import print_error
 from mnist.recipes import RECIPES
 from mnist.signals import fill_standard_streams
@@ -59,8 +60,10 @@ def parse_command_line(argv: Sequence[str] | None = None) -> TrainConfig:
     try:
         typed = _normalise(sys.argv[1:] if argv is None else argv)
         file = _last_value(typed, "--config")
-        tokens = [*_count_passes(_file_tokens(Path(file)) if file is not None else []), *_count_passes(typed)]
+        from_file = _file_tokens(Path(file)) if file is not None else []
+        tokens = [*_count_passes(from_file), *_count_passes(typed)]
         _check_choices(tokens)
+        _check_recipe(typed, file, from_file)
         default = RECIPES[_last_value(tokens, "--recipe") or "fast"]()
     except UserError as error:
         raise SystemExit(print_error(error)) from None
@@ -116,6 +119,8 @@ def _words_from(is_main: bool) -> Iterator[None]:
         with contextlib.nullcontext() if is_main else contextlib.redirect_stderr(io.StringIO()):
             yield
         sys.stdout.flush()
+    except UserError as error:  # a value out of its range
+        raise SystemExit(print_error(error)) from None
     except OSError as error:
         _discard_output()
         is_pipe = isinstance(error, BrokenPipeError)
@@ -191,17 +196,29 @@ def _check_choices(tokens: Sequence[str]) -> None:
             check_choice(flag, value, valid)
 
 
+def _check_recipe(typed: Sequence[str], file: str | None, from_file: Sequence[str]) -> None:
+    """A file of --print-config holds a whole recipe: another one beside it would give the run its name, and no more."""
+    wanted, found = _last_value(typed, "--recipe"), _last_value(from_file, "--recipe")
+    if wanted and found and wanted != found and "--model" in from_file:
+        raise UserError(f"--recipe {wanted}: --config {file} holds all of recipe {found}; leave out one of the two")
+
+
 def _file_tokens(path: Path) -> list[str]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"--config {path}: cannot be read ({error})") from error
+    except OSError as error:
+        raise UserError(f"--config {path}: cannot be read ({error.strerror})") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"--config {path}: cannot be read as YAML ({' '.join(str(error).split())})") from error
     if not isinstance(content, dict):
         raise UserError(f"--config {path}: expected lines like 'lr: 0.001'")
     types = _flag_types()
     tokens: list[str] = []
     for name, value in content.items():
         flag = "--" + str(name).replace("_", "-")
+        if flag not in types:
+            near = difflib.get_close_matches(str(name), [f[2:].replace("-", "_") for f in types], n=1, cutoff=0.7)
+            raise UserError(f"--config {path}: {name}: unknown" + (f"; did you mean {near[0]}?" if near else ""))
         if isinstance(value, bool) and types.get(flag) is bool:
             tokens.append(flag if value else "--no-" + flag[2:])
         elif isinstance(value, bool):
@@ -214,8 +231,11 @@ def _file_tokens(path: Path) -> list[str]:
 
 
 def to_yaml(config: TrainConfig) -> str:
-    """A file for `--config` that reproduces this configuration."""
-    return yaml.safe_dump(to_flat(config), sort_keys=False, allow_unicode=True)
+    """A file for `--config` that reproduces this configuration, on a machine that keeps its data elsewhere, too."""
+    flat = to_flat(config)
+    if config.data.data_dir == DataConfig().data_dir:
+        del flat["data_dir"]
+    return yaml.safe_dump(flat, sort_keys=False, allow_unicode=True)
 
 
 def _recipe_table() -> str:

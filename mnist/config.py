@@ -33,8 +33,11 @@ Precision = Literal["no", "bf16", "fp16"]
 WandbMode = Literal["auto", "online", "offline", "disabled"]
 
 
-class UserError(ValueError):
-    """Something that the user can put right: one line that names the flag, shown without a traceback."""
+class UserError(Exception):
+    """Something that the user can put right: one line that names the flag, shown without a traceback.
+
+    No ValueError, which the parser of the command line would catch, and draw a box around.
+    """
 
 
 class MachineError(UserError):
@@ -49,10 +52,13 @@ class RankError(RunError):
     """A `RunError` that only this rank knows of: it speaks, although it may not be rank 0."""
 
 
+_MEANT = {"fp32": "no"}  # Accelerate's word for it
+
+
 def check_choice(flag: str, value: str, valid: Sequence[str]) -> None:
     """Raises a `UserError` that names the flag, the likely meant value and the valid ones, unless `value` is one."""
     if value not in valid:
-        near = difflib.get_close_matches(value.lower(), valid, n=1, cutoff=0.5)
+        near = [_MEANT[value]] if value in _MEANT else difflib.get_close_matches(value.lower(), valid, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}? " if near else ""
         raise UserError(f"{flag} {value}: unknown; {hint}choose from {', '.join(valid)}")
 

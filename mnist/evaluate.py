@@ -56,6 +56,7 @@ from rich.table import Table
 from torch import Tensor
 
 from mnist import data, runtime
+from mnist.console import Console
 from mnist.engine import evaluate
 from mnist.export import TrainedModel, find_export, load_model
 from mnist.files import read_json
@@ -75,6 +76,10 @@ def main(options: Options) -> int:
         split = {"test": dataset.test, "val": dataset.val, "train": dataset.train}[options.split]
         if split is None:
             raise UserError("--split val: no images were held out when this model was trained; choose test or train")
+        if choice.fallback_reason is not None:
+            Console(accelerator.is_main_process).warn(
+                f"NOT MNIST: the embedded digits, because it is {choice.fallback_reason}"
+            )
         prepared = accelerator.prepare_model(trained.model, evaluation_mode=True)
         with Progress(console=RichConsole(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
             scores = evaluate(

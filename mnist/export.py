@@ -72,6 +72,8 @@ def find_export(run: str | None) -> Path:
                 "--run: no finished run below runs/; train one (python train_ddp.py), or name its directory"
             )
         return exports[-1].parent
+    if not Path(run).is_dir():
+        raise UserError(f"--run {run}: no such folder")
     for folder in (Path(run), Path(run, "export", "best"), Path(run, "export", "last")):
         if (folder / WEIGHTS).is_file():
             return folder
@@ -89,7 +91,7 @@ def load_model(folder: Path) -> TrainedModel:
         weights = safetensors.torch.load((folder / WEIGHTS).read_bytes())
         model = build_model(config.optim.model)
         model.load_state_dict(weights)
-    except (OSError, ValueError, TypeError, AttributeError, SafetensorError, RuntimeError) as error:
+    except (OSError, UserError, ValueError, TypeError, AttributeError, SafetensorError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"--run {folder}: not readable as an exported model ({reason})") from error
     return TrainedModel(folder, config, model.eval(), BatchTransform(config.image))

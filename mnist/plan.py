@@ -45,6 +45,10 @@ class Plan:
         if self.epoch_steps != self.pass_steps and self.num_steps % self.epoch_steps == 0:
             return f"{self.num_steps:,} steps, as many as on MNIST ({passes:.1f} passes)"
         length = f"{passes:.3g}" if passes < 100 else f"{passes:,.0f}"
+        if self.epoch_steps != self.pass_steps:
+            return (
+                f"{self.num_steps:,} steps, {length} passes, {self.num_steps / self.epoch_steps:.2g} of MNIST's epochs"
+            )
         return f"{self.num_steps:,} steps, {length} {'epoch' if passes == 1 else 'epochs'}"
 
     @property

@@ -306,7 +306,7 @@ def _find_subject(run: str | None, recipe: str | None = None) -> Subject:
         return Subject(from_flat(json.loads((folder / CONFIG).read_bytes())), folder, export)
     except OSError as error:
         raise UserError(f"--run {folder}: no run there ({CONFIG}: {error.strerror})") from error
-    except (ValueError, TypeError, AttributeError) as error:
+    except (UserError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"--run {folder}: its {CONFIG} is not readable ({error})") from error
 
 

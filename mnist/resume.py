@@ -61,7 +61,8 @@ def check_finished(previous: dict[str, Any], old: dict[str, Any], config: TrainC
 
 def ways_on(config: TrainConfig) -> str:
     """What can be done in the directory of a finished run."""
-    longer = "" if config.optim.schedule in LENGTH_BOUND_SCHEDULES else "continue it with more --epochs, "
+    more = "a larger --max-steps" if config.loop.max_steps else "more --epochs"
+    longer = "" if config.optim.schedule in LENGTH_BOUND_SCHEDULES else f"continue it with {more}, "
     return f"{longer}start over with --resume never, or name another --run-dir"
 
 

@@ -110,7 +110,9 @@ class Run:
         if not directory.is_locked:
             self.console.warn(f"--run-dir {directory.path}: no locks on this file system; start no second run there")
         if resume_mode(self.config) == "never":
-            directory.set_aside()
+            before = directory.set_aside()
+            if before is not None:
+                self.console.say(f"the run that was here is in {before}")
         return {
             "path": str(directory.path),
             "result": directory.read("result.json"),
@@ -367,8 +369,8 @@ class Run:
         self._together(lambda: self._show_results(test))
         self._together(lambda: self._close("finished", gate_passed=code == EXIT_FINISHED))
         rows = report.closing(test, self.dataset, self.choice, self.plan, self.state)
-        span = "since this start" if self._has_resumed else "in all"
-        times = f"{self.state.train_time_s:.1f} s training, {self._total_time_s():.1f} s {span}"
+        starts, span = (" over all starts", "since this start") if self._has_resumed else ("", "in all")
+        times = f"{self.state.train_time_s:.1f} s training{starts}, {self._total_time_s():.1f} s {span}"
         self.console.summary([*rows, ("time", times), ("run", str(self.path)), *self._drawn, *self._hints])
         return code
 

@@ -53,9 +53,9 @@ class RunDir:
         """Replaces result.json; status is running, finished, preempted, failed or diverged."""
         write_json(self.path / "result.json", {"status": status, **facts})
 
-    def set_aside(self) -> None:
-        """Moves what an earlier run left here into before-<time>/, so that a new one can start."""
-        self.move_aside([self.path / name for name in CONTENTS if (self.path / name).exists()])
+    def set_aside(self) -> Path | None:
+        """Moves what an earlier run left here into before-<time>/, so that a new one can start; says where it is."""
+        return self.move_aside([self.path / name for name in CONTENTS if (self.path / name).exists()])
 
     def rewind(self, step: int, later: list[Path]) -> None:
         """Moves what belongs to later steps into before-<time>/, so that the run can take another way from `step` on.
@@ -77,13 +77,15 @@ class RunDir:
         self.move_aside([path for path in (*later, metrics, self.path / "wandb_id") if path.exists()])
         write_atomically(metrics, b"".join(kept))
 
-    def move_aside(self, paths: list[Path]) -> None:
-        """Moves files or folders of this run into a new before-<time>/."""
-        if paths:
-            folder = self.path / f"before-{datetime.now():%Y%m%d-%H%M%S-%f}"
-            folder.mkdir()
-            for path in paths:
-                shutil.move(path, folder / path.name)
+    def move_aside(self, paths: list[Path]) -> Path | None:
+        """Moves files or folders of this run into a new before-<time>/; says where they are."""
+        if not paths:
+            return None
+        folder = self.path / f"before-{datetime.now():%Y%m%d-%H%M%S-%f}"
+        folder.mkdir()
+        for path in paths:
+            shutil.move(path, folder / path.name)
+        return folder
 
 
 class InUseError(UserError):

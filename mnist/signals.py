@@ -71,9 +71,9 @@ def _watch_over_the_end() -> None:
     """Ends a process at a later second Ctrl-C, and one that does not obey: in a collective whose other ranks are gone.
 
     The interpreter writes each signal's number to the wake-up descriptor at once, also where the main thread is in C++
-    and no Python runs; a thread waits for that. Signals arrive twice: SLURM tells every process and the launcher
-    forwards; so a second one means nothing, except a second Ctrl-C of a person who has had time to read that the first
-    one is being obeyed.
+    and no Python runs; a thread waits for that, and answers at once, in the longest step too. Signals arrive twice:
+    SLURM tells every process and the launcher forwards; so a second one means nothing, except a second Ctrl-C
+    of a person who has had time to read that the first one is being obeyed.
     """
     if os.name != "posix":
         return
@@ -82,15 +82,16 @@ def _watch_over_the_end() -> None:
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
 
     def watch() -> None:
-        os.read(reader, 1)
+        _announce(os.read(reader, 1)[0])
         first, is_training = time.monotonic(), _training.is_set()
         end = first + (GRACE_S if is_training else START_GRACE_S)
         while (left := end - time.monotonic()) > 0:
             has_come = select.select([reader], [], [], left)[0]
             if has_come and os.read(reader, 1)[0] == signal.SIGINT and time.monotonic() - first >= FORCE_AFTER_S:
+                _say("ended without saving")
                 os._exit(EXIT_FORCED)
-        with contextlib.suppress(OSError):  # nobody reads it
-            os.write(2, b"the signal was not obeyed in time; this process was here:\n")
+        _say("the signal was not obeyed in time; this process was here:")
+        with contextlib.suppress(OSError):
             faulthandler.dump_traceback(file=2)
         os._exit(1 if is_training else EXIT_PREEMPTED)
 
@@ -113,6 +114,15 @@ def _was_launched() -> bool:
 
 def _note(number: int, _frame: FrameType | None) -> None:
     _received.append(number)
-    if len(_received) == 1 and os.environ.get("RANK", "0") == "0":
-        with contextlib.suppress(OSError):
-            os.write(2, f"\n{signal.Signals(number).name}: saving and ending at the next step\n".encode())
+    if len(_received) == 1 and os.name != "posix":
+        _announce(number)
+
+
+def _announce(number: int) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        _say(f"\n{signal.Signals(number).name}: saving and ending at the next step")
+
+
+def _say(line: str) -> None:
+    with contextlib.suppress(OSError):  # nobody reads it
+        os.write(2, f"{line}\n".encode())

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 from accelerate import Accelerator
 
-from mnist.config import OutputConfig, RunError, UserError
+from mnist.config import OutputConfig, RunError, UserError, check_choice
 from mnist.wandb_run import PROBE_TIMEOUT_S, Counts, WandbRun, server_answers, wandb_mode
 
 Warn = Callable[[str], None]
@@ -53,10 +53,14 @@ def tracker_names(config: OutputConfig) -> list[str]:
     """The names under which Accelerate knows the trackers of this run.
 
     Raises:
-        UserError: --tensorboard without TensorBoard, or --wandb online or offline without W&B's package.
+        UserError: an unknown $WANDB_MODE; --tensorboard without TensorBoard, --wandb online or offline without W&B's
+            package.
     """
     if config.wandb in ("online", "offline") and importlib.util.find_spec("wandb") is None:
         raise UserError(f"--wandb {config.wandb}: the package is missing; pip install wandb")
+    mode = os.environ.get("WANDB_MODE")
+    if config.wandb == "auto" and mode:
+        check_choice("WANDB_MODE", mode, ["online", "offline", "disabled", "shared", "dryrun", "run"])
     if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise UserError("--tensorboard: the package is missing; pip install tensorboard")
     return [] if wandb_mode(config) == "disabled" else ["wandb"]

@@ -31,6 +31,16 @@ def test_two_processes_find_the_same_and_one_prints(smoke_run: Path, tmp_path: P
     assert done.out.count("exactly as in training") == 1
 
 
+@pytest.mark.launch
+def test_digits_in_place_of_mnist_cannot_be_missed(tmp_path: Path, smoke_run: Path) -> None:
+    nowhere = ["--dataset", "auto", "--data-dir", "nowhere"]
+    mirror = {"MNIST_MIRROR": "http://127.0.0.1:9", "MNIST_DATA_DIR": ""}
+    done = finish([*PYTHON, *EVALUATE, "--run", str(smoke_run), *nowhere], tmp_path, **mirror)
+    assert done.code == 0, done.err
+    assert "NOT MNIST: the embedded digits, because it is not in nowhere/MNIST/raw" in done.err
+
+
+@pytest.mark.launch
 def test_bf16_and_averaged_weights_come_again_too(tmp_path: Path) -> None:
     options = [
         "--mixed-precision",
@@ -76,7 +86,7 @@ def test_a_model_of_another_machine_is_evaluated_as_well_as_this_one_can(smoke_r
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["--run", "nowhere"], "error: --run nowhere: no exported model there"),
+        (["--run", "nowhere"], "error: --run nowhere: no such folder"),
         ([], "error: --run: no finished run below runs/"),
     ],
 )

@@ -41,7 +41,7 @@ def test_the_best_of_the_newest_run_is_found(tmp_path: Path, monkeypatch: pytest
     assert find_export(None) == Path("runs/newer/export/best")
     assert find_export("runs/older") == Path("runs/older/export/best")
     assert find_export("runs/older/export/best") == Path("runs/older/export/best")
-    with pytest.raises(UserError, match=r"--run runs/none: no exported model there"):
+    with pytest.raises(UserError, match=r"--run runs/none: no such folder"):
         find_export("runs/none")
 
 

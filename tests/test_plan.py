@@ -79,6 +79,8 @@ def test_the_micro_batch_is_the_largest_share(world_size, accumulation_steps, mi
         (MNIST, {"epochs": 10}, "2,350 steps, 10 epochs"),
         (DIGITS, {"stretch_epochs": False}, "12 steps, 2 epochs"),
         (DIGITS, {}, "470 steps, as many as on MNIST (78.3 passes)"),
+        (DIGITS, {"max_steps": 60}, "60 steps, 10 passes, 0.26 of MNIST's epochs"),
+        (MNIST, {"epochs": 1000}, "235,000 steps, 1,000 epochs"),
     ],
 )
 def test_the_length_is_told_in_words(num_train, changes, words):

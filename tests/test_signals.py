@@ -125,7 +125,10 @@ def test_a_process_that_is_stuck_in_c_ends_after_a_while(is_training: bool, code
 def test_a_later_second_ctrl_c_is_heard_in_c_too() -> None:
     with start(DEFAULTS + STUCK.format(grace_s=20, is_training=True)) as process:
         process.send_signal(signal.SIGINT)
+        assert process.stderr is not None
+        assert [process.stderr.readline() for _ in range(2)] == ["\n", "SIGINT: saving and ending at the next step\n"]
         time.sleep(signals.FORCE_AFTER_S + 0.2)
         assert process.poll() is None
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=15) == signals.EXIT_FORCED
+        assert process.stderr.read() == "ended without saving\n"

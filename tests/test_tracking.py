@@ -289,6 +289,13 @@ def test_wandb_that_is_asked_for_and_not_installed_is_a_mistake(monkeypatch: pyt
     tracking.tracker_names(OutputConfig(wandb="auto"))
 
 
+def test_an_unknown_mode_of_wandb_is_a_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "ofline")
+    with pytest.raises(UserError, match=r"^WANDB_MODE ofline: unknown; did you mean offline\?"):
+        tracking.tracker_names(OutputConfig())
+    assert tracking.tracker_names(OutputConfig(wandb="offline")) == ["wandb"], "the flag has the last word"
+
+
 def test_tensorboard_that_is_not_installed_is_a_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install tensorboard"):
