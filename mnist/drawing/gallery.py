@@ -99,7 +99,7 @@ def sample_figure(config: TrainConfig, dataset: Dataset, augment: Augmentation |
 
 def curve_figure(histories: Sequence[History]) -> Figure:
     """The curves of one run, or of several."""
-    training = "training as it was optimised, label smoothing and augmentation included"
+    training = "training as it was optimised, with the label smoothing and augmentation of its recipe"
     if len(histories) > 1:
         title = f"{len(histories)} runs on {', '.join(dict.fromkeys(history.dataset for history in histories))}"
         return draw_curves(histories, title, f"strong: validation or test; pale: {training}")
