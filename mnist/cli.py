@@ -144,6 +144,11 @@ def run_command(command: Callable[[T], int], options: T) -> NoReturn:
     except BrokenPipeError:
         _discard_output()
         code = 0
+    except SystemExit as error:
+        if not isinstance(error.__context__, BrokenPipeError):
+            raise
+        _discard_output()  # rich takes a closed pipe for a failure
+        code = 0
     except OSError as error:
         code = print_error(RunError(f"{error.filename or 'standard output'}: {error.strerror or error}"))
         _discard_output()

@@ -22,6 +22,8 @@ def tune() -> None:
     """Sets what every command is better off with; to be called before torch is imported."""
     wait_briefly()
     keep_memory()
+    if os.environ.get("COLUMNS") == "0":  # rich would print nothing at all, in no columns
+        del os.environ["COLUMNS"]
     gc.set_threshold(100_000)  # imports make many objects that stay; looking for garbage among them takes 0.2 s
 
 

@@ -89,13 +89,17 @@ def find_checkpoint(
         if not Path(wanted, MANIFEST).is_file():
             raise UserError(f"--resume {wanted}: no checkpoint; give auto, never or the path of a step-... directory")
         saved = load_checkpoint(Path(wanted))
+    last, new = directory.read("config.json"), to_flat(config)  # of the start that made the latest records
     if saved is None:
+        if last and directory.has_records():  # it ended before its first checkpoint
+            check_same_run(last, config)
+            if any(last.get(name) != new[name] for name in COURSE_FIELDS):
+                directory.rewind(0, [])
         return None
     changes = check_compatible(saved, config, plan, facts)
     steps = list_steps(directory.checkpoints)
     later = [path for step, path in steps.items() if step > saved.step]
-    last, new = directory.read("config.json") or saved.config, to_flat(config)  # of the start that made later records
-    is_other_course = any(last.get(name) != new[name] for name in COURSE_FIELDS)
+    is_other_course = any((last or saved.config).get(name) != new[name] for name in COURSE_FIELDS)
     if is_other_course or (wanted != "auto" and not is_restart()):
         directory.rewind(saved.step, later)
     else:

@@ -286,7 +286,9 @@ class Run:
             loss_fn=self.eval_loss,
             transform=self.train_step.transform,
             sharded=self.config.loop.evaluation == "sharded",
+            after_chunk=lambda _: self._watchdog.sign_of_life(),
         )
+        self._watchdog.sign_of_life()
         if not math.isfinite(scores.loss):
             raise DivergedError(self.state.step, 0)
         self._scores = {**self.scores, name: scores}

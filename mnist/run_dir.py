@@ -49,6 +49,11 @@ class RunDir:
         """What config.json or result.json says of an earlier start, {} where there is none."""
         return read_json(self.path / name)
 
+    def has_records(self) -> bool:
+        """Whether an earlier start has written any into metrics.jsonl."""
+        metrics = self.path / "metrics.jsonl"
+        return metrics.exists() and metrics.stat().st_size > 0
+
     def write_result(self, status: str, **facts: Any) -> None:
         """Replaces result.json; status is running, finished, preempted, failed or diverged."""
         write_json(self.path / "result.json", {"status": status, **facts})
@@ -74,17 +79,24 @@ class RunDir:
             raise RunError(f"{metrics}: a line is no record; mend it, or start over elsewhere") from error
         if not later and kept == lines:
             return
-        self.move_aside([path for path in (*later, metrics, self.path / "wandb_id") if path.exists()])
-        write_atomically(metrics, b"".join(kept))
+        wandb_id = self.path / "wandb_id"
+        folder = self.move_aside([*later, *([wandb_id] if wandb_id.exists() else [])]) or self._make_before()
+        if kept != lines:
+            shutil.copy(metrics, folder)
+            write_atomically(metrics, b"".join(kept))  # a kill leaves all records, or these
 
     def move_aside(self, paths: list[Path]) -> Path | None:
         """Moves files or folders of this run into a new before-<time>/; says where they are."""
         if not paths:
             return None
-        folder = self.path / f"before-{datetime.now():%Y%m%d-%H%M%S-%f}"
-        folder.mkdir()
+        folder = self._make_before()
         for path in paths:
             shutil.move(path, folder / path.name)
+        return folder
+
+    def _make_before(self) -> Path:
+        folder = self.path / f"before-{datetime.now():%Y%m%d-%H%M%S-%f}"
+        folder.mkdir()
         return folder
 
 

@@ -113,9 +113,11 @@ class Tracker:
         return True
 
     def check(self) -> None:
-        """Raises what `log` could not, on one rank among several, when its file was not written."""
+        """Raises what `log` could not, on one rank among several: that its file was not written, or is gone."""
         if self._error is not None:
             raise self._error
+        if self._jsonl is not None:
+            self._jsonl.check()
 
     def log(self, split: str, step: int, epoch: float, **values: float) -> None:
         """Records values of one split at one step, once: a step that was recorded before a crash is passed over."""
@@ -240,6 +242,11 @@ class JsonlFile:
         """The largest step of any record; -1 without one."""
         return max(self._last_step.values(), default=-1)
 
+    def check(self) -> None:
+        """Raises a RunError where the file is gone: what is written into it then goes nowhere."""
+        if not self._path.exists():
+            raise RunError(f"{self._path}: removed or moved while the run was writing it")
+
     def append(self, record: dict[str, Any]) -> bool:
         """Writes one line unless the file holds this step of this split, or a later one; says whether it did."""
         if record["step"] <= self._last_step.get(record["split"], -1):
@@ -247,8 +254,7 @@ class JsonlFile:
         self._last_step[record["split"]] = record["step"]
         valid = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         try:
-            if not self._path.exists():
-                raise RunError(f"{self._path}: removed or moved while the run was writing it")
+            self.check()
             self._file.write(json.dumps(valid) + "\n")  # JSON has no inf, which an fp16 gradient norm can be
         except OSError as error:
             raise RunError(f"{self._path}: not written ({error.strerror}); free some space there") from error

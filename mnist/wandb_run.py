@@ -21,6 +21,7 @@ from urllib.request import getproxies
 from accelerate import Accelerator
 
 from mnist.config import OutputConfig
+from mnist.files import write_atomically
 
 Counts = Sequence[Sequence[int]]
 
@@ -157,7 +158,7 @@ def _init_arguments(config: OutputConfig, run_dir: Path, run_config: dict[str, A
     chosen = {key: own or default for key, (own, env, default) in defaults.items() if own or env not in os.environ}
     return {
         **chosen,
-        "tags": [*tags, *config.wandb_tags],
+        "tags": [*tags, *config.wandb_tags, *filter(None, os.environ.get("WANDB_TAGS", "").split(","))],
         "id": _run_id(run_dir),
         "resume": "allow",
         "dir": str(run_dir),
@@ -170,6 +171,6 @@ def _init_arguments(config: OutputConfig, run_dir: Path, run_config: dict[str, A
 def _run_id(run_dir: Path) -> str:
     """The W&B id of this run directory, so that a resumed job continues the same W&B run."""
     path = run_dir / "wandb_id"
-    if not path.exists():
-        path.write_text(os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4))
+    if not path.exists() or not path.read_text().strip():
+        write_atomically(path, (os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)).encode())
     return path.read_text().strip()

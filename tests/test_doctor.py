@@ -188,6 +188,15 @@ def ranks_by_hand(commands: list[list[str]], cwd: Path, *environments: dict[str,
 
 
 @pytest.mark.launch
+@pytest.mark.parametrize("columns", ["80", "0"])
+def test_whoever_reads_the_first_line_only_gets_it_and_no_failure(tmp_path: Path, columns: str) -> None:
+    command = f"set -o pipefail; {' '.join([*PYTHON, *DOCTOR, *ONE_THREAD])} | head -n 1"
+    done = finish(["bash", "-c", command], tmp_path, COLUMNS=columns)
+    assert done.code == 0, done.err
+    assert done.out.startswith("rank")
+
+
+@pytest.mark.launch
 def test_a_launch_ends_with_a_table_and_a_verdict(tmp_path: Path) -> None:
     done = finish([*TORCHRUN, "--nproc-per-node", "2", *DOCTOR, *ONE_THREAD], tmp_path)
     assert done.code == 0, done.out + done.err

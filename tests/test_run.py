@@ -110,6 +110,22 @@ def test_an_interrupted_run_ends_bit_for_bit_like_an_uninterrupted_one(tmp_path:
     assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
 
 
+def test_what_a_start_without_a_checkpoint_has_left_belongs_to_its_configuration(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    rare = [*SMALL, "--log-every", "5", "--checkpoint-every", "1000"]
+    with pytest.raises(RuntimeError, match="a rank died"):
+        run_ranks(run_and_signal, 1, signal.SIGKILL, 18, 0, tmp_path / "a", *rare)
+    assert metrics(tmp_path / "a")[-1]["step"] == 15
+    assert run_ranks(run, 1, tmp_path / "a", *rare, "--seed", "5") == [2]
+    assert "--seed was 0, now 5" in capfd.readouterr().err
+    for folder in ("a", "b"):
+        run_ranks(run, 1, tmp_path / folder, *rare, "--lr", "0.001")
+    assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
+    (before,) = (tmp_path / "a").glob("before-*")
+    assert [record["step"] for record in metrics(before)] == [5, 10, 15]
+
+
 def test_a_stop_between_evaluations_claims_no_scores_of_its_weights(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -277,6 +277,24 @@ def test_a_server_that_is_slow_at_the_end_leaves_a_preempted_run_its_exit_code()
     assert wandb_run.FINISH_TIMEOUT_S <= signals.GRACE_S - 10
 
 
+def test_records_that_are_gone_are_noticed_before_the_next_one(tmp_path: Path) -> None:
+    tracker = tracking.Tracker(tmp_path, "digits", pytest.fail)
+    tracker.log("train", 1, 0.1, loss=1.0)
+    tracker.check()
+    (tmp_path / "metrics.jsonl").unlink()
+    with pytest.raises(RunError, match="removed or moved"):
+        tracker.check()
+
+
+@pytest.mark.parametrize("content", ["", "\n", None])
+def test_an_id_that_a_crash_has_left_empty_is_made_anew(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "wandb_id").write_text(content)
+    found = wandb_run._run_id(tmp_path)
+    assert len(found) == 8
+    assert wandb_run._run_id(tmp_path) == found
+
+
 def records_of(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
