@@ -1,8 +1,9 @@
 """What is logged where: metrics.jsonl always, W&B where it can be had, TensorBoard where it is asked for.
 
 In: records of a split at a step, pictures, exported models. Out: each record once in metrics.jsonl, none lost and none
-doubled after a resume, and from there in every sink. Whatever a sink does, it costs a warning, and the sink is dropped;
-a disk that has no room for metrics.jsonl ends the run. All happens on rank 0; elsewhere `Tracker` is a null object.
+doubled after a resume, and from there in every sink (what a sink has not written when it is killed, it lacks). Whatever
+a sink does, it costs a warning, and the sink is dropped; a disk that has no room for metrics.jsonl ends the run. All
+happens on rank 0; elsewhere `Tracker` is a null object.
 """
 
 from __future__ import annotations
