@@ -362,7 +362,7 @@ def test_a_directory_that_disappears_is_named(tmp_path: Path, capfd: pytest.Capt
         return run(tmp_path / "run", *SMALL)
 
     assert run_ranks(lose_directory, 1) == [1]
-    assert f"{tmp_path}/run/checkpoints" in capfd.readouterr().err
+    assert f"{tmp_path}/run/metrics.jsonl: removed or moved" in capfd.readouterr().err
 
 
 # --- the machine -----------------------------------------------------------------------------------------------------
