@@ -6,6 +6,7 @@ In: the live objects of a run and its directory. Out: a checkpoint of them, or t
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def check_finished(previous: dict[str, Any], old: dict[str, Any], config: TrainC
             f"--run-dir {path}: this run diverged at step {previous['steps']} and would again; start over with a "
             f"smaller --lr and --resume never, or name an earlier checkpoint with --resume PATH"
         )
-    stopped_otherwise = previous["stop_reason"] is not None and not _stops_alike(old, config)
+    stopped_otherwise = previous["stop_reason"] is not None and not _is_alike(old, config, _STOPPING_FIELDS)
     return plan.num_steps <= previous["planned_steps"] and not stopped_otherwise
 
 
@@ -66,9 +67,9 @@ def ways_on(config: TrainConfig) -> str:
     return f"{longer}start over with --resume never, or name another --run-dir"
 
 
-def _stops_alike(old: dict[str, Any], config: TrainConfig) -> bool:
+def _is_alike(old: dict[str, Any], config: TrainConfig, names: Sequence[str]) -> bool:
     new = to_flat(config)
-    return all(old.get(name) == new[name] for name in _STOPPING_FIELDS)
+    return all(old.get(name) == new[name] for name in names)
 
 
 def find_checkpoint(
@@ -89,24 +90,23 @@ def find_checkpoint(
         if not Path(wanted, MANIFEST).is_file():
             raise UserError(f"--resume {wanted}: no checkpoint; give auto, never or the path of a step-... directory")
         saved = load_checkpoint(Path(wanted))
-    last, new = directory.read("config.json"), to_flat(config)  # of the start that made the latest records
+    last = directory.read("config.json")  # of the start that made the latest records
     if saved is None:
         if last and directory.has_records():  # it ended before its first checkpoint
             check_same_run(last, config)
-            if any(last.get(name) != new[name] for name in COURSE_FIELDS):
+            if not _is_alike(last, config, COURSE_FIELDS):
                 directory.rewind(0, [])
         return None
     changes = check_compatible(saved, config, plan, facts)
     steps = list_steps(directory.checkpoints)
     later = [path for step, path in steps.items() if step > saved.step]
-    is_other_course = any((last or saved.config).get(name) != new[name] for name in COURSE_FIELDS)
-    if is_other_course or (wanted != "auto" and not is_restart()):
+    if not _is_alike(last or saved.config, config, COURSE_FIELDS) or (wanted != "auto" and not is_restart()):
         directory.rewind(saved.step, later)
     else:
         directory.move_aside(later)  # the broken ones, which must not pass for this run's steps again
     if saved.loop["best"] is not None and saved.loop["best"]["step"] not in steps:
         saved.loop["best"] = None  # it stayed behind in another directory
-    if saved.plan["num_steps"] != plan.num_steps or not _stops_alike(saved.config, config):
+    if saved.plan["num_steps"] != plan.num_steps or not _is_alike(saved.config, config, _STOPPING_FIELDS):
         saved.loop["stop_reason"] = None  # whoever asks for something else wants to go on
     notes = [f"skipped a broken checkpoint: {line}" for line in skipped]
     return saved, notes + [f"from here on: {change}" for change in changes]
