@@ -4,7 +4,8 @@
     torchrun --nproc-per-node 2 train_ddp.py
     python train_ddp.py --help
 
-This file is the table of contents of a run. A training step is in mnist/engine.py, the recipes are in mnist/recipes.py.
+This file is the table of contents of a run. A training step is in mnist/training/step.py, the recipes are in
+mnist/recipes.py.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import time
 from functools import partial
 
-from mnist import process, signals
+from mnist.system import process, signals
 
 STARTED = time.perf_counter()
 if __name__ == "__main__":
@@ -25,18 +26,24 @@ if __name__ == "__main__":
 
 from accelerate import Accelerator
 
-from mnist import data, faults, runtime, tracking
-from mnist.batches import TrainLoader
-from mnist.captured import why_not
-from mnist.config import RunError, TrainConfig, UserError, evolve
-from mnist.console import Console, print_error
-from mnist.engine import TrainStep, train_one_epoch
-from mnist.losses import build_loss
-from mnist.models import build_model
-from mnist.optim import LearningRate, WeightAverage, build_optimizer
-from mnist.plan import Plan, build_plan
-from mnist.run import Run
-from mnist.transforms import Augmentation, BatchTransform
+from mnist.config import TrainConfig, evolve
+from mnist.data import datasets
+from mnist.data.batches import TrainLoader
+from mnist.data.transforms import Augmentation, BatchTransform
+from mnist.errors import RunError, UserError, print_error
+from mnist.models import build_model, seed_initial_weights
+from mnist.plots.gallery import write_run_pictures
+from mnist.runs.console import Console
+from mnist.runs.run import Run
+from mnist.runs.tracking.tracker import tracker_names
+from mnist.system import drills, ranks
+from mnist.system.accelerator import open_accelerator, prepare_optimizer, resolve_accumulation_steps
+from mnist.training.cuda_graph import why_not
+from mnist.training.loop import train_one_epoch
+from mnist.training.losses import build_loss
+from mnist.training.optim import LearningRate, WeightAverage, build_optimizer
+from mnist.training.plan import Plan, build_plan
+from mnist.training.step import TrainStep
 
 
 def main(config: TrainConfig) -> int:
@@ -45,7 +52,7 @@ def main(config: TrainConfig) -> int:
     Every rank calls it.
     """
     try:
-        with runtime.open_accelerator(config.runtime, tracking.tracker_names(config.output)) as accelerator:
+        with open_accelerator(config.runtime, tracker_names(config.output)) as accelerator:
             return train(config, accelerator)
     except (UserError, RunError) as error:
         if config.output.debug:
@@ -56,15 +63,15 @@ def main(config: TrainConfig) -> int:
 def train(config: TrainConfig, accelerator: Accelerator) -> int:
     """Builds everything, resumes, trains, finishes."""
     console = Console(accelerator.is_main_process, config.output.quiet)
-    together = partial(runtime.together, accelerator)  # some ranks work; all get the result, or raise the error
+    together = partial(ranks.together, accelerator)  # some ranks work; all get the result, or raise the error
 
-    choice = together(lambda: data.choose(config.data))
+    choice = together(lambda: datasets.choose(config.data))
     config = evolve(config, dataset=choice.name)
-    together(lambda: data.fetch(choice.name, config.data.data_dir), on="local_main")
-    dataset = together(lambda: data.read(choice.name, config.data), on="all").to(accelerator.device)
-    runtime.require_agreement(accelerator, data_files=dataset.fingerprint, seed=config.loop.seed, recipe=config.recipe)
+    together(lambda: datasets.fetch(choice.name, config.data.data_dir), on="local_main")
+    dataset = together(lambda: datasets.read(choice.name, config.data), on="all").to(accelerator.device)
+    ranks.require_agreement(accelerator, data_files=dataset.fingerprint, seed=config.loop.seed, recipe=config.recipe)
 
-    accumulation_steps = runtime.accumulation_steps(config.loop.gradient_accumulation_steps)
+    accumulation_steps = resolve_accumulation_steps(config.loop.gradient_accumulation_steps)
     plan = build_plan(config, len(dataset.train), accelerator.num_processes, accumulation_steps)
     train_loader = TrainLoader(
         dataset.train,
@@ -76,14 +83,14 @@ def train(config: TrainConfig, accelerator: Accelerator) -> int:
     )
 
     train_step = build_train_step(config, plan, accelerator)
-    with Run(config, plan, dataset, choice, accelerator, console, train_step, STARTED) as run:
+    with Run(config, plan, dataset, choice, accelerator, console, train_step, STARTED, write_run_pictures) as run:
         if run.is_finished():
             return run.exit_code()
         run.resume()
         run.begin(train_loader)
         while run.goes_on():
             steps = train_loader.steps(run.state.step, run.next_epoch_end())
-            steps = faults.inject(steps, run.faults(), run.state.step, train_step.model.parameters())
+            steps = drills.inject(steps, run.faults(), run.state.step, train_step.model.parameters())
             for record in train_one_epoch(
                 train_step, steps, run.state, pauses_at=plan.pauses_at, heartbeat=run.heartbeat
             ):
@@ -97,11 +104,11 @@ def train(config: TrainConfig, accelerator: Accelerator) -> int:
 
 def build_train_step(config: TrainConfig, plan: Plan, accelerator: Accelerator) -> TrainStep:
     """Network, optimizer and schedule in one step, and the moving average of the weights, where there is one."""
-    runtime.seed_initial_weights(config.loop.seed)
+    seed_initial_weights(config.loop.seed)
     bare_model = build_model(config.optim.model).to(accelerator.device)
     capturable = why_not(accelerator, plan.accumulation_steps) is None
     optimizer = build_optimizer(bare_model.parameters(), config.optim, capturable=capturable)
-    optimizer = runtime.prepare_optimizer(accelerator, optimizer)
+    optimizer = prepare_optimizer(accelerator, optimizer)
     model = accelerator.prepare(bare_model)  # wraps it, and gives it, in place, the precision of the run
     return TrainStep(
         accelerator=accelerator,

@@ -22,11 +22,11 @@ from typing import Annotated, Any, NoReturn, TypeVar, get_args, get_type_hints
 import tyro
 import yaml
 
-from mnist import process
-from mnist.config import DataConfig, RunError, TrainConfig, UserError, check_choice, choices_of, sections, to_flat
-from mnist.console import print_error
+from mnist.config import DataConfig, TrainConfig, check_choice, choices_of, sections, to_flat
+from mnist.errors import RunError, UserError, print_error
 from mnist.recipes import RECIPES
-from mnist.signals import fill_standard_streams
+from mnist.system import process
+from mnist.system.signals import fill_standard_streams
 
 _DESCRIPTION = """Trains an MNIST digit recogniser with Accelerate: on a CPU, a GPU, or many.
 

@@ -9,47 +9,86 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
-from mnist.faults import parse_fault
+from mnist.errors import UserError
+
+_FAULT = re.compile(r"(?:(nan|kill|hang|raise|exit)@(?:rank(\d+):)?([1-9]\d*)|slow@(?:rank(\d+):)?(\d+(?:\.\d+)?))")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something that shall go wrong on one rank.
+
+    Attributes:
+        kind: nan, kill, hang, raise, exit or slow.
+        rank: where.
+        step: when, counted from 1: just before this step is taken; 0 = before every step.
+        seconds: what a slow rank loses before every step.
+    """
+
+    kind: str
+    rank: int
+    step: int = 0
+    seconds: float = 0.0
+
+
+def parse_fault(text: str) -> Fault:
+    """`nan@30`, `kill@rank1:50`, `slow@rank1:0.05` -> `Fault`; without a rank, rank 0 is meant.
+
+    Raises:
+        ValueError: another form; says which forms there are.
+    """
+    match = _FAULT.fullmatch(text)
+    if match is None:
+        raise ValueError(
+            "give KIND@STEP or KIND@rankN:STEP with nan, kill, hang, raise or exit and a step of 1 or more, or "
+            "slow@rankN:SECONDS"
+        )
+    kind, rank, step, slow_rank, seconds = match.groups()
+    if kind is None:
+        return Fault("slow", int(slow_rank or 0), seconds=float(seconds))
+    return Fault(kind, int(rank or 0), step=int(step))
+
 
 RUNS = Path("runs")  # where runs are kept whose --run-dir is not given
 
+
 DatasetName = Literal["auto", "mnist", "fashion_mnist", "kmnist", "digits"]
+
+
 Model = Literal[
     "convnet", "mycnn", "lenet5", "lenet5_classic", "mlp", "mlp_sigmoid", "yannet", "fastnet", "deepnet", "tinynet"
 ]
+
+
 IMAGE_SIZES = {"lenet5": 32, "lenet5_classic": 32}  # what a network takes, where it is not 28
+
+
 Optimizer = Literal["sgd", "adam", "adamw", "adadelta"]
+
+
 Schedule = Literal["constant", "step", "exponential", "cosine", "one_cycle"]
+
+
 Loss = Literal["cross_entropy", "nll", "mse_softmax", "mse_sigmoid"]
+
+
 Evaluation = Literal["rank0", "sharded"]
+
+
 StepMode = Literal["auto", "eager", "captured"]
+
+
 Precision = Literal["no", "bf16", "fp16"]
+
+
 WandbMode = Literal["auto", "online", "offline", "disabled"]
-
-
-class UserError(Exception):
-    """Something that the user can put right: one line that names the flag, shown without a traceback.
-
-    No ValueError, which the parser of the command line would catch, and draw a box around.
-    """
-
-
-class MachineError(UserError):
-    """A `UserError` that may be true of one machine only: the first rank of each one that sees it speaks."""
-
-
-class RunError(RuntimeError):
-    """Something that ends a run and fits in one line: a full disk, a loss of nan. Shown without a traceback."""
-
-
-class RankError(RunError):
-    """A `RunError` that only this rank knows of: it speaks, although it may not be rank 0."""
 
 
 _MEANT = {"fp32": "no"}  # Accelerate's word for it

@@ -17,8 +17,9 @@ from functools import partial
 from typing import Literal
 
 from mnist.cli import RunOption, parse_options, run_command
-from mnist.config import DatasetName, Evaluation, Precision, RuntimeConfig, UserError
-from mnist.process import num_usable_cores
+from mnist.config import DatasetName, Evaluation, Precision, RuntimeConfig
+from mnist.errors import UserError
+from mnist.system.process import num_usable_cores
 
 
 @dataclass(frozen=True)
@@ -55,24 +56,26 @@ from rich.progress import Progress, TaskID
 from rich.table import Table
 from torch import Tensor
 
-from mnist import data, runtime
-from mnist.console import Console
-from mnist.engine import evaluate
-from mnist.export import TrainedModel, find_export, load_model
-from mnist.files import read_json
-from mnist.losses import build_loss
-from mnist.metrics import NUM_CLASSES, Scores
+from mnist.data import datasets
+from mnist.runs.console import Console
+from mnist.runs.export import TrainedModel, find_export, load_model
+from mnist.system import ranks
+from mnist.system.accelerator import open_accelerator
+from mnist.system.files import read_json
+from mnist.training.evaluation import evaluate
+from mnist.training.losses import build_loss
+from mnist.training.metrics import NUM_CLASSES, Scores
 
 
 def main(options: Options) -> int:
     """Scores a model and prints how it did. Every rank must call this."""
     trained = load_model(find_export(options.run))
-    config = data.relocate(trained.config.data, options.dataset, options.data_dir)
-    with runtime.open_accelerator(_settle_runtime(trained.config.runtime, options)) as accelerator:
-        together = partial(runtime.together, accelerator)
-        choice = together(lambda: data.choose(config))
-        together(lambda: data.fetch(choice.name, config.data_dir), on="local_main")
-        dataset = together(lambda: data.read(choice.name, config), on="all").to(accelerator.device)
+    config = datasets.relocate(trained.config.data, options.dataset, options.data_dir)
+    with open_accelerator(_settle_runtime(trained.config.runtime, options)) as accelerator:
+        together = partial(ranks.together, accelerator)
+        choice = together(lambda: datasets.choose(config))
+        together(lambda: datasets.fetch(choice.name, config.data_dir), on="local_main")
+        dataset = together(lambda: datasets.read(choice.name, config), on="all").to(accelerator.device)
         split = {"test": dataset.test, "val": dataset.val, "train": dataset.train}[options.split]
         if split is None:
             raise UserError("--split val: no images were held out when this model was trained; choose test or train")

@@ -13,6 +13,8 @@ from itertools import pairwise
 import torch
 from torch import nn
 
+from mnist.seeding import derive_seed
+
 
 def _sequential(**layers: nn.Module) -> nn.Sequential:
     return nn.Sequential(OrderedDict(layers))
@@ -227,3 +229,8 @@ def build_model(name: str) -> nn.Sequential:
 def count_parameters(model: nn.Module) -> int:
     """Trainable numbers."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def seed_initial_weights(seed: int) -> None:
+    """Fixes the weights that are drawn next, alike on every rank."""
+    torch.manual_seed(derive_seed(seed, "weights"))

@@ -21,11 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from mnist.cli import parse_options, run_command
-from mnist.config import RunError, UserError, check_choice
-from mnist.console import count
-from mnist.files import read_json, write_atomically, write_json
-from mnist.process import cpu_name, num_usable_cores
+from mnist.config import check_choice
+from mnist.errors import RunError, UserError
 from mnist.recipes import RECIPES
+from mnist.runs.console import count
+from mnist.system.files import read_json, write_atomically, write_json
+from mnist.system.process import cpu_name, num_usable_cores
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results.json"

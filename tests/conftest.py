@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
-from mnist.process import num_usable_cores
+from mnist.system.process import num_usable_cores
 from tests.processes import finish, train
 
 for name in [name for name in os.environ if name.startswith(("WANDB_", "ACCELERATE_", "MNIST_MIRROR"))]:

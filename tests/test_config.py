@@ -16,12 +16,12 @@ from mnist.config import (
     OutputConfig,
     RuntimeConfig,
     TrainConfig,
-    UserError,
     evolve,
     from_flat,
     sections,
     to_flat,
 )
+from mnist.errors import UserError
 
 NAN, INF = float("nan"), float("inf")
 

@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 from mnist.config import Model
-from mnist.models import MODELS, build_model, count_parameters
-from mnist.runtime import seed_initial_weights
+from mnist.models import MODELS, build_model, count_parameters, seed_initial_weights
 
 PARAMETERS = {
     "convnet": 1_007_590,

@@ -36,7 +36,8 @@ def flags_of(module: str) -> set[str]:
     if module == "train_ddp":
         return {*_flag_types(), "--config", "--print-config", "--list-recipes", "--help"}
     names: set[str] = {"--help"}
-    waiting: list[Any] = [importlib.import_module(f"mnist.{module}").Options]
+    name = f"mnist.{module}" if (ROOT / "mnist" / f"{module}.py").exists() else f"mnist.{module}.__main__"
+    waiting: list[Any] = [importlib.import_module(name).Options]
     while waiting:
         options = waiting.pop()
         if dataclasses.is_dataclass(options):
@@ -84,9 +85,10 @@ def test_files_that_are_named_exist(path: Path) -> None:
 def test_tests_that_are_named_exist(name: str) -> None:
     text = (ROOT / "docs" / name).read_text()
     modules = set(re.findall(r"`(test_\w+)(?:::\w+)?`", text))
-    assert [module for module in modules if not (ROOT / "tests" / f"{module}.py").exists()] == []
+    files = {path.stem: path for path in (ROOT / "tests").rglob("test_*.py")}
+    assert sorted(modules - files.keys()) == []
     for module, test in re.findall(r"`(test_\w+)::(\w+)`", text):
-        assert re.search(rf"^def {test}\b", (ROOT / "tests" / f"{module}.py").read_text(), flags=re.MULTILINE), test
+        assert re.search(rf"^def {test}\b", files[module].read_text(), flags=re.MULTILINE), test
 
 
 def test_the_lines_of_python_run_as_they_stand(tmp_path: Path, smoke_run: Path) -> None:
@@ -105,8 +107,7 @@ def test_the_table_is_what_the_results_say_and_every_recipe_has_a_row() -> None:
     assert {row["recipe"] for row in results["rows"]} == set(RECIPES)
 
 
-def test_every_module_is_in_the_tree() -> None:
-    modules = [path for path in (ROOT / "mnist").glob("*.py") if path.stem != "__init__"]
-    assert [path.name for path in modules if path.name not in README] == []
-    rooms = [path for path in (ROOT / "mnist").iterdir() if (path / "__init__.py").exists()]
-    assert [path.name for path in rooms if f"{path.name}/" not in README] == []
+def test_every_module_and_folder_is_in_the_tree() -> None:
+    modules = [path.name for path in (ROOT / "mnist").glob("*.py") if path.stem != "__init__"]
+    folders = [f"{path.name}/" for path in (ROOT / "mnist").iterdir() if (path / "__init__.py").exists()]
+    assert [name for name in [*modules, *folders] if name not in README] == []

@@ -2,8 +2,8 @@ import pytest
 
 from mnist.config import LoopConfig, RuntimeConfig, TrainConfig, from_flat, to_flat
 from mnist.models import MODELS, build_model
-from mnist.optim import build_optimizer
 from mnist.recipes import RECIPES
+from mnist.training.optim import build_optimizer
 
 MNIST_TRAIN_SIZE = 60_000
 OF_THE_SOURCES = ["convnet", "mycnn", "lenet5", "lenet5_original", "lenet5_classic", "mlp", "mlp_sigmoid", "yannet"]

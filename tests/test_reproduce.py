@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mnist import reproduce
-from mnist.config import UserError
+from mnist.errors import UserError
 from mnist.recipes import RECIPES
 from mnist.reproduce import Options, describe, main, render, summarise
 

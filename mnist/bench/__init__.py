@@ -1,0 +1,1 @@
+"""This project's loop against the usual loops: `python -m mnist.bench`."""

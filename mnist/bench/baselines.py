@@ -1,0 +1,288 @@
+"""The contestants of `mnist.bench`: this project's loop, and the loops that others write.
+
+In: a `Job` (configuration and images). Out: a `Pass`: its index -> the sum of the losses of all images seen, and how
+many they were. All train the same network from the same weights with the same update rule and batch size, at a
+constant learning rate.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from mnist.config import OptimConfig, TrainConfig
+from mnist.data.batches import Split, TrainLoader
+from mnist.data.datasets import FILES, SOURCES
+from mnist.data.transforms import Augmentation, BatchTransform
+from mnist.errors import RunError
+from mnist.models import build_model, seed_initial_weights
+from mnist.system.accelerator import build_accelerator, prepare_optimizer
+from mnist.system.torchvision_compat import import_torchvision
+from mnist.training.cuda_graph import record_cuda_graph, settle_step_mode, why_not
+from mnist.training.loop import TrainState, train_one_epoch
+from mnist.training.losses import build_loss
+from mnist.training.optim import LearningRate, build_optimizer
+from mnist.training.step import TrainStep, warm_up
+
+Sums = tuple[float, int]  # sum of the losses of all images of a pass, and their number
+Pass = Callable[[int], Sums]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all contestants are given.
+
+    Attributes:
+        config: data set, threads and precision settled; no augmentation, averaging, clipping or schedule.
+        split: the N images of a pass, on the CPU.
+        num_workers: processes that load data; for loops with a DataLoader.
+    """
+
+    config: TrainConfig
+    split: Split
+    num_workers: int = 0
+
+
+class PILImages(Dataset[tuple[Any, int]]):
+    """Images in memory, handed out one by one as PIL images, which is what torchvision's MNIST class does."""
+
+    def __init__(self, split: Split, transform: Callable[[Image.Image], Tensor]) -> None:
+        self.split = split
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image = Image.fromarray(self.split.images[index].numpy(), mode="L")
+        return self.transform(image), int(self.split.labels[index])
+
+
+def has_torchvision_files(name: str, data_dir: str) -> bool:
+    """Whether torchvision's own class can read the data set: its files are there, and not packed."""
+    folder = SOURCES[name].torchvision_class
+    files = [file for pair in FILES.values() for file in pair]
+    return folder is not None and all(Path(data_dir, folder, "raw", file).is_file() for file in files)
+
+
+def usual_loader(job: Job) -> DataLoader[Any]:
+    """The data set of torchvision, one Python call per image and transform, shuffled; workers live on."""
+    transforms = import_torchvision("transforms")
+    image = job.config.image
+    resize = [transforms.Resize((image.image_size, image.image_size))] if image.image_size != 28 else []
+    normalise = [transforms.Normalize((image.mean,), (image.std,))] if (image.mean, image.std) != (0, 1) else []
+    transform = transforms.Compose([*resize, transforms.ToTensor(), *normalise])
+    name, data_dir = job.config.data.dataset, job.config.data.data_dir
+    dataset: Dataset[Any] = PILImages(job.split, transform)
+    if has_torchvision_files(name, data_dir):
+        of_torchvision = getattr(import_torchvision("datasets"), str(SOURCES[name].torchvision_class))
+        dataset = Subset(of_torchvision(data_dir, train=True, transform=transform), range(len(job.split)))
+    return DataLoader(
+        dataset,
+        batch_size=job.config.loop.global_batch_size,
+        shuffle=True,
+        num_workers=job.num_workers,
+        persistent_workers=job.num_workers > 0,
+        multiprocessing_context="fork" if job.num_workers else None,  # Linux's default, which contest.py has changed
+    )
+
+
+def pipeline(job: Job) -> Pass:
+    """The loop of the tutorials: PIL, transforms per image, a DataLoader, `.item()` at each batch."""
+    device = find_device(job.config)
+    model = plain_model(job.config).to(device)
+    optimizer = plain_optimizer(model, job.config.optim)
+    loss_fn = build_loss(job.config.optim.loss, job.config.optim.label_smoothing)
+    loader = usual_loader(job)
+
+    def train_pass(index: int) -> Sums:  # noqa: ARG001 (the loader shuffles by itself)
+        model.train()
+        loss_sum, num_images = 0.0, 0
+        for images, labels in loader:
+            optimizer.zero_grad()
+            loss = loss_fn(model(images.to(device)), labels.to(device)).mean()
+            loss.backward()
+            optimizer.step()
+            loss_sum += loss.item() * len(labels)
+            num_images += len(labels)
+        return loss_sum, num_images
+
+    return train_pass
+
+
+def prepared(job: Job) -> Pass:
+    """The loop of Accelerate's examples: the same pipeline with everything passed through `accelerator.prepare`."""
+    accelerator = Accelerator(
+        cpu=find_device(job.config).type == "cpu", mixed_precision=job.config.runtime.mixed_precision
+    )
+    torch.set_num_threads(job.config.runtime.num_threads)  # Accelerate has set its own
+    model = plain_model(job.config)
+    optimizer = plain_optimizer(model, job.config.optim)
+    scheduler = LambdaLR(optimizer, lambda _: 1.0)
+    loss_fn = build_loss(job.config.optim.loss, job.config.optim.label_smoothing)
+    model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, usual_loader(job), scheduler)
+
+    def train_pass(index: int) -> Sums:  # noqa: ARG001 (the loader shuffles by itself)
+        model.train()
+        loss_sum, num_images = 0.0, 0
+        for images, labels in loader:
+            loss = loss_fn(model(images), labels).mean()
+            accelerator.backward(loss)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+            loss_sum += loss.item() * len(labels)
+            num_images += len(labels)
+        return loss_sum, num_images
+
+    return train_pass
+
+
+def bare(job: Job) -> Pass:
+    """The least that a step can be: resident tensors, one index operation, nothing counted, nothing checked.
+
+    It has this project's memory format, fused optimizer and order of images, so that its losses are comparable too.
+    Captured, it is one CUDA graph for batches of the full size.
+    """
+    device = find_device(job.config)
+    split, batch = job.split.to(device), job.config.loop.global_batch_size
+    model = fresh_model(job.config).to(device)
+    is_captured = job.config.runtime.step_mode == "captured"
+    optimizer = build_optimizer(model.parameters(), job.config.optim, capturable=is_captured)
+    loss_fn = build_loss(job.config.optim.loss, job.config.optim.label_smoothing)
+    transform = BatchTransform(job.config.image)
+    order_of = train_loader(job, split).order
+    is_bf16 = job.config.runtime.mixed_precision == "bf16"
+    torch.backends.cuda.matmul.allow_tf32 = True  # as the project has it
+
+    def train_batch(indices: Tensor) -> Tensor:
+        images, labels = split.images.index_select(0, indices), split.labels.index_select(0, indices)
+        with torch.autocast(device.type, torch.bfloat16, enabled=is_bf16):
+            logits = model(transform(images))
+        loss = loss_fn(logits.float(), labels).mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    train_full_batch: Callable[[Tensor], Tensor] = train_batch
+    if is_captured:
+        initial = copy.deepcopy(model.state_dict())
+        train_full_batch = _captured(train_batch, batch, device)
+        model.load_state_dict(initial)
+        for value in (value for state in optimizer.state.values() for value in state.values()):
+            value.zero_()  # in place, where the graph has it
+
+    def train_pass(index: int) -> Sums:
+        parts = order_of(index).to(device).split(batch)
+        losses = [(train_full_batch if len(part) == batch else train_batch)(part) for part in parts]
+        return sum(float(loss) * len(part) for loss, part in zip(losses, parts, strict=True)), len(split)
+
+    return train_pass
+
+
+def _captured(train_batch: Callable[[Tensor], Tensor], batch: int, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """`train_batch` as a CUDA graph, for `batch` images; recording it trains on a few batches of one image."""
+    indices, loss = torch.zeros(batch, dtype=torch.int64, device=device), torch.zeros((), device=device)
+    replay = record_cuda_graph(lambda: loss.copy_(train_batch(indices)), [])
+
+    def train_full_batch(part: Tensor) -> Tensor:
+        indices.copy_(part)
+        replay()
+        return loss.clone()
+
+    return train_full_batch
+
+
+def project(job: Job) -> Pass:
+    """This project's loop, put together as in train_ddp.py, a record every `log_every` steps included."""
+    accelerator = build_accelerator(job.config.runtime)
+    loader = train_loader(job, job.split.to(accelerator.device))
+    train_step = build_step(accelerator, job.config)
+    side = job.config.image.image_size
+    batch = min(len(job.split), job.config.loop.global_batch_size)
+    warm_up(train_step.model, torch.zeros(batch, 1, side, side, device=accelerator.device))
+    wanted = job.config.runtime.step_mode
+    mode, remark = settle_step_mode(train_step, wanted, 1, lambda: loader.steps(0, loader.pass_steps))
+    if wanted == "captured" and mode != wanted:
+        raise RunError(f"--step-mode {wanted}: {remark}")
+    state = TrainState()
+
+    def pauses_at(step: int) -> bool:
+        return step % job.config.loop.log_every == 0 or step % loader.pass_steps == 0
+
+    def train_pass(index: int) -> Sums:
+        steps = loader.steps(index * loader.pass_steps, (index + 1) * loader.pass_steps)
+        records = list(train_one_epoch(train_step, steps, state, pauses_at=pauses_at))
+        return sum(r.loss * r.num_samples for r in records), sum(r.num_samples for r in records)
+
+    return train_pass
+
+
+def build_step(accelerator: Accelerator, config: TrainConfig, *, communicates: bool = True) -> TrainStep:
+    """The training step of train_ddp.py, without averaging and clipping.
+
+    Args:
+        accelerator: over any number of ranks.
+        config: the recipe.
+        communicates: false = no DDP around the model: every rank trains its own.
+    """
+    bare_model = fresh_model(config).to(accelerator.device)
+    capturable = why_not(accelerator, accumulation_steps=1) is None
+    optimizer = build_optimizer(bare_model.parameters(), config.optim, capturable=capturable)
+    optimizer = prepare_optimizer(accelerator, optimizer)
+    return TrainStep(
+        accelerator=accelerator,
+        model=accelerator.prepare_model(bare_model, evaluation_mode=not communicates),
+        optimizer=optimizer,
+        learning_rate=LearningRate(optimizer, config.optim, num_steps=1, epoch_steps=1),
+        loss_fn=build_loss(config.optim.loss, config.optim.label_smoothing),
+        transform=BatchTransform(config.image),
+        augment=Augmentation(config.image, config.loop.seed, accelerator.device),
+        seed=config.loop.seed,
+    )
+
+
+LOOPS: dict[str, Callable[[Job], Pass]] = {loop.__name__: loop for loop in (pipeline, prepared, bare, project)}
+
+
+def train_loader(job: Job, split: Split) -> TrainLoader:
+    """The project's loader; the bare loop takes its order from it."""
+    return TrainLoader(split, global_batch_size=job.config.loop.global_batch_size, seed=job.config.loop.seed)
+
+
+def fresh_model(config: TrainConfig) -> nn.Module:
+    """The recipe's network with the weights of its seed."""
+    seed_initial_weights(config.loop.seed)
+    return build_model(config.optim.model)
+
+
+def plain_model(config: TrainConfig) -> nn.Module:
+    """The same network in torch's default memory format."""
+    return fresh_model(config).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload, no-any-return]
+
+
+def plain_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
+    """The recipe's update rule as torch runs it by default: not fused."""
+    optimizer = build_optimizer(model.parameters(), config)
+    for group in optimizer.param_groups:
+        group["fused"] = None
+    return optimizer
+
+
+def find_device(config: TrainConfig) -> torch.device:
+    """The device that Accelerate would choose."""
+    if config.runtime.cpu or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())

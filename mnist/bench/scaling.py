@@ -1,0 +1,100 @@
+"""What communication costs: processes under DDP against the same processes that never speak to one another.
+
+In: an accelerator over several ranks and a configuration. Out: images/s and CPU time of all ranks together, per way and
+round; all ways take turns in one run. Letters: P ranks. Every rank must call the functions here.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+
+from mnist.bench.baselines import build_step
+from mnist.config import TrainConfig
+from mnist.data.batches import Split, TrainLoader
+from mnist.training.step import wait_for_device, warm_up
+
+ALONE = "no communication"
+LOCKSTEP = "one number a step"  # what waiting for the slower one costs, before any gradient is sent
+PROJECT = "this project"
+# Settings of DistributedDataParallel, to see whether the project has the best one.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "DDP's defaults": {},
+    "static graph": {"gradient_as_bucket_view": True, "static_graph": True},
+    "buckets of 1 MB": {"gradient_as_bucket_view": True, "bucket_cap_mb": 1},
+    "one bucket": {"gradient_as_bucket_view": True, "bucket_cap_mb": 1000},
+}
+WAYS = (ALONE, LOCKSTEP, PROJECT, *SETTINGS)
+
+
+class Turn(NamedTuple):
+    """One measurement, sums over the ranks."""
+
+    images_per_s: float
+    cpu_s: float
+
+
+def measure_scaling(
+    accelerator: Accelerator, config: TrainConfig, split: Split, num_steps: int, repeats: int
+) -> dict[str, list[Turn]]:
+    """Takes `num_steps` optimizer steps in every way, `repeats` + 1 times in turns; the first turn is not counted.
+
+    Args:
+        accelerator: over P ranks.
+        config: the recipe; its global batch is what *each* rank takes per step.
+        split: training images, on the device.
+        num_steps: per measurement.
+        repeats: measurements that count.
+
+    Returns:
+        By way, a `Turn` per repeat; equal on every rank.
+    """
+    trains = {way: _build(accelerator, config, split, num_steps, way) for way in WAYS}
+    for train in trains.values():
+        train()
+    turns: dict[str, list[Turn]] = {way: [] for way in WAYS}
+    for repeat in range(repeats):
+        first = repeat % len(WAYS)  # nobody always follows the same one
+        for way in WAYS[first:] + WAYS[:first]:
+            accelerator.wait_for_everyone()
+            started, cpu_started = time.perf_counter(), time.process_time()
+            num_images = trains[way]()
+            seconds, cpu_s = time.perf_counter() - started, time.process_time() - cpu_started
+            sums = torch.tensor([num_images / seconds, cpu_s], device=accelerator.device)
+            turns[way].append(Turn(*accelerator.reduce(sums).tolist()))
+    return turns
+
+
+def _build(accelerator: Accelerator, config: TrainConfig, split: Split, num_steps: int, way: str) -> Callable[[], int]:
+    """A function that trains `num_steps` steps in this way, and returns how many images this rank has taken."""
+    of_project: Any = accelerator.ddp_handler
+    if way in SETTINGS:
+        accelerator.ddp_handler = DistributedDataParallelKwargs(**SETTINGS[way])  # type: ignore[assignment]
+    train_step = build_step(accelerator, config, communicates=way not in (ALONE, LOCKSTEP))
+    accelerator.ddp_handler = of_project
+    batch, side = config.loop.global_batch_size, config.image.image_size
+    warm_up(train_step.model, torch.zeros(batch, 1, side, side, device=accelerator.device))
+    ranks = accelerator.num_processes
+    loader = TrainLoader(
+        split, global_batch_size=batch * ranks, seed=0, rank=accelerator.process_index, world_size=ranks
+    )
+    step = 0
+
+    def train() -> int:
+        nonlocal step
+        num_images = 0
+        for micro_batches in loader.steps(step, step + num_steps):
+            train_step(micro_batches, step)
+            if way == LOCKSTEP:
+                torch.distributed.all_reduce(train_step.sums[2:])
+            step += 1
+            num_images += sum(micro_batch.num_samples for micro_batch in micro_batches)
+        wait_for_device(accelerator.device)
+        return num_images
+
+    return train

@@ -1,0 +1,101 @@
+"""What a benchmark has found: a table for people, JSON for programs.
+
+In: rows of figures. Out: text on standard output, plain where that is no terminal; JSON there or in a file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from mnist.errors import UserError
+from mnist.system.process import cpu_name, num_usable_cores
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Report:
+    """Attributes:
+
+    title: what was measured, and how often.
+    environment: where; see `environment`.
+    rows: a dictionary each, all with the same keys; None = does not apply.
+    notes: how to read the columns.
+    hidden: columns for JSON only.
+    """
+
+    title: str
+    environment: dict[str, Any]
+    rows: list[Row]
+    notes: Sequence[str]
+    hidden: Sequence[str] = ()
+
+
+def environment(num_threads: int, device_name: str) -> dict[str, Any]:
+    """What a figure needs beside it: hardware, threads, versions, and how busy the machine was."""
+    return {
+        "device": device_name,
+        "cpu": cpu_name(),
+        "cores": num_usable_cores(),
+        "threads": num_threads,
+        "load": round(os.getloadavg()[0], 1),
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in ("torch", "accelerate", "torchvision")},
+    }
+
+
+def publish(report: Report, json_path: str | None) -> None:
+    """The table on standard output, or JSON there; and JSON in a file, if one is named.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    text = json.dumps(dataclasses.asdict(report), indent=2) + "\n"
+    if json_path == "-":
+        sys.stdout.write(text)
+        return
+    if json_path is not None:
+        try:
+            Path(json_path).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"--json {json_path}: cannot be written ({error.strerror})") from error
+    print_table(report)
+
+
+def print_table(report: Report) -> None:
+    """Title, environment, a line per row, notes; plain text where standard output is no terminal."""
+    console = Console(highlight=False) if sys.stdout.isatty() else Console(width=120, color_system=None)
+    facts = ", ".join(f"{name} {value}" for name, value in report.environment.items())
+    console.print(f"{report.title}\n{facts}", markup=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    columns = [name for name in report.rows[0] if name not in report.hidden]
+    for name in columns:
+        is_text = isinstance(report.rows[0][name], str)
+        table.add_column(name, justify="left" if is_text else "right", no_wrap=True)
+    for row in report.rows:
+        table.add_row(*(show(name, row[name]) for name in columns))
+    console.print(table)
+    for note in report.notes:
+        console.print(note, markup=False)
+
+
+def show(column: str, value: Any) -> str:
+    """A cell: as many digits as its column deserves."""
+    if value is None or isinstance(value, str):
+        return value or ""
+    if column == "over bare":
+        return f"{value:+.1%}"
+    return f"{value:,.0f}" if abs(value) >= 100 or isinstance(value, int) else f"{value:.2f}"

@@ -1,1 +1,0 @@
-"""The loops that others write, and contests between them and ours."""

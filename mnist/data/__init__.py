@@ -1,0 +1,1 @@
+"""Files -> images on the device -> micro-batches."""

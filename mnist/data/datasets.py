@@ -1,0 +1,225 @@
+"""From files to splits in memory: find, download, verify, read; and the digits that are always there.
+
+In: the `data` section. Out: `Dataset`, three splits of uint8 images and int64 labels. Deciding (`choose`) is for rank
+0, fetching (`fetch`) for one process per node, reading (`read`) for everyone; the entry says who calls when.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mnist.config import DataConfig, DatasetName
+from mnist.data.batches import Split
+from mnist.data.download import download
+from mnist.data.idx import IMAGES_MAGIC, LABELS_MAGIC, read_idx
+from mnist.errors import UserError
+
+FILES = {
+    "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
+    "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
+}
+DIGITS_FILE = Path(__file__).parent / "assets" / "digits.npz"
+NUM_TRAIN_DIGITS = 1437  # of 1,797: in the order of the source, where one writer's digits lie together
+
+_DIGIT_NAMES = tuple("0123456789")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a data set comes from: its class (and folder) in torchvision, its class names, its files' sha256."""
+
+    torchvision_class: str | None
+    class_names: tuple[str, ...] = _DIGIT_NAMES
+    sha256: tuple[str, ...] = ()  # of the four raw files in the order of FILES; empty = not pinned
+
+
+SOURCES = {
+    "mnist": Source(
+        "MNIST",
+        sha256=(
+            "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+            "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+            "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+            "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+        ),
+    ),
+    "fashion_mnist": Source(
+        "FashionMNIST",
+        ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"),
+    ),
+    "kmnist": Source("KMNIST", ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo")),
+    "digits": Source(None),
+}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which data set is used, and, where `auto` had to fall back, why."""
+
+    name: str
+    fallback_reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set's splits; `val` is None where nothing is held out.
+
+    `fingerprint` (16 digits of each file's sha256) is equal on two machines if their data is; `warnings` are for
+    people.
+    """
+
+    name: str
+    train: Split
+    val: Split | None
+    test: Split
+    class_names: tuple[str, ...]
+    fingerprint: str
+    warnings: tuple[str, ...] = ()
+
+    def to(self, device: torch.device) -> Dataset:
+        """All splits on `device`."""
+        val = None if self.val is None else self.val.to(device)
+        return replace(self, train=self.train.to(device), val=val, test=self.test.to(device))
+
+
+def relocate(config: DataConfig, dataset: DatasetName | None, data_dir: str | None) -> DataConfig:
+    """The data that a model was trained on as they are to be found here and now, or another data set."""
+    folder = data_dir or os.environ.get("MNIST_DATA_DIR") or config.data_dir
+    val_size = config.val_size if dataset in (None, config.dataset) else 0
+    return replace(config, dataset=dataset or config.dataset, data_dir=folder, val_size=val_size)
+
+
+def choose(config: DataConfig) -> Choice:
+    """Settles what `--dataset` means on this machine, downloading if need be. Rank 0 calls it, the others are told.
+
+    Raises:
+        UserError: a data set that was asked for by name is neither here nor to be had.
+    """
+    if config.dataset != "auto":
+        fetch(config.dataset, config.data_dir)
+        return Choice(config.dataset)
+    try:
+        fetch("mnist", config.data_dir)
+    except UserError as error:
+        return Choice("digits", fallback_reason=str(error).partition("; ")[0].removeprefix("--dataset mnist: "))
+    return Choice("mnist")
+
+
+def fetch(name: str, data_dir: str) -> None:
+    """Downloads the data set unless all its files are there; then nothing is written and no lock is taken.
+
+    Raises:
+        UserError: it could not be had. Says what was tried, and the ways out.
+    """
+    source = SOURCES[name]
+    if source.torchvision_class is None or is_here(name, data_dir):
+        return
+    try:
+        download(source.torchvision_class, Path(data_dir))
+    except OSError as error:
+        folder = Path(data_dir, source.torchvision_class, "raw")
+        raise UserError(
+            f"--dataset {name}: not in {folder} and the download failed ({error}); either name the folder that holds "
+            f"{source.torchvision_class}/raw with --data-dir or $MNIST_DATA_DIR, or copy the four *-ubyte[.gz] files "
+            f"to {folder}, or train on the embedded digits with --dataset digits"
+        ) from error
+
+
+def is_here(name: str, data_dir: str) -> bool:
+    """Whether all files of the data set are in `data_dir`; the digits always are."""
+    source = SOURCES[name]
+    files = sum(FILES.values(), ()) if source.torchvision_class is not None else ()
+    return all(_find_file(source, data_dir, file) is not None for file in files)
+
+
+def _find_file(source: Source, data_dir: str, name: str) -> Path | None:
+    assert source.torchvision_class is not None
+    for path in (Path(data_dir, source.torchvision_class, "raw", name + suffix) for suffix in ("", ".gz")):
+        if path.exists():
+            return path
+    return None
+
+
+def read(name: str, config: DataConfig) -> Dataset:
+    """Reads and checks the splits; every rank calls it, once the files are there.
+
+    The validation split is the end of the training set: writers come in blocks, so that a contiguous piece keeps a
+    writer's digits on one side.
+
+    Raises:
+        UserError: a file that is broken, or of another kind, or does not fit its partner; or `val_size` too large.
+    """
+    train, test, hashes = _read_digits() if name == "digits" else _read_files(SOURCES[name], config.data_dir)
+    if config.val_size >= len(train):
+        raise UserError(f"--val-size {config.val_size}: must be below the {len(train):,} training images of {name}")
+    num_train = len(train) - config.val_size
+    pinned = SOURCES[name].sha256
+    changed = [
+        file for file, ours, theirs in zip(sum(FILES.values(), ()), pinned, hashes, strict=False) if ours != theirs
+    ]
+    return Dataset(
+        name=name,
+        train=train[:num_train],
+        val=train[num_train:] if config.val_size else None,
+        test=test,
+        class_names=SOURCES[name].class_names,
+        fingerprint=",".join(digest[:16] for digest in hashes),
+        warnings=tuple(f"{file} is not the published file (its sha256 differs)" for file in changed),
+    )
+
+
+def _read_files(source: Source, data_dir: str) -> tuple[Split, Split, list[str]]:
+    splits, hashes = [], []
+    for images_name, labels_name in FILES.values():
+        images_path, labels_path = (_find_file(source, data_dir, name) for name in (images_name, labels_name))
+        if images_path is None or labels_path is None:
+            raise UserError(f"--data-dir {data_dir}: {images_name} or {labels_name} is missing on this node")
+        images, images_hash = read_idx(images_path, IMAGES_MAGIC)
+        labels, labels_hash = read_idx(labels_path, LABELS_MAGIC)
+        if images.shape[1:] != (28, 28):
+            raise UserError(f"{images_path}: images of {images.shape[1]}x{images.shape[2]} pixels, expected 28x28")
+        if len(images) != len(labels):
+            raise UserError(
+                f"{labels_path}: {len(labels):,} labels for the {len(images):,} images of {images_path.name}"
+            )
+        if int(labels.max()) > 9:
+            raise UserError(f"{labels_path}: label {int(labels.max())}, expected 0 to 9")
+        splits.append(Split(images, labels.long()))
+        hashes += [images_hash, labels_hash]
+    return splits[0], splits[1], hashes
+
+
+def _read_digits() -> tuple[Split, Split, list[str]]:
+    with np.load(DIGITS_FILE, allow_pickle=False) as archive:
+        images, labels = torch.from_numpy(archive["images"]), torch.from_numpy(archive["labels"])
+    everything = Split(to_mnist_form(images), labels.long())
+    return everything[:NUM_TRAIN_DIGITS], everything[NUM_TRAIN_DIGITS:], ["digits"]
+
+
+def to_mnist_form(images: Tensor) -> Tensor:
+    """8x8 grey digits as MNIST would show them: 20x20 pixels, centred by mass in 28x28.
+
+    Args:
+        images: uint8 (N, 8, 8), 0..16.
+
+    Returns:
+        uint8 (N, 28, 28), 0..255.
+    """
+    grey = images.unsqueeze(1).float() * (255 / 16)
+    box = F.interpolate(grey, size=20, mode="bicubic", align_corners=False).clamp(0, 255)
+    padded = F.pad(box, (4, 4, 4, 4)).squeeze(1)
+    pixels = torch.arange(28.0)  # MNIST's centres of mass lie on pixel 14 on the average
+    mass = padded.sum(dim=(1, 2))
+    shift_y = (14 - (padded.sum(dim=2) @ pixels) / mass).round().long()
+    shift_x = (14 - (padded.sum(dim=1) @ pixels) / mass).round().long()
+    rows = (torch.arange(28) - shift_y[:, None]).remainder(28)  # a shift of at most 4: only paper wraps around
+    columns = (torch.arange(28) - shift_x[:, None]).remainder(28)
+    samples = torch.arange(len(padded))[:, None, None]
+    return padded[samples, rows[:, :, None], columns[:, None, :]].round().to(torch.uint8)

@@ -1,0 +1,1 @@
+"""Is this machine or cluster fit to train: `python -m mnist.doctor`."""

@@ -1,0 +1,279 @@
+"""The doctor's checks of what a machine or a cluster does: computing, alone and together.
+
+In: a `Patient`. Out: `COMPUTE_CHECKS`. Every rank must call a `measure_*`, which returns plain values; a `judge_*` is a
+pure function of the facts of all ranks.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mnist.data.transforms import BatchTransform
+from mnist.doctor.checkup import Check, Fact, Judgement, Patient, judge_equal, short_hash
+from mnist.models import build_model, seed_initial_weights
+from mnist.runs.checkpoint_files import module_tensors
+from mnist.training.losses import build_loss
+from mnist.training.optim import build_optimizer
+from mnist.training.step import wait_for_device
+
+DETERMINISM_STEPS, DETERMINISM_BATCH = 20, 32
+SPEED_TIME_S = 0.5
+SLOW_RANK = 1.5  # times the median of the others
+HARMFUL_THREADS = 0.8  # times the speed of one thread
+ALL_REDUCE_BYTES = tuple(1024 * 4**i for i in range(8))  # 1 KB .. 16 MB
+MAX_LATENCY_S, MIN_BANDWIDTH = 0.1, 10e6  # of an all-reduce, in seconds and bytes per second
+
+
+def measure_initial_weights(patient: Patient) -> dict[str, str]:
+    """A hash of the weights that training would start from."""
+    return {"initial weights": _hash_weights(_build_model(patient))}
+
+
+def measure_precision(patient: Patient) -> dict[str, Any]:
+    """The precision that is asked for, and those in which a forward and backward pass comes out finite."""
+    device = patient.accelerator.device
+    has_bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    candidates = {"bf16": torch.bfloat16} if has_bf16 else {}
+    if device.type == "cuda":
+        candidates["fp16"] = torch.float16
+    works = ["no"]
+    for name, dtype in candidates.items():
+        model = _build_model(patient).to(device)
+        with torch.autocast(device.type, dtype=dtype):
+            loss = _loss(patient, model, *_sample(patient, DETERMINISM_BATCH))
+        loss.backward()
+        if all(bool(weight.grad.isfinite().all()) for weight in model.parameters() if weight.grad is not None):
+            works.append(name)
+    return {"asked": patient.accelerator.mixed_precision, "works": works}
+
+
+def judge_precision(facts: Sequence[Fact]) -> Judgement:
+    """What is asked for works everywhere."""
+    for fact in facts:
+        asked, works = fact.value["asked"], fact.value["works"]
+        if asked not in works:
+            return "fail", f"--mixed-precision {asked} does not work on {fact.where}; choose from {', '.join(works)}"
+    first, *others = (fact.value["works"] for fact in facts)
+    names = ", ".join({"no": "fp32"}.get(name, name) for name in first)
+    return ("pass", names) if all(works == first for works in others) else ("warn", f"{names}; not on every rank")
+
+
+def measure_determinism(patient: Patient) -> dict[str, str]:
+    """Hashes of the weights after the same steps, taken twice."""
+    images, labels = _sample(patient, DETERMINISM_BATCH)
+    hashes = []
+    for _ in range(2):
+        step, model = _build_step(patient, images, labels)
+        for _ in range(DETERMINISM_STEPS):
+            step()
+        hashes.append(_hash_weights(model))
+    return dict(zip(("first", "second"), hashes, strict=True))
+
+
+def judge_determinism(facts: Sequence[Fact]) -> Judgement:
+    """The same steps end in the same weights: on one rank (or something is broken) and, on equal machines, on all."""
+    for fact in facts:
+        if fact.value["first"] != fact.value["second"]:
+            return "fail", (
+                f"{DETERMINISM_STEPS} steps, taken twice, end in different weights on {fact.where}: faulty memory or "
+                "overclocking, or a library that is not deterministic"
+            )
+    others = [fact for fact in facts if fact.value != facts[0].value]
+    if others:
+        return "warn", (
+            f"{others[0].where} computes other last bits than rank 0 (another CPU, GPU or thread count?): a resumed "
+            "run is bit-exact only if ranks stay where they are"
+        )
+    return "pass", f"{DETERMINISM_STEPS} steps, taken twice: the same weights, bit for bit"
+
+
+def measure_speed(patient: Patient) -> float:
+    """Seconds of a training step of this rank's share of a batch, without communication, all ranks at the same time."""
+    return _step_time_s(patient, SPEED_TIME_S)
+
+
+def judge_speed(facts: Sequence[Fact]) -> Judgement:
+    """No rank keeps the others waiting."""
+    for fact in facts:
+        others = [other.value for other in facts if other.rank != fact.rank]
+        usual = statistics.median(others or [fact.value])
+        if fact.value > SLOW_RANK * usual:
+            return "warn", (
+                f"{fact.where} needs {1e3 * fact.value:.1f} ms a step, the others {1e3 * usual:.1f} ms, and all wait "
+                "for it: what else runs there? is it throttled?"
+            )
+    return "pass", f"{1e3 * max(fact.value for fact in facts):.1f} ms a step on the slowest rank"
+
+
+def measure_one_thread(patient: Patient) -> dict[str, float] | None:
+    """Seconds of a training step with all threads of this rank and with one; None where it has one, or a GPU."""
+    num_threads = torch.get_num_threads()
+    if patient.accelerator.device.type != "cpu" or num_threads == 1:
+        return None
+    all_s, one_s = [], []
+    try:
+        for _ in range(2):  # in turns: what else runs on the machine comes and goes
+            torch.set_num_threads(num_threads)
+            all_s.append(_step_time_s(patient, SPEED_TIME_S / 2))
+            torch.set_num_threads(1)
+            one_s.append(_step_time_s(patient, SPEED_TIME_S / 2))
+    finally:
+        torch.set_num_threads(num_threads)
+    return {"threads": num_threads, "all_s": statistics.fmean(all_s), "one_s": statistics.fmean(one_s)}
+
+
+def judge_one_thread(facts: Sequence[Fact]) -> Judgement:
+    """Threads are a gain. They are none where they wait for one that has no core, or where the network is too small."""
+    measured = [fact for fact in facts if fact.value is not None]
+    if not measured:
+        return "skip", "one thread a rank, or a GPU"
+    worst = min(measured, key=lambda fact: fact.value["one_s"] / fact.value["all_s"])
+    gain, threads = worst.value["one_s"] / worst.value["all_s"], f"{worst.value['threads']} threads"
+    if gain < HARMFUL_THREADS:
+        return "warn", (
+            f"one thread is {1 / gain:.1f} times as fast as {threads} on {worst.where}: other work goes on there, or "
+            "the network is small for so many; add --num-threads 1, or a few"
+        )
+    return "pass", f"{threads} take a step in {1 / gain:.2f} of the time of one"
+
+
+def measure_all_reduce(patient: Patient) -> dict[str, int]:
+    """Wrong elements in sums over ranks of integers that each type holds exactly."""
+    rank, world_size = patient.accelerator.process_index, patient.accelerator.num_processes
+    types = [torch.float32, torch.int64] + ([] if patient.accelerator.device.type == "mps" else [torch.float64])
+    wrong = {}
+    for dtype in types:
+        counts = torch.arange(100_000, device=patient.accelerator.device).to(dtype)
+        total = _all_reduce(counts + rank)
+        expected = counts * world_size + world_size * (world_size - 1) // 2
+        wrong[str(dtype).removeprefix("torch.")] = int((total != expected).sum())
+    return wrong
+
+
+def judge_all_reduce(facts: Sequence[Fact]) -> Judgement:
+    """Sums over ranks are exact, and everyone has them."""
+    if len(facts) == 1:
+        return "skip", "one process: nothing to add up"
+    for fact in facts:
+        for name, num_wrong in fact.value.items():
+            if num_wrong:
+                return "fail", (
+                    f"{num_wrong:,} wrong sums in {name} on {fact.where}: a broken link, driver or NCCL; try "
+                    "NCCL_P2P_DISABLE=1, NCCL_SHM_DISABLE=1 or NCCL_IB_DISABLE=1 one by one"
+                )
+    return "pass", f"exact in {', '.join(facts[0].value)}"
+
+
+def measure_bandwidth(patient: Patient) -> list[float]:
+    """Median seconds of an all-reduce, by size."""
+    medians = []
+    for num_bytes in ALL_REDUCE_BYTES:
+        values = torch.zeros(num_bytes // 4, device=patient.accelerator.device)
+        seconds = []
+        for _ in range(1 + (20 if num_bytes < 1 << 18 else 5)):
+            wait_for_device(patient.accelerator.device)
+            started = time.perf_counter()
+            _all_reduce(values)
+            wait_for_device(patient.accelerator.device)
+            seconds.append(time.perf_counter() - started)
+        medians.append(statistics.median(seconds[1:]))
+    return medians
+
+
+def judge_bandwidth(facts: Sequence[Fact]) -> Judgement:
+    """Fast enough that networks of this size can be trained at all."""
+    if len(facts) == 1:
+        return "skip", "one process: nothing to send"
+    sizes = all_reduce_table(facts[0].value, len(facts))
+    latency, bandwidth = sizes[0][1], sizes[-1][2]
+    line = f"{1e3 * latency:.2f} ms for {_bytes(sizes[0][0])}, {bandwidth / 1e6:,.0f} MB/s for {_bytes(sizes[-1][0])}"
+    if latency > MAX_LATENCY_S or bandwidth < MIN_BANDWIDTH:
+        return "warn", f"{line}: slow; is the right network used (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME)?"
+    return "pass", line
+
+
+def all_reduce_table(medians: Sequence[float], world_size: int) -> list[tuple[int, float, float]]:
+    """(bytes, seconds, bytes per second through each rank's link, 2 (P - 1) / P of the size) for each size."""
+    share = 2 * (world_size - 1) / world_size
+    return [(size, t, share * size / t) for size, t in zip(ALL_REDUCE_BYTES, medians, strict=True)]
+
+
+def _build_model(patient: Patient) -> nn.Module:
+    seed_initial_weights(patient.config.loop.seed)
+    return build_model(patient.config.optim.model)
+
+
+def _sample(patient: Patient, batch: int) -> tuple[Tensor, Tensor]:
+    """Noise and labels (B,), equal on every rank."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (batch, 28, 28), dtype=torch.uint8, generator=generator)
+    labels = torch.randint(0, 10, (batch,), generator=generator)
+    return images.to(patient.accelerator.device), labels.to(patient.accelerator.device)
+
+
+def _loss(patient: Patient, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    config = patient.config
+    logits = model(BatchTransform(config.image)(images)).float()
+    return build_loss(config.optim.loss, config.optim.label_smoothing)(logits, labels).mean()
+
+
+def _step_time_s(patient: Patient, duration_s: float) -> float:
+    batch = math.ceil(patient.config.loop.global_batch_size / patient.accelerator.num_processes)
+    step, _ = _build_step(patient, *_sample(patient, batch))
+    for _ in range(3):
+        step()
+    wait_for_device(patient.accelerator.device)
+    started, num_steps = time.perf_counter(), 0
+    while num_steps < 3 or time.perf_counter() - started < duration_s:
+        step()
+        wait_for_device(patient.accelerator.device)
+        num_steps += 1
+    return (time.perf_counter() - started) / num_steps
+
+
+def _build_step(patient: Patient, images: Tensor, labels: Tensor) -> tuple[Callable[[], None], nn.Module]:
+    """A training step of the recipe's network in the precision asked for, without communication; and the network."""
+    model = _build_model(patient).to(patient.accelerator.device)
+    optimizer = build_optimizer(model.parameters(), patient.config.optim)
+
+    def step() -> None:
+        with patient.accelerator.autocast():
+            loss = _loss(patient, model, images, labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step, model
+
+
+def _all_reduce(values: Tensor) -> Tensor:
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+def _hash_weights(model: nn.Module) -> str:
+    return short_hash(b"".join(tensor.numpy().tobytes() for tensor in module_tensors(model).values()))
+
+
+def _bytes(number: int) -> str:
+    return f"{number >> 20} MB" if number >= 1 << 20 else f"{number >> 10} KB"
+
+
+COMPUTE_CHECKS = (
+    Check("initial weights", measure_initial_weights, judge_equal("the models differ: same code, versions, recipe?")),
+    Check("precision", measure_precision, judge_precision),
+    Check("determinism", measure_determinism, judge_determinism),
+    Check("speed", measure_speed, judge_speed),
+    Check("one thread", measure_one_thread, judge_one_thread),
+    Check("all-reduce", measure_all_reduce, judge_all_reduce),
+    Check("bandwidth", measure_bandwidth, judge_bandwidth),
+)

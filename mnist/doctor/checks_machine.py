@@ -1,0 +1,325 @@
+"""The doctor's checks of what a machine or a cluster is: code, data, devices, threads, clocks, disks.
+
+In: a `Patient`. Out: `MACHINE_CHECKS`. Every rank must call a `measure_*`, which returns plain values; a `judge_*` is a
+pure function of the facts of all ranks.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import re
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mnist.config import RUNS, to_flat
+from mnist.data import datasets
+from mnist.doctor.checkup import Check, Fact, Judgement, Patient, by_host, judge_equal, short_hash
+from mnist.runs.console import count
+from mnist.runs.tracking import wandb
+from mnist.system import process, ranks
+from mnist.system.accelerator import resolve_accumulation_steps
+from mnist.system.environment import device_name, launcher
+from mnist.system.files import write_and_flush
+
+ROOT = Path(__file__).parents[2]
+FIELDS_OF_A_NODE = {"data_dir", "run_dir"}  # of the configuration; may differ between ranks
+MIN_HOST_GIB = 1.0  # per rank
+MAX_CLOCK_SKEW_S = 1.0
+DISK_PROBE_BYTES = 16 << 20
+MIN_DISK_SPEED, MIN_DISK_FREE_GIB = 10e6, 1.0  # bytes per second, GiB
+
+
+def measure_versions(_: Patient) -> dict[str, Any]:
+    """Versions that numerics and communication depend on."""
+    has_nccl = torch.cuda.is_available() and dist.is_nccl_available()
+    return {
+        "python": ".".join(platform.python_version_tuple()[:2]),
+        **{name: metadata.version(name) for name in ("torch", "accelerate", "numpy", "safetensors")},
+        "cuda": torch.version.cuda,
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if has_nccl else None,
+    }
+
+
+def measure_code(_: Patient) -> dict[str, str]:
+    """A hash of each source file."""
+    files = [ROOT / "train_ddp.py", *sorted((ROOT / "mnist").rglob("*.py"))]
+    return {str(path.relative_to(ROOT)): short_hash(path.read_bytes()) for path in files}
+
+
+def measure_configuration(patient: Patient) -> dict[str, Any]:
+    """What this rank's command line and environment come to."""
+    flat = {name: value for name, value in to_flat(patient.config).items() if name not in FIELDS_OF_A_NODE}
+    accumulation_steps = resolve_accumulation_steps(patient.config.loop.gradient_accumulation_steps)
+    executed = {"mixed_precision": patient.accelerator.mixed_precision, "accumulation_steps": accumulation_steps}
+    return {**flat, **executed}
+
+
+def measure_data(patient: Patient) -> dict[str, str]:
+    """Hashes of the data files as this rank finds them; nothing where they are missing."""
+    config = patient.config.data
+    name = "mnist" if config.dataset == "auto" else config.dataset
+    if not datasets.is_here(name, config.data_dir):
+        return {}
+    dataset = datasets.read(name, config)
+    files = sum(datasets.FILES.values(), ()) if name != "digits" else ("digits",)
+    found = dict(zip(files, dataset.fingerprint.split(","), strict=True))
+    return {**found, "warnings": "; ".join(dataset.warnings)}
+
+
+def judge_data(facts: Sequence[Fact]) -> Judgement:
+    """Equal files everywhere; without any, training downloads them, or falls back to digits."""
+    here = [fact.rank for fact in facts if fact.value]
+    missing = [fact for fact in facts if not fact.value]
+    if not here:
+        return "warn", "no MNIST in --data-dir: training will download it, or else fall back to the embedded digits"
+    if missing:
+        return "fail", f"the files are missing on {missing[0].where}, but not on rank {here[0]}: copy them there"
+    verdict, message = judge_equal("copy rank 0's data to every node, or set the same MNIST_DATA_DIR")(facts)
+    warnings = facts[0].value["warnings"]
+    if verdict == "fail":
+        return verdict, message
+    return ("warn", warnings) if warnings else ("pass", "all files are whole" + f", {message}" * (verdict == "pass"))
+
+
+def measure_processes(patient: Patient) -> dict[str, Any]:
+    """How many processes somebody has started, and how many this one knows of."""
+    announced = os.environ.get("WORLD_SIZE", os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "announced": int(announced),
+        "seen": patient.accelerator.num_processes,
+        "launcher": launcher(),
+        "backend": dist.get_backend() if dist.is_initialized() else None,
+    }
+
+
+def judge_processes(facts: Sequence[Fact]) -> Judgement:
+    """No rank believes that it is alone when it is not."""
+    first = facts[0].value
+    if first["announced"] != first["seen"]:
+        return "fail", (
+            f"{first['announced']} processes were started, but each sees {first['seen']}: under srun set "
+            "RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS MASTER_ADDR MASTER_PORT"
+        )
+    hosts = len({fact.host for fact in facts})
+    backend = f", {first['backend']}" if first["backend"] else ""
+    return "pass", f"{count(len(facts), 'process')} on {count(hosts, 'host')} ({first['launcher']}{backend})"
+
+
+def measure_device(patient: Patient) -> dict[str, Any]:
+    """Which device this rank has, and how many there are."""
+    device = patient.accelerator.device
+    is_cuda = device.type == "cuda"
+    module = Path("/proc/driver/nvidia/version")
+    driver = re.search(r"\d+\.\d+(\.\d+)?", module.read_text()) if module.exists() else None
+    return {
+        "device": device_name(patient.accelerator.device),
+        "uuid": str(torch.cuda.get_device_properties(device).uuid) if is_cuda else None,
+        "driver": driver.group() if driver else None,
+        "num_visible": torch.cuda.device_count() if is_cuda else 0,
+    }
+
+
+def judge_devices(facts: Sequence[Fact]) -> Judgement:
+    """A GPU for each rank, a rank for each GPU."""
+    holders: dict[str, Fact] = {}
+    for fact in facts:
+        uuid = fact.value["uuid"]
+        if uuid in holders:
+            return "fail", (
+                f"{holders[uuid].where} and {fact.where} share GPU {uuid}: give each process of a "
+                "host its own LOCAL_RANK"
+            )
+        if uuid is not None:
+            holders[uuid] = fact
+    for host, members in by_host(facts).items():
+        visible = max(fact.value["num_visible"] for fact in members)
+        if visible > len(members):
+            return (
+                "warn",
+                f"{visible} GPUs are visible on {host}, {len(members)} in use: start {visible} processes there",
+            )
+    kinds = sorted({fact.value["device"] for fact in facts})
+    return ("pass" if len(kinds) == 1 else "warn"), ", ".join(kinds)
+
+
+def measure_threads(patient: Patient) -> dict[str, Any]:
+    """CPU threads of this rank, the cores it may run on, and its share of them where a container has a quota."""
+    return {
+        "threads": torch.get_num_threads(),
+        "as_asked": patient.config.runtime.num_threads > 0,
+        "cores": process.usable_cores(),
+        "quota": process.cpu_quota(),
+    }
+
+
+def judge_threads(facts: Sequence[Fact]) -> Judgement:
+    """As many threads as cores on each host, or a little fewer."""
+    lines = []
+    for host, members in by_host(facts).items():
+        cores = len(set().union(*(fact.value["cores"] for fact in members)))
+        usable = min(cores, *(math.ceil(fact.value["quota"] or cores) for fact in members))
+        threads = sum(fact.value["threads"] for fact in members)
+        line = f"{count(threads, 'thread')} of {count(len(members), 'rank')} for {count(usable, 'core')} on {host}"
+        if threads > usable:
+            remedy = "set LOCAL_WORLD_SIZE, or --num-threads" if threads > len(members) else "start fewer processes"
+            return "fail", f"{line}: each waits for the others; {remedy}"
+        has_idle_cores = 2 * threads <= usable and any(fact.value["threads"] == 1 for fact in members)
+        if has_idle_cores and not any(fact.value["as_asked"] for fact in members):
+            return "fail", f"{line}: the rest is idle; set LOCAL_WORLD_SIZE to the processes of this host"
+        lines.append(line)
+    return "pass", "; ".join(lines[:3]) + (" ..." if len(lines) > 3 else "")
+
+
+def measure_memory(patient: Patient) -> dict[str, Any]:
+    """GiB available to this rank's host, and of its GPU."""
+    meminfo = Path("/proc/meminfo")
+    lines = dict(line.split(":") for line in meminfo.read_text().splitlines()) if meminfo.exists() else {}
+    free, total = torch.cuda.mem_get_info() if patient.accelerator.device.type == "cuda" else (None, None)
+    available = int(lines["MemAvailable"].split()[0]) << 10 if "MemAvailable" in lines else None
+    return {"host_gib": _gib(available), "device_gib": _gib(total), "device_free_gib": _gib(free)}
+
+
+def judge_memory(facts: Sequence[Fact]) -> Judgement:
+    """A gigabyte of the host per rank, and most of the GPU."""
+    for fact in facts:
+        free, total = fact.value["device_free_gib"], fact.value["device_gib"]
+        if total is not None and free < total / 2:
+            return "warn", f"{free} of {total} GiB of GPU memory are free on {fact.where}: who uses the rest?"
+    known = [(host, members) for host, members in by_host(facts).items() if members[0].value["host_gib"] is not None]
+    for host, members in known:
+        available = members[0].value["host_gib"]
+        if available < MIN_HOST_GIB * len(members):
+            return "warn", f"{available} GiB are available to {count(len(members), 'rank')} on {host}: start fewer"
+    if not known:
+        return "skip", "unknown on this platform"
+    return "pass", f"{min(members[0].value['host_gib'] for _, members in known)} GiB available or more"
+
+
+def measure_clock(patient: Patient) -> dict[str, Any]:
+    """Seconds since 1970, on all ranks at about the same moment."""
+    patient.accelerator.wait_for_everyone()
+    now = time.time()
+    return {"time_s": now, "utc": datetime.fromtimestamp(now, UTC).strftime("%H:%M:%S.%f")[:-3]}
+
+
+def judge_clock(facts: Sequence[Fact]) -> Judgement:
+    """Times in logs can be compared."""
+    if len(facts) == 1:
+        return "skip", "one process: nothing to compare"
+    skews = [fact.value["time_s"] - facts[0].value["time_s"] for fact in facts]
+    worst = max(skews, key=abs)
+    if abs(worst) > MAX_CLOCK_SKEW_S:
+        return "warn", f"{facts[skews.index(worst)].where} is {worst:+.1f} s away from rank 0: set the clocks by NTP"
+    return "pass", f"{1e3 * abs(worst):.0f} ms apart at most"
+
+
+def measure_run_dir(patient: Patient) -> dict[str, Any]:
+    """Whether rank 0 can write where the run would be, and whether this rank sees what it writes."""
+    folder = _existing_folder(patient)
+
+    def write() -> str:
+        descriptor, name = tempfile.mkstemp(prefix=".doctor-", dir=folder)
+        os.close(descriptor)
+        return name
+
+    probe = Path(ranks.together(patient.accelerator, write))
+    is_seen = probe.exists()
+    patient.accelerator.wait_for_everyone()
+    if patient.accelerator.is_main_process:
+        probe.unlink()
+    return {"folder": str(folder), "is_seen": is_seen}
+
+
+def judge_run_dir(facts: Sequence[Fact]) -> Judgement:
+    """Rank 0 can write; the others need not see it."""
+    folder = Path(facts[0].value["folder"]).resolve()
+    blind = [fact for fact in facts if not fact.value["is_seen"]]
+    if blind:
+        return "warn", (
+            f"{blind[0].where} does not see {folder} of rank 0: fine, rank 0 alone writes there; but to resume, rank 0 "
+            "must run on the same host again"
+        )
+    return "pass", f"{folder} can be written"
+
+
+def measure_disk(patient: Patient) -> dict[str, Any] | None:
+    """On rank 0, where checkpoints are written: bytes per second to the disk, GiB free."""
+    if not patient.accelerator.is_main_process:
+        return None
+    folder = _existing_folder(patient)
+    content = os.urandom(1 << 20) * (DISK_PROBE_BYTES >> 20)
+    with tempfile.TemporaryDirectory(prefix=".doctor-", dir=folder) as probe:
+        started = time.perf_counter()
+        write_and_flush(Path(probe, "checkpoint"), content)
+        seconds = time.perf_counter() - started
+    return {"bytes_per_s": DISK_PROBE_BYTES / seconds, "free_gib": _gib(shutil.disk_usage(folder).free)}
+
+
+def judge_disk(facts: Sequence[Fact]) -> Judgement:
+    """Checkpoints have room, and do not take long."""
+    speed, free = facts[0].value["bytes_per_s"], facts[0].value["free_gib"]
+    line = f"{speed / 1e6:,.0f} MB/s, {free:,} GiB free on {facts[0].where}"
+    if free < MIN_DISK_FREE_GIB:
+        return "warn", f"{line}: too little for many checkpoints; make room, or choose another --run-dir"
+    if speed < MIN_DISK_SPEED:
+        return "warn", f"{line}: checkpoints will be slow; choose a local disk with --run-dir"
+    return "pass", line
+
+
+def measure_wandb(patient: Patient) -> dict[str, Any] | None:
+    """On rank 0, which alone tracks: what W&B would do, and whether its server answers."""
+    if not patient.accelerator.is_main_process:
+        return None
+    mode = wandb.wandb_mode(patient.config.output)
+    is_asked = "offline" in (patient.config.output.wandb, os.environ.get("WANDB_MODE"))
+    return {"mode": mode, "is_asked": is_asked, "answers": mode == "online" and wandb.server_answers()}
+
+
+def judge_wandb(facts: Sequence[Fact]) -> Judgement:
+    """Tracking does what its user expects."""
+    mode, is_asked, answers = (facts[0].value[name] for name in ("mode", "is_asked", "answers"))
+    if mode == "offline" and not is_asked:
+        return "warn", "no key is configured (wandb login, or $WANDB_API_KEY): runs are tracked offline"
+    if mode == "online" and not answers:
+        return "warn", f"the server cannot be reached from {facts[0].where}: runs will be tracked offline"
+    return "pass", mode
+
+
+def _existing_folder(patient: Patient) -> Path:
+    """The run directory, or the nearest folder above it that exists."""
+    wanted = Path(patient.config.output.run_dir or RUNS)
+    return next(path for path in (wanted, *wanted.parents, Path.cwd()) if path.exists())
+
+
+def _gib(num_bytes: int | None) -> float | None:
+    return None if num_bytes is None else round(num_bytes / (1 << 30), 1)
+
+
+MACHINE_CHECKS = (
+    Check("processes", measure_processes, judge_processes),
+    Check("devices", measure_device, judge_devices),
+    Check("versions", measure_versions, judge_equal("install the same requirements.txt everywhere")),
+    Check("code", measure_code, judge_equal("bring every node to the same commit")),
+    Check("configuration", measure_configuration, judge_equal("give every rank the same command and environment")),
+    Check("data", measure_data, judge_data),
+    Check("threads", measure_threads, judge_threads),
+    Check("memory", measure_memory, judge_memory),
+    Check("clock", measure_clock, judge_clock),
+    Check("run directory", measure_run_dir, judge_run_dir),
+    Check("disk", measure_disk, judge_disk),
+    Check("W&B", measure_wandb, judge_wandb),
+)

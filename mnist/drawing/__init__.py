@@ -1,1 +1,0 @@
-"""Pictures of data, networks and runs."""

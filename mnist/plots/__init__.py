@@ -1,0 +1,1 @@
+"""Pictures of data, networks and runs: `python -m mnist.plots`, and what a finished run draws."""

@@ -1,0 +1,337 @@
+"""Pictures of a run, of what it was fed and of what it has learnt.
+
+In: a run directory, or a recipe. Out: a picture, in the run's pictures/; its path is printed.
+
+  python -m mnist.plots curves                       the newest run, while it runs or afterwards
+  python -m mnist.plots curves --run runs/a runs/b   two runs in one picture
+  python -m mnist.plots features --image 7           what a test image becomes, layer by layer
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from mnist.cli import parse_options, run_command
+from mnist.config import IMAGE_SIZES, RUNS, Model, TrainConfig, check_choice, evolve, from_flat
+from mnist.errors import UserError
+from mnist.recipes import RECIPES
+
+_Flag = tyro.conf.FlagCreatePairsOff[bool]
+# Lists of lists, so that both `--run A B` and `--run A --run B` mean two runs.
+_Runs = Annotated[tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]], tyro.conf.arg(metavar="DIR [DIR ...]")]
+_Dir = Annotated[str | None, tyro.conf.arg(metavar="DIR")]
+_Recipe = Annotated[str | None, tyro.conf.arg(metavar="NAME")]
+_File = Annotated[str | None, tyro.conf.arg(metavar="FILE.png")]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which run, and where the picture goes."""
+
+    run: _Dir = None
+    """A run directory, or a folder with an exported model; default: the newest finished run below runs/."""
+    out: _File = None
+    """The picture's file (.png, .pdf, .svg); default: <run>/pictures/<name>.png."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The first hundred training images in the order in which a run sees them, with their labels."""
+
+    place: Place = field(default_factory=Place)
+    recipe: _Recipe = None
+    """A recipe instead of a run."""
+    augmented: _Flag = False
+    """Below each image what augmentation makes of it."""
+    data_dir: _Dir = None
+    """Where the data are; default: $MNIST_DATA_DIR, else what the run was given."""
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Loss and accuracy over the steps of one run or of several, finished or not."""
+
+    run: _Runs = ()
+    """Run directories; default: the newest one below runs/."""
+    out: _File = None
+    """The picture's file (.png, .pdf, .svg); default: curves.png, or comparison.png, in <first run>/pictures/."""
+
+
+@dataclass(frozen=True)
+class Features:
+    """What one test image becomes from layer to layer, up to the logits."""
+
+    place: Place = field(default_factory=Place)
+    image: int = 0
+    """Place of the image in the test set."""
+    untrained: _Flag = False
+    """Through the random weights with which the run began."""
+    recipe: _Recipe = None
+    """A recipe instead of a run: its network before training."""
+    data_dir: _Dir = None
+    """Where the data are; default: $MNIST_DATA_DIR, else what the run was given."""
+
+
+@dataclass(frozen=True)
+class Filters:
+    """The weights of the first layer, and of small convolutions after it, as images."""
+
+    place: Place = field(default_factory=Place)
+    untrained: _Flag = False
+    """The random weights with which the run began."""
+    recipe: _Recipe = None
+    """A recipe instead of a run: its network before training."""
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """Which classes of the test set are taken for which others: counts and rates."""
+
+    place: Place = field(default_factory=Place)
+
+
+@dataclass(frozen=True)
+class Mistakes:
+    """The test images that the model gets wrong with the greatest confidence."""
+
+    place: Place = field(default_factory=Place)
+    data_dir: _Dir = None
+    """Where the data are; default: $MNIST_DATA_DIR, else what the run was given."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The table of layers, printed too: output shapes, parameters, multiply-accumulates."""
+
+    place: Place = field(default_factory=Place)
+    recipe: _Recipe = None
+    """A recipe instead of a run."""
+    model: Model | None = None
+    """A network instead of a run."""
+
+
+@tyro.conf.configure(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes)
+@dataclass(frozen=True)
+class Options:
+    """One picture."""
+
+    picture: Samples | Curves | Features | Filters | Confusion | Mistakes | Architecture
+
+
+if __name__ == "__main__":
+    OPTIONS = parse_options(Options, "plots", __doc__)  # before torch is imported: --help answers at once
+
+import torch
+from torch import nn
+
+from mnist.data import datasets
+from mnist.data.transforms import Augmentation, BatchTransform
+from mnist.models import build_model, seed_initial_weights
+from mnist.plots import gallery, pictures
+from mnist.plots.features import as_table, layer_costs
+from mnist.plots.history import read_history
+from mnist.runs.console import Console
+from mnist.runs.export import CONFIG, find_export, load_model
+from mnist.system.files import read_json
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def main(options: Options) -> int:
+    """Draws one picture, writes it, prints where."""
+    match options.picture:
+        case Samples() as picture:
+            path = _samples(picture)
+        case Curves() as picture:
+            path = _curves(picture)
+        case Features() as picture:
+            path = _features(picture)
+        case Filters() as picture:
+            path = _filters(picture)
+        case Confusion() as picture:
+            path = _confusion(picture)
+        case Mistakes() as picture:
+            path = _mistakes(picture)
+        case Architecture() as picture:
+            path = _architecture(picture)
+    sys.stdout.write(f"{path}\n")
+    return 0
+
+
+def _samples(options: Samples) -> Path:
+    subject = _find_subject(options.place.run, options.recipe)
+    path = subject.path("augmented" if options.augmented else "samples", options.place.out)
+    config = subject.config
+    augment = Augmentation(config.image, config.loop.seed, torch.device("cpu"))
+    if options.augmented and augment.is_identity:
+        raise UserError(f"--augmented: {config.recipe} trains on its images as they are; another recipe may not")
+    dataset = _read_data(config, options.data_dir)
+    return _save(gallery.sample_figure(config, dataset, augment if options.augmented else None), path)
+
+
+def _curves(options: Curves) -> Path:
+    runs = list(dict.fromkeys(Path(run) for group in options.run for run in group)) or [_newest_records()]
+    path = _picture_path(options.out, runs[0] / "pictures", "curves" if len(runs) == 1 else "comparison")
+    return _save(gallery.curve_figure([read_history(run) for run in runs]), path)
+
+
+def _newest_records() -> Path:
+    found = sorted(RUNS.glob("*/metrics.jsonl"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise UserError("--run: no run below runs/; train one (python train_ddp.py), or name its directory")
+    return found[-1].parent
+
+
+def _features(options: Features) -> Path:
+    subject = _find_subject(options.place.run, options.recipe)
+    untrained = options.untrained or subject.folder is None
+    name = "features" if options.image == 0 else f"features-{options.image}"
+    path = subject.path(f"{name}-untrained" if untrained else name, options.place.out)
+    model = _build(subject, untrained)
+    dataset = _read_data(subject.config, options.data_dir)
+    if not 0 <= options.image < len(dataset.test):
+        raise UserError(f"--image {options.image}: must lie in 0..{len(dataset.test) - 1}")
+    transform, title = BatchTransform(subject.config.image), subject.title(dataset.name, untrained)
+    return _save(gallery.feature_figure(dataset, model, transform, title, options.image), path)
+
+
+def _filters(options: Filters) -> Path:
+    subject = _find_subject(options.place.run, options.recipe)
+    untrained = options.untrained or subject.folder is None
+    path = subject.path("filters-untrained" if untrained else "filters", options.place.out)
+    model = _build(subject, untrained)
+    return _save(gallery.filter_figure(model, subject.config.image.image_size, subject.title(None, untrained)), path)
+
+
+def _confusion(options: Confusion) -> Path:
+    subject = dataclasses.replace(_find_subject(options.place.run), export="best")  # the one that is scored
+    assert subject.folder is not None
+    path = subject.path("confusion", options.place.out)
+    confusion = read_json(subject.folder / "result.json").get("test_confusion")
+    if confusion is None:
+        raise UserError(f"--run {subject.folder}: no test scores in result.json; a run writes them when it finishes")
+    dataset = subject.config.data.dataset
+    names = datasets.SOURCES[dataset].class_names
+    return _save(pictures.draw_confusion(confusion, names, subject.title(dataset)), path)
+
+
+def _mistakes(options: Mistakes) -> Path:
+    subject = _find_subject(options.place.run)
+    path = subject.path("mistakes", options.place.out)
+    model = _build(subject)
+    dataset = _read_data(subject.config, options.data_dir)
+    transform, title = BatchTransform(subject.config.image), subject.title(dataset.name)
+    return _save(gallery.mistake_figure(dataset, model, transform, title), path)
+
+
+def _architecture(options: Architecture) -> Path:
+    given = [name for name in (options.place.run, options.recipe, options.model) if name is not None]
+    if len(given) > 1:
+        raise UserError("--run, --recipe, --model: give one of them")
+    if options.model is None:
+        subject = _find_subject(options.place.run, options.recipe)
+    else:
+        size = IMAGE_SIZES.get(options.model, 28)
+        subject = Subject(evolve(TrainConfig(), recipe=options.model, model=options.model, image_size=size), None)
+    path = subject.path("architecture", options.place.out)
+    name = subject.config.optim.model
+    layers = layer_costs(build_model(name), subject.config.image.image_size)
+    sys.stdout.write(_align(as_table(layers)))
+    return _save(pictures.draw_architecture(layers, name), path)
+
+
+def _align(rows: Sequence[Sequence[str]]) -> str:
+    """Lines with columns of equal width, the last two, which hold numbers, flush right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    forms = [f"{{:{'<' if i < len(widths) - 2 else '>'}{width}}}" for i, width in enumerate(widths)]
+    return "".join("  ".join(forms).format(*row).rstrip() + "\n" for row in rows)
+
+
+# --- what the pictures are of ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A run, or a recipe that has not been run.
+
+    Attributes:
+        config: resolved, as far as it is known.
+        folder: the run directory, or None.
+        export: "best" or "last", which of the run's weights are meant.
+    """
+
+    config: TrainConfig
+    folder: Path | None
+    export: str = "best"
+
+    def title(self, dataset: str | None, untrained: bool = False) -> str:
+        """Recipe, data set, seed, and at which step the weights are."""
+        result = {} if self.folder is None else read_json(self.folder / "result.json")
+        step = result.get("steps") if self.export == "last" else (result.get("best") or {}).get("step")
+        when = ["before training"] if untrained else [] if step is None else [f"step {step:,}"]
+        return gallery.title_of(self.config, dataset, *when)
+
+    def path(self, name: str, out: str | None) -> Path:
+        """Where a picture goes: as asked for, or to the run, or, of a recipe, to the working directory."""
+        if self.folder is None:
+            return _picture_path(out, Path(), f"{self.config.recipe}-{name}")
+        return _picture_path(out, self.folder / "pictures", name)
+
+
+def _picture_path(out: str | None, folder: Path, name: str) -> Path:
+    if out is not None and Path(out).suffix not in pictures.SUFFIXES:
+        raise UserError(f"--out {out}: must end in {', '.join(pictures.SUFFIXES)}")
+    return folder / f"{name}.png" if out is None else Path(out)
+
+
+def _find_subject(run: str | None, recipe: str | None = None) -> Subject:
+    if recipe is not None and run is not None:
+        raise UserError("--run and --recipe: give one of them")
+    if recipe is not None:
+        check_choice("--recipe", recipe, list(RECIPES))
+        return Subject(RECIPES[recipe](), None)
+    folder, export = find_export(None) if run is None else Path(run), "best"
+    if folder.parent.name == "export":
+        folder, export = folder.parent.parent, folder.name
+    try:
+        return Subject(from_flat(json.loads((folder / CONFIG).read_bytes())), folder, export)
+    except OSError as error:
+        raise UserError(f"--run {folder}: no run there ({CONFIG}: {error.strerror})") from error
+    except (UserError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"--run {folder}: its {CONFIG} is not readable ({error})") from error
+
+
+def _build(subject: Subject, untrained: bool = False) -> nn.Sequential:
+    """The network with the run's exported weights, or with those that it began with."""
+    if not untrained and subject.folder is not None:
+        exported = subject.folder / "export" / subject.export
+        return load_model(find_export(str(exported if exported.is_dir() else subject.folder))).model
+    seed_initial_weights(subject.config.loop.seed)
+    return build_model(subject.config.optim.model)
+
+
+def _read_data(config: TrainConfig, data_dir: str | None) -> datasets.Dataset:
+    """The run's data set, from the folder that is named now, or else from where the run had it."""
+    wanted = datasets.relocate(config.data, None, data_dir)
+    choice = datasets.choose(wanted)
+    if choice.fallback_reason is not None:
+        Console().warn(f"NOT MNIST: these are the embedded digits, because it is {choice.fallback_reason}")
+    return datasets.read(choice.name, wanted)
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    pictures.save_picture(figure, path)
+    return path
+
+
+if __name__ == "__main__":
+    run_command(main, OPTIONS)

@@ -1,0 +1,120 @@
+"""Drawing the course of runs: loss and accuracy over steps, for ten records or ten thousand, one run or many.
+
+In: histories. Out: a figure. Matplotlib is imported where it is used, as in mnist/drawing/canvas.py.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import statistics
+from collections.abc import Sequence
+from functools import partial
+from itertools import pairwise
+from operator import mul
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mnist.plots.canvas import GREY, HEAD, INK, LINES, MARGIN, PALE, add_axes, new_figure
+from mnist.plots.history import SPLITS, Curve, History
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Point = tuple[int, int, float, float]  # a stretch of steps, the step where it ends, loss and accuracy in it
+
+
+def draw_curves(histories: Sequence[History], title: str, subtitle: str) -> Figure:
+    """Loss and accuracy over steps. One run has a colour per split; several have a colour each."""
+    is_single = len(histories) == 1
+    figure = new_figure(1180, 480, title, subtitle)
+    left, right = (add_axes(figure, MARGIN + 50 + side * 580, HEAD + 40, 490, 320) for side in (0, 1))
+    for number, history in enumerate(histories):
+        for split, recorded in history.curves.items():
+            is_train, turn = split == "train", SPLITS.index(split) if is_single else number
+            curve = without_fragments(recorded) if is_train else recorded
+            final = (_running_mean(curve.accuracies) if is_train else curve.accuracies)[-1]
+            label = f"{split if is_single else f'{history.name}: {split}'} {final:.2%}"
+            style = {
+                "color": LINES[turn % len(LINES)],
+                "linestyle": ("-", "--", ":")[turn // len(LINES) % 3],
+                "alpha": 0.4 if is_train and not is_single else 1.0,
+                "label": label if is_single or not is_train or len(history.curves) == 1 else None,
+            }
+            _draw_curve(left, curve.steps, curve.losses, is_train, style)
+            _draw_curve(right, curve.steps, curve.accuracies, is_train, style)
+    _fit_curves(left, right, histories)
+    right.legend(loc="lower right", fontsize=8 if len(histories) <= 8 else 6, frameon=False)
+    return figure
+
+
+def without_fragments(curve: Curve) -> Curve:
+    """A training curve in which a record of less than half the usual stretch of steps is joined to the one before it.
+
+    A record is the mean since the one before; log intervals and epochs end in records. Where one end follows the other
+    closely, that is the mean of a few batches, and would look like an event.
+    """
+    stretches = [step - before for before, step in pairwise([0, *curve.steps])]
+    usual = statistics.median(stretches)
+    points: list[Point] = []
+    for point in zip(stretches, curve.steps, curve.losses, curve.accuracies, strict=True):
+        points.append(_join(points.pop(), point) if points and point[0] < usual / 2 else point)
+    return Curve(*(list(column) for column in list(zip(*points, strict=True))[1:]))
+
+
+def _join(one: Point, other: Point) -> Point:
+    """The mean of two neighbours, weighted by their steps, where the second one ends."""
+    steps = one[0] + other[0]
+    share = other[0] / steps
+    return steps, other[1], (1 - share) * one[2] + share * other[2], (1 - share) * one[3] + share * other[3]
+
+
+def _draw_curve(axes: Axes, steps: list[int], values: list[float], is_train: bool, style: dict[str, Any]) -> None:
+    """Training as a line, of a long run its running mean (before the raw values if alone); evaluations as points."""
+    smooth = _running_mean(values) if is_train else values
+    if smooth is not values and style["alpha"] == 1.0:
+        axes.plot(steps, values, color=style["color"], linewidth=0.5, alpha=0.3)
+    marker = "" if len(values) > 60 else "." if is_train else "o"
+    axes.plot(steps[len(steps) - len(smooth) :], smooth, linewidth=1.2, marker=marker, markersize=4, **style)
+
+
+def _running_mean(values: list[float]) -> list[float]:
+    """The mean of each value and those before it, over a fiftieth of a long run; few values stay as they are."""
+    window = len(values) // 50 if len(values) > 200 else 1
+    return values if window == 1 else torch.tensor(values).unfold(0, window, 1).mean(dim=1).tolist()
+
+
+def _add_epochs(axes: Axes, epoch_steps: int) -> None:
+    """The same axis in epochs, above."""
+    axis = axes.secondary_xaxis("top", functions=(partial(mul, 1 / epoch_steps), partial(mul, epoch_steps)))
+    axis.set_xlabel("epochs", size=8.5, color=GREY)
+    axis.tick_params(labelsize=8, colors=GREY, length=2)
+    axis.spines["top"].set_color(PALE)
+
+
+def _fit_curves(loss: Axes, accuracy: Axes, histories: Sequence[History]) -> None:
+    """Scales and labels: a logarithmic loss where it spans much, and a bad start below the edge of the accuracy."""
+    ticker = importlib.import_module("matplotlib.ticker")
+    epoch_steps = {round(history.epoch_steps) for history in histories if math.isfinite(history.epoch_steps)}
+    for axes, name in ((loss, "loss"), (accuracy, "accuracy")):
+        axes.set_ylabel(name, size=9, color=INK)
+        axes.set_xlabel("optimizer steps", size=9, color=INK)
+        axes.set_xlim(left=0)
+        axes.xaxis.set_major_locator(ticker.MaxNLocator(8, integer=True, steps=[1, 2, 5, 10]))
+        axes.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,.0f}"))
+        axes.grid(color="#ececec", linewidth=0.7)
+        if len(epoch_steps) == 1:
+            _add_epochs(axes, next(iter(epoch_steps)))
+    curves = [curve for history in histories for curve in history.curves.values()]
+    losses = [value for curve in curves for value in curve.losses if math.isfinite(value)]
+    if losses and min(losses) > 0 and max(losses) > 10 * min(losses):
+        loss.set_yscale("log")
+        loss.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+        loss.yaxis.set_minor_formatter(ticker.NullFormatter())
+    values = sorted(value for curve in curves for value in curve.accuracies if math.isfinite(value))
+    if values:
+        low = values[len(values) // 10]
+        accuracy.set_ylim(max(0.0, low - 0.25 * (1 - low) - 0.002), 1.0 + 0.03 * (1 - low) + 0.0005)
+    accuracy.yaxis.set_major_formatter(ticker.PercentFormatter(1.0, symbol=" %"))

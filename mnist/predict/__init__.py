@@ -1,0 +1,1 @@
+"""Which digit a picture shows: `python -m mnist.predict`."""

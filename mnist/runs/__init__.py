@@ -1,0 +1,1 @@
+"""What surrounds the steps: run directory, checkpoints, scores, records, trackers, console."""

@@ -1,0 +1,99 @@
+"""What a run says about itself: the banner, the warnings, result.json, the closing lines.
+
+In: configuration, plan, facts and numbers. Out: rows of words for the console, dictionaries for files.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from mnist.config import TrainConfig
+from mnist.data.datasets import Choice, Dataset
+from mnist.runs.console import count
+from mnist.system.process import num_usable_cores
+from mnist.training.loop import TrainState
+from mnist.training.metrics import Scores
+from mnist.training.plan import Plan
+
+Rows = list[tuple[str, str]]
+
+
+def banner(
+    config: TrainConfig, plan: Plan, dataset: Dataset, facts: dict[str, Any], environment: dict[str, Any]
+) -> Rows:
+    """The plan of a run, a row per fact."""
+    sizes = f"{len(dataset.train):,} train"
+    sizes += f" / {len(dataset.val):,} val" if dataset.val is not None else ""
+    world = f"{count(plan.world_size, 'process')} ({environment['launcher']})"
+    threads = count(environment["threads_per_process"], "thread")
+    share = f"{plan.world_size} x {plan.accumulation_steps} x {plan.micro_batch_size}"
+    optim = config.optim
+    return [
+        ("recipe", f"{config.recipe}: {optim.model}, {facts['num_params']:,} parameters"),
+        ("data", f"{dataset.name}: {sizes} / {len(dataset.test):,} test"),
+        ("device", f"{environment['ranks'][0]['device']}, {threads}, {world}"),
+        ("precision", facts["precision"]),
+        ("batch", f"{plan.global_batch_size} = processes x micro-batches x images {share}"),
+        ("plan", f"{plan.describe_length()}; {optim.optimizer} {optim.lr:g}, {optim.schedule}"),
+    ]
+
+
+def data_warnings(dataset: Dataset, choice: Choice) -> list[str]:
+    """What one must know about the data before believing a number."""
+    fallback = f"NOT MNIST: training on the 1,797 embedded digits, because it is {choice.fallback_reason}"
+    return [*([fallback] if choice.fallback_reason is not None else []), *dataset.warnings]
+
+
+def drill_warnings(config: TrainConfig, *, has_resumed: bool) -> list[str]:
+    """A loud word about faults on demand."""
+    if not config.output.inject:
+        return []
+    meaning = "not again, this run goes on" if has_resumed else "this run is made to fail"
+    return [f"DRILL: --inject {' '.join(config.output.inject)}: {meaning}"]
+
+
+def result(
+    plan: Plan, state: TrainState, scores: dict[str, Scores], val: dict[str, Any] | None, num_train: int
+) -> dict[str, Any]:
+    """The numbers of result.json, apart from the facts that were known before the first step."""
+    test = scores.get("test")
+    samples = state.step * num_train / plan.pass_steps
+    return {
+        "epochs": round(state.step / plan.epoch_steps, 4),
+        "steps": state.step,
+        "planned_steps": plan.num_steps,
+        "stop_reason": state.stop_reason,
+        "test": None if test is None else test.as_dict(),
+        "val": val,
+        "best": state.best,
+        "test_confusion": None if test is None else test.confusion,
+        "train_time_s": round(state.train_time_s, 3),
+        "images_per_s": round(samples / state.train_time_s, 1) if state.train_time_s else None,
+    }
+
+
+def closing(test: Scores, dataset: Dataset, choice: Choice, plan: Plan, state: TrainState) -> Rows:
+    """How a finished run went."""
+    chosen = "weights with the best validation accuracy" if dataset.val is not None else "last weights"
+    name = f"NOT MNIST, {dataset.name}" if choice.fallback_reason is not None else dataset.name
+    counts = f"{test.num_correct:,}/{test.num_samples:,}"
+    rows = [("test", f"{name}: accuracy {test.accuracy:.2%} ({counts}), loss {test.loss:.4f}, {chosen}")]
+    if state.stop_reason:
+        rows.append(("stopped", f"{state.stop_reason} after step {state.step} of {plan.num_steps}"))
+    return rows
+
+
+def hardware_warnings(accelerator: Accelerator) -> list[str]:
+    """What this node has and does not use, or has not and is asked for, a line each."""
+    num_processes, num_threads = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.get_num_threads()
+    if accelerator.device.type == "cuda":
+        visible = torch.cuda.device_count()
+        hint = f"{visible} GPUs visible, {num_processes} in use: add --num_processes {visible} to accelerate launch"
+        return [hint] if visible > num_processes else []
+    share = max(1, num_usable_cores() // num_processes)
+    hint = f"--num-threads {num_threads}: a process has {count(share, 'core')} here, and more threads are slower"
+    return [hint] if num_threads > share else []

@@ -1,0 +1,157 @@
+"""The accelerator: built from the `runtime` section and the launcher's environment, checked, and closed in order.
+
+In: the `runtime` section and the launcher's environment. Out: an `Accelerator` that does what was promised.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+)
+from torch.optim import Optimizer
+
+from mnist.config import RuntimeConfig
+from mnist.errors import MachineError, UserError
+from mnist.system.process import num_usable_cores
+
+
+@contextmanager
+def open_accelerator(config: RuntimeConfig, trackers: Sequence[str] = ()) -> Iterator[Accelerator]:
+    """`build_accelerator`, and a tidy end of the process group, after errors too.
+
+    A gloo process that exits inside its group sometimes aborts, and fails the whole job. And whoever holds a DDP model
+    longer than the group can hang: freeing the model then frees the group as well, and waits for gloo's threads with
+    Python's global lock held, for which one of them may be waiting. So the models go first.
+    """
+    accelerator = None
+    try:
+        accelerator = build_accelerator(config, trackers)
+        yield accelerator
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)  # their variables hold the model
+        raise
+    finally:
+        if accelerator is not None:
+            accelerator.free_memory()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def build_accelerator(config: RuntimeConfig, trackers: Sequence[str] = ()) -> Accelerator:
+    """Accelerate, set up so that what the launcher promised is what happens, or an error says why not.
+
+    Every rank must call this once, first. The global batch is sliced by our own loader, so gradients accumulate by
+    `no_sync` and explicit weights, and Accelerate's own accumulation is switched off.
+
+    Raises:
+        MachineError: fp16 on a CPU, more processes than GPUs, or ranks that would each believe they are alone.
+    """
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cpu = config.cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true") or not _has_accelerator()
+    precision = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if cpu and precision == "fp16":
+        raise MachineError("--mixed-precision fp16: needs a GPU; on a CPU choose bf16 or no")
+    if not cpu and torch.cuda.is_available() and local_world_size > torch.cuda.device_count():
+        raise MachineError(
+            f"{local_world_size} processes but {torch.cuda.device_count()} GPUs on {socket.gethostname()}: start fewer "
+            f"(--num_processes / --nproc-per-node), or train on the CPU with --cpu"
+        )
+    _restart_with_fresh_keys("gloo" if cpu else "nccl", config.timeout_s)
+    try:
+        accelerator = Accelerator(
+            cpu=cpu,
+            mixed_precision=config.mixed_precision,
+            log_with=list(trackers) or None,
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+            kwargs_handlers=[
+                InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout_s)),
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            ],
+        )
+    except ValueError as error:  # an unknown backend, an incomplete environment
+        raise MachineError(f"Accelerate cannot start: {error}") from error
+    # After Accelerate, which sets threads on CPUs, and TF32 with a dynamo backend.
+    _set_determinism(config.deterministic)
+    _set_threads(config.num_threads, local_world_size)
+    promised = int(os.environ.get("WORLD_SIZE", "1"))
+    if promised != accelerator.num_processes:
+        raise MachineError(
+            f"the launcher announces {promised} processes, but Accelerate sees {accelerator.num_processes}: "
+            f"each would train alone; set LOCAL_RANK and MASTER_ADDR, or use accelerate launch or torchrun"
+        )
+    return accelerator
+
+
+def _restart_with_fresh_keys(backend: str, timeout_s: int) -> None:
+    """Opens the process group itself when an elastic launcher has restarted the ranks of one machine.
+
+    torch 2.13 meets the keys that the ranks before left in the launcher's store, and can wait for them for ever; a
+    prefix keeps attempts apart. (Machines need not agree on a restart count: on several of them the launcher needs
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 instead.)
+    """
+    attempt, world_size = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), os.environ.get("WORLD_SIZE", "1")
+    if attempt == "0" or world_size == "1" or world_size != os.environ.get("LOCAL_WORLD_SIZE"):
+        return
+    timeout = timedelta(seconds=timeout_s)
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    is_host = os.environ["RANK"] == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    store = torch.distributed.TCPStore(address, port, is_master=is_host, timeout=timeout, multi_tenant=True)
+    torch.distributed.init_process_group(
+        backend,
+        store=torch.distributed.PrefixStore(f"attempt-{attempt}", store),
+        rank=int(os.environ["RANK"]),
+        world_size=int(world_size),
+        timeout=timeout,
+    )
+
+
+def _has_accelerator() -> bool:
+    return torch.cuda.is_available() or torch.backends.mps.is_available()
+
+
+def _set_threads(num_threads: int, local_world_size: int) -> None:
+    """Launchers set OMP_NUM_THREADS=1 unasked; a rank is better off with its share of the cores it may use."""
+    torch.set_num_threads(num_threads or max(1, num_usable_cores() // local_world_size))
+
+
+def _set_determinism(deterministic: bool) -> None:
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.deterministic = deterministic
+    torch.backends.cuda.matmul.allow_tf32 = not deterministic
+    torch.backends.cudnn.allow_tf32 = not deterministic
+
+
+def resolve_accumulation_steps(requested: int) -> int:
+    """--gradient-accumulation-steps, else the launcher's setting, else 1."""
+    from_launcher = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if not requested and not (from_launcher.isdecimal() and int(from_launcher) > 0):
+        raise UserError(f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS={from_launcher}: must be a number of 1 or more")
+    return requested or int(from_launcher)
+
+
+def prepare_optimizer(accelerator: Accelerator, optimizer: Optimizer) -> Optimizer:
+    """The optimizer as the training step should have it: wrapped by Accelerate for the fp16 scaler only.
+
+    The wrapper (accelerate 1.15) looks for an optional package on the disk twice per step, which costs 0.3 ms: 7 % of
+    the time of LeNet-5 at batch 64 on a CPU. It must be on its device; every rank must call this.
+    """
+    wrapped: Optimizer = accelerator.prepare_optimizer(optimizer) if accelerator.scaler is not None else optimizer
+    return wrapped
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a GPU, or a CPU, had no memory left for a tensor."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

@@ -1,0 +1,1 @@
+"""The mathematics of training: sees no files, no console, no trackers."""

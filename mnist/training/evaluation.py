@@ -1,0 +1,77 @@
+"""Evaluation: every image of a split scored once, by rank 0 or by all ranks, with the same counts.
+
+In: the bare model and a split. Out: `Scores`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from mnist.data.batches import Split
+from mnist.training.metrics import NUM_CLASSES, Scores, add_to_confusion
+from mnist.training.step import sum_dtype
+
+EVAL_CHUNK = 1000  # images; fixed, so that every mode and world size shows a kernel the same batches
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    split: Split,
+    *,
+    accelerator: Accelerator,
+    loss_fn: Callable[[Tensor, Tensor], Tensor],
+    transform: Callable[[Tensor], Tensor],
+    sharded: bool = False,
+    after_chunk: Callable[[Tensor], None] | None = None,
+) -> Scores:
+    """Scores `model` on every image of `split`, each exactly once. Every rank must call this; all get the result.
+
+    Args:
+        model: the bare module: a DDP wrapper would wait for other ranks in its forward pass (accelerate#3861).
+        split: images uint8 (N, 28, 28), labels int64 (N,).
+        accelerator: to reduce over ranks.
+        loss_fn: (logits, labels) -> (B,).
+        transform: pixels -> network input.
+        sharded: every rank scores a share of the chunks; else rank 0 scores all, and the others wait.
+        after_chunk: shown this rank's confusion counts (100,) so far, on the device, for whoever wants to watch.
+
+    Returns:
+        The same counts in both modes and on any number of ranks, and the same loss to the last bit: sums are kept per
+        chunk, reduced once (adding zeros is exact), and added up in the order of the chunks.
+    """
+    num_chunks = math.ceil(len(split) / EVAL_CHUNK)
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+    mine = range(rank, num_chunks, world_size) if sharded else range(num_chunks if rank == 0 else 0)
+    device = split.images.device
+    losses = torch.zeros(num_chunks, dtype=sum_dtype(device), device=device)
+    confusion = torch.zeros(NUM_CLASSES**2, dtype=sum_dtype(device), device=device)
+    if sharded and world_size > 1:
+        _broadcast_buffers(model)
+    was_training = model.training
+    model.eval()
+    for chunk in mine:
+        batch = split[chunk * EVAL_CHUNK : (chunk + 1) * EVAL_CHUNK]
+        logits = model(transform(batch.images))
+        losses[chunk] = loss_fn(logits, batch.labels).sum()
+        add_to_confusion(confusion, logits, batch.labels)
+        if after_chunk is not None:
+            after_chunk(confusion)
+    model.train(was_training)
+    sums = accelerator.reduce(torch.cat([losses, confusion]), reduction="sum").cpu().double()
+    counts = sums[num_chunks:].round().long().view(NUM_CLASSES, NUM_CLASSES)
+    scores = Scores.from_sums(math.fsum(sums[:num_chunks].tolist()), counts)
+    if scores.num_samples != len(split):
+        raise RuntimeError(f"scored {scores.num_samples} of {len(split)} samples")
+    return scores
+
+
+def _broadcast_buffers(model: nn.Module) -> None:
+    """Gives every rank the buffers of rank 0: after the last step batch-norm statistics differ by one update."""
+    for buffer in model.buffers():
+        torch.distributed.broadcast(buffer, src=0)

@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from mnist.plots.curves import draw_curves, without_fragments
+from mnist.plots.history import Curve, History
+from tests.plots.test_pictures import pixels_of, texts
+
+
+def history(name: str, points: int, **splits: list[float]) -> History:
+    steps = [10 * (point + 1) for point in range(points)]
+    losses = [2.3 / (1 + 0.5 * point) for point in range(points)]
+    curves = {"train": Curve(steps, losses, [1 - loss / 2.6 for loss in losses])}
+    for split, accuracies in splits.items():
+        ends = [round(steps[-1] * (place + 1) / len(accuracies)) for place in range(len(accuracies))]
+        curves[split] = Curve(ends, [1 - accuracy for accuracy in accuracies], accuracies)
+    return History(name, "mnist", {}, curves, 100.0)
+
+
+@pytest.mark.parametrize("points", [1, 10, 10_000])
+def test_curves_of_any_length(tmp_path: Path, points: int) -> None:
+    figure = draw_curves([history("a", points, val=[0.9], test=[0.8, 0.99])], "title", "subtitle")
+    pixels_of(figure, tmp_path / "curves.png")
+    written = texts(figure)
+    assert {"loss", "accuracy", "optimizer steps", "val 90.00%", "test 99.00%"} <= set(written)
+    steps = figure.axes[0].get_lines()[0].get_xdata()
+    assert list(steps) == [10 * (point + 1) for point in range(points)]
+    assert len(figure.axes[1].get_lines()) == (4 if points == 10_000 else 3)  # a running mean before the raw values
+
+
+def test_several_runs_share_the_picture(tmp_path: Path) -> None:
+    runs = [history(f"run {number}", 20, test=[0.9 + number / 100]) for number in range(9)]
+    figure = draw_curves(runs, "title", "subtitle")
+    pixels_of(figure, tmp_path / "curves.png")
+    assert [text for text in texts(figure) if "test" in text] == [f"run {n}: test {90 + n}.00%" for n in range(9)]
+    looks = {(line.get_color(), line.get_linestyle()) for line in figure.axes[1].get_lines()}
+    assert len(looks) == 9
+
+
+def test_a_run_that_diverged_is_drawn_as_far_as_it_went(tmp_path: Path) -> None:
+    broken = Curve([10, 20, 30], [2.0, math.nan, math.nan], [0.1, math.nan, 0.1])
+    pixels_of(draw_curves([History("a", "mnist", {}, {"train": broken}, math.nan)], "t", "s"), tmp_path / "c.png")
+
+
+def test_the_mean_of_a_few_batches_joins_the_record_before_it() -> None:
+    """Records every 10 steps and at the ends of epochs of 23 steps; step 1 of a run has nothing to join."""
+    joined = without_fragments(
+        Curve([10, 20, 23, 30, 40, 46], [1.0, 0.8, 0.2, 0.6, 0.4, 0.3], [0.1, 0.2, 0.9, 0.4, 0.5, 0.6])
+    )
+    assert joined.steps == [10, 23, 30, 40, 46]
+    assert joined.losses == pytest.approx([1.0, (10 * 0.8 + 3 * 0.2) / 13, 0.6, 0.4, 0.3])
+    assert joined.accuracies == pytest.approx([0.1, (10 * 0.2 + 3 * 0.9) / 13, 0.4, 0.5, 0.6])
+    first = Curve([1, 50, 100], [3.0, 2.0, 1.0], [0.1, 0.2, 0.3])
+    assert without_fragments(first) == first

@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from mnist.config import IMAGE_SIZES
+from mnist.models import MODELS, build_model, count_parameters
+from mnist.plots.features import activations, as_table, filters, find_mistakes, layer_costs
+
+# By hand, layer by layer: outputs x weights per output.
+MACS = {
+    "convnet": 10 * 24 * 24 * 25 + 20 * 10 * 10 * 90 + 2000 * 500 + 500 * 10,
+    "mycnn": 3 * 30 * 30 * 9 + 16 * 15 * 15 * 27 + 32 * 7 * 7 * 144 + 288 * 10,
+    "lenet5": 6 * 28 * 28 * 25 + 16 * 10 * 10 * 150 + 400 * 120 + 120 * 84 + 84 * 10,
+    "mlp": 784 * 512 + 512 * 256 + 256 * 256 + 256 * 128 + 128 * 64 + 64 * 10,
+    "yannet": 32 * 28 * 28 * 25 + 64 * 26 * 26 * 288 + 64 * 11 * 11 * 9 + 8 * 11 * 11 * 64 + 968 * 10,
+}
+MILLIONS = {"convnet": 1.33, "mycnn": 0.35, "lenet5": 0.42, "yannet": 13.2}  # as stated for the sources
+
+
+def side(name: str) -> int:
+    return IMAGE_SIZES.get(name, 28)
+
+
+def pixels(count: int, size: int = 28) -> torch.Tensor:
+    return torch.randn(count, 1, size, size, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_walking_the_layers_gives_what_the_network_gives(name: str) -> None:
+    model, images = build_model(name).train(), pixels(3, side(name))
+    state, weights = torch.get_rng_state(), {key: value.clone() for key, value in model.state_dict().items()}
+    outputs = activations(model, images)
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+    assert list(outputs) == ["input", *(layer for layer, _ in model.named_children())]
+    assert torch.equal(outputs["input"], images)
+    torch.testing.assert_close(list(outputs.values())[-1], model.eval()(images), rtol=0, atol=0)
+
+
+def test_a_layer_that_works_in_place_leaves_the_output_before_it_alone() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.ReLU(inplace=True))
+    images = pixels(1)
+    before = images.clone()
+    outputs = activations(model, images)
+    assert torch.equal(images, before)
+    assert float(outputs["0"].min()) < 0
+    assert float(outputs["1"].min()) == 0
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_table_of_layers_adds_up(name: str) -> None:
+    model = build_model(name)
+    layers = layer_costs(model, side(name))
+    assert sum(layer.num_params for layer in layers) == count_parameters(model)
+    assert layers[0].shape == (1, side(name), side(name))
+    assert layers[-1].shape == (10,)
+    assert model.training
+
+
+@pytest.mark.parametrize(("name", "macs"), MACS.items())
+def test_multiply_accumulates_are_those_counted_by_hand(name: str, macs: int) -> None:
+    total = sum(layer.macs for layer in layer_costs(build_model(name), side(name)))
+    assert total == macs
+    if name in MILLIONS:
+        assert total / 1e6 == pytest.approx(MILLIONS[name], rel=0.015)
+
+
+def test_the_table_as_text_has_a_head_and_totals() -> None:
+    head, *rows, total = as_table(layer_costs(build_model("yannet"), 28))
+    assert head == ("layer", "what it is", "output", "parameters", "MAC")
+    assert ("conv1", "convolution 5x5, padding 2", "32x28x28", "832", "627,200") in rows
+    assert ("depthwise", "convolution 3x3, 64 groups", "64x11x11", "640", "69,696") in rows
+    assert ("dropout", "dropout 0.2", "968 units", "", "") in rows
+    assert total == ("total", "", "", "30,306", "13,228,560")
+
+
+@pytest.mark.parametrize(
+    ("name", "shapes"),
+    [
+        ("convnet", {"conv1": (10, 1, 5, 5), "conv2": (20, 10, 3, 3)}),
+        ("deepnet", {"conv1": (32, 1, 5, 5)}),
+        ("yannet", {"conv1": (32, 1, 5, 5), "depthwise": (64, 1, 3, 3)}),
+        ("mlp", {"linear1": (512, 1, 28, 28)}),
+    ],
+)
+def test_filters_are_those_that_can_be_looked_at(name: str, shapes: dict[str, tuple[int, ...]]) -> None:
+    found = {layer: tuple(weight.shape) for layer, weight in filters(build_model(name), side(name)).items()}
+    assert {layer: found.get(layer) for layer in shapes} == shapes
+    assert all(shape[1] * shape[0] <= 256 or layer in ("conv1", "linear1") for layer, shape in found.items())
+
+
+class Brightness(nn.Module):
+    """Takes an image for the class that its first pixel names, the surer the larger its second pixel is."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        named = images[:, 0, 0, 0].long()
+        return nn.functional.one_hot(named, 10) * images[:, 0, 0, 1:2]
+
+
+def test_the_worst_mistakes_come_first() -> None:
+    images = torch.zeros(1500, 28, 28, dtype=torch.uint8)
+    images[:, 0, 0] = torch.arange(1500).remainder(10)
+    images[:, 0, 1] = 9
+    labels = torch.arange(1500).remainder(10)
+    for index, sureness in ((3, 4), (1203, 7), (44, 2)):
+        images[index, 0, 1] = sureness
+        labels[index] = 9
+    found = find_mistakes(Brightness(), lambda batch: batch.unsqueeze(1).float(), images, labels, most=2)
+    assert (found.num_mistakes, found.num_samples) == (3, 1500)
+    assert found.indices.tolist() == [1203, 3]
+    assert found.labels.tolist() == [9, 9]
+    assert found.predicted.tolist() == [3, 3]
+    expected = [torch.tensor([float(sure), *[0.0] * 9]).softmax(0)[0].item() for sure in (7, 4)]
+    assert found.confidences.tolist() == pytest.approx(expected)
+    assert torch.equal(found.images, images[[1203, 3]])
+
+
+def test_a_model_without_mistakes_has_none() -> None:
+    images = torch.full((20, 28, 28), 5, dtype=torch.uint8)
+    found = find_mistakes(Brightness(), lambda batch: batch.unsqueeze(1).float(), images, torch.full((20,), 5))
+    assert (found.num_mistakes, len(found.indices), found.images.shape) == (0, 0, (0, 28, 28))

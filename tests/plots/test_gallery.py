@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from mnist.config import TrainConfig, evolve
+from mnist.data import datasets
+from mnist.data.batches import TrainLoader
+from mnist.data.transforms import Augmentation, BatchTransform
+from mnist.models import build_model
+from mnist.plots import gallery, pictures
+from mnist.plots.history import Curve, History
+from mnist.recipes import RECIPES
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+NAMES = ["samples", "curves", "features", "filters", "confusion", "mistakes"]
+
+
+def digits(config: TrainConfig) -> datasets.Dataset:
+    return datasets.read("digits", config.data)
+
+
+def augmentation(config: TrainConfig) -> Augmentation:
+    return Augmentation(config.image, config.loop.seed, torch.device("cpu"))
+
+
+def write_all(run_dir: Path, config: TrainConfig, model: nn.Sequential) -> dict[str, Path]:
+    facts = {"step": 20, "epoch": 0.5, "split": "train", "dataset": "digits", "loss": 1.0, "accuracy": 0.5}
+    run_dir.mkdir()
+    (run_dir / "metrics.jsonl").write_text(json.dumps(facts) + "\n")
+    return gallery.write_run_pictures(
+        run_dir,
+        config=config,
+        dataset=digits(config),
+        model=model,
+        transform=BatchTransform(config.image),
+        augment=augmentation(config),
+        confusion=[[36 * (i == j) for j in range(10)] for i in range(10)],
+        step=20,
+    )
+
+
+@pytest.mark.parametrize(("recipe", "is_training"), [("smoke", True), ("lenet5_original", False), ("mlp", True)])
+def test_a_run_leaves_six_pictures_and_no_other_trace(tmp_path: Path, recipe: str, is_training: bool) -> None:
+    config = RECIPES[recipe]()
+    model = build_model(config.optim.model).train(is_training)
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    state = torch.get_rng_state()
+    paths = write_all(tmp_path / "run", config, model)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training is is_training
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    assert paths == {name: tmp_path / "run" / "pictures" / f"{name}.png" for name in NAMES}
+    for path in paths.values():
+        with Image.open(path) as image:
+            assert len(image.convert("L").getcolors() or []) > 2
+
+
+def test_the_same_run_gives_the_same_pictures(tmp_path: Path) -> None:
+    model = build_model("tinynet")
+    once, again = (write_all(tmp_path / folder, RECIPES["smoke"](), model) for folder in ("run", "moved"))
+    assert all(
+        once[name].read_bytes() == again[name].read_bytes() for name in NAMES if name != "curves"
+    )  # which name the folder
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What `draw_samples` was given."""
+    seen: dict[str, Any] = {}
+    draw = pictures.draw_samples
+
+    def spy(images: torch.Tensor, labels: torch.Tensor, *rest: Any, augmented: torch.Tensor | None) -> Figure:
+        seen.update(images=images, labels=labels, augmented=augmented)
+        return draw(images, labels, *rest, augmented=augmented)
+
+    monkeypatch.setattr(pictures, "draw_samples", spy)
+    return seen
+
+
+@pytest.mark.parametrize("batch", [64, 256])
+def test_samples_are_what_the_first_steps_see(drawn: dict[str, Any], batch: int) -> None:
+    config = evolve(RECIPES["smoke"](), global_batch_size=batch, seed=3)
+    gallery.sample_figure(config, digits(config), None)
+    loader = TrainLoader(digits(config).train, global_batch_size=batch, seed=3)
+    steps = [step for (step,) in loader.steps(0, 2)]
+    assert torch.equal(drawn["images"], torch.cat([step.images for step in steps])[:100])
+    assert torch.equal(drawn["labels"], torch.cat([step.labels for step in steps])[:100])
+    assert drawn["augmented"] is None
+
+
+def test_augmented_samples_are_what_training_makes_of_them(drawn: dict[str, Any]) -> None:
+    config = evolve(RECIPES["accurate"](), global_batch_size=32)
+    gallery.sample_figure(config, digits(config), augmentation(config))
+    loader = TrainLoader(digits(config).train, global_batch_size=32, seed=0)
+    augment = augmentation(config)
+    expected = [augment(step.images, number, slice(0, 32), 32) for number, (step,) in enumerate(loader.steps(0, 2))]
+    assert torch.equal(drawn["augmented"], torch.cat(expected)[:50])
+    assert not torch.equal(drawn["augmented"], drawn["images"].float())
+
+
+@pytest.mark.parametrize(
+    ("status", "title"),
+    [
+        ("running", "run on digits, step 20"),
+        ("finished", "run on digits, step 20"),
+        ("diverged", "run on digits, step 20, diverged"),
+    ],
+)
+def test_curves_tell_of_a_bad_ending(status: str, title: str) -> None:
+    history = History("run", "digits", {"status": status}, {"train": Curve([20], [1.0], [0.5])}, 40.0)
+    assert title in [text.get_text() for text in gallery.curve_figure([history]).texts]

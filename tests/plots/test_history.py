@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mnist.errors import UserError
+from mnist.plots.history import read_history
+
+
+def record(step: int, split: str = "train", **values: Any) -> str:
+    facts = {"step": step, "epoch": round(step / 469, 4), "split": split, "dataset": "mnist"}
+    return json.dumps({**facts, "loss": 1 / step, "accuracy": 0.9, **values}) + "\n"
+
+
+def write(folder: Path, *lines: str) -> Path:
+    (folder / "metrics.jsonl").write_text("".join(lines))
+    return folder
+
+
+def test_records_become_curves_by_split(tmp_path: Path) -> None:
+    write(tmp_path, record(50), record(100), record(100, "val", accuracy=0.95), record(100, "test", loss=0.25))
+    (tmp_path / "result.json").write_text('{"status": "running"}')
+    history = read_history(tmp_path)
+    assert list(history.curves) == ["train", "val", "test"]
+    assert history.curves["train"].steps == [50, 100]
+    assert history.curves["train"].losses == [1 / 50, 1 / 100]
+    assert history.curves["val"].accuracies == [0.95]
+    assert history.curves["test"].losses == [0.25]
+    assert (history.name, history.dataset, history.last_step) == (tmp_path.name, "mnist", 100)
+    assert history.result == {"status": "running"}
+    assert history.epoch_steps == pytest.approx(469, rel=1e-3)
+
+
+def test_a_torn_last_line_is_left_out(tmp_path: Path) -> None:
+    history = read_history(write(tmp_path, record(1), record(2), record(3)[:-9]))
+    assert history.curves["train"].steps == [1, 2]
+    assert history.result == {}
+
+
+def test_a_value_that_was_not_finite_is_nan(tmp_path: Path) -> None:
+    history = read_history(write(tmp_path, record(1), record(2, loss=None)))
+    assert math.isnan(history.curves["train"].losses[1])
+
+
+def test_the_length_of_an_epoch_is_unknown_at_its_very_beginning(tmp_path: Path) -> None:
+    assert math.isnan(read_history(write(tmp_path, record(1, epoch=0.0))).epoch_steps)
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([], "no record in metrics.jsonl yet"),
+        ([record(1)[:-9]], "no record in metrics.jsonl yet"),
+        ([record(1), "{\n", record(2)], "line 2 of metrics.jsonl is no record"),
+        (["[]\n"], "line 1 of metrics.jsonl is no record"),
+        (['{"step": 1}\n'], "no accuracy, dataset, epoch, loss, split"),
+    ],
+)
+def test_what_is_no_history_is_one_line(tmp_path: Path, lines: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        read_history(write(tmp_path, *lines))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--run .*none: no metrics.jsonl there"):
+        read_history(tmp_path / "none")

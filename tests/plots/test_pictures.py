@@ -1,0 +1,221 @@
+from __future__ import annotations
+
+import ast
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mnist.config import IMAGE_SIZES
+from mnist.data.datasets import SOURCES
+from mnist.errors import RunError
+from mnist.models import MODELS, build_model
+from mnist.plots import canvas, pictures
+from mnist.plots.features import Mistakes, activations, filters, layer_costs
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+DIGITS = SOURCES["mnist"].class_names
+WORDS = SOURCES["fashion_mnist"].class_names
+
+
+def pixels_of(figure: Figure, path: Path) -> torch.Tensor:
+    """Saves, reads back, checks that something is there and that nothing is cut off: (H, W) grey values."""
+    pictures.save_picture(figure, path)
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        grey = torch.from_numpy(np.array(image.convert("L")))
+    assert min(grey.shape) >= canvas.HEAD
+    assert (grey < 128).sum() > 100
+    for edge in (grey[0], grey[-1], grey[:, 0], grey[:, -1]):
+        assert edge.min() == 255
+    return grey
+
+
+def texts(figure: Figure) -> list[str]:
+    """All that is written on a figure."""
+    found = [text.get_text() for text in figure.texts]
+    for axes in figure.axes:
+        found += [text.get_text() for text in axes.texts]
+        if axes.axison:
+            found += [text.get_text() for text in (axes.title, axes.xaxis.label, axes.yaxis.label)]
+            found += [label.get_text() for label in (*axes.get_xticklabels(), *axes.get_yticklabels())]
+        legend = axes.get_legend()
+        found += [text.get_text() for text in legend.get_texts()] if legend is not None else []
+    return [line for text in found for line in text.splitlines() if line]
+
+
+def overlapping_texts(figure: Figure) -> list[tuple[str, str]]:
+    """Pairs of texts that are drawn over one another."""
+    figure.canvas.draw()
+    artists = [text for axes in figure.axes for text in axes.texts] + list(figure.texts)
+    boxes = [(text.get_text(), text.get_window_extent()) for text in artists if text.get_text()]
+    return [
+        (one, other)
+        for number, (one, box) in enumerate(boxes)
+        for other, other_box in boxes[:number]
+        if box.padded(-1.5).overlaps(other_box.padded(-1.5))
+    ]
+
+
+def mistakes(count: int, total: int) -> Mistakes:
+    generator = torch.Generator().manual_seed(0)
+    return Mistakes(
+        indices=torch.arange(count) + 9900,
+        images=torch.randint(0, 256, (count, 28, 28), dtype=torch.uint8, generator=generator),
+        labels=torch.full((count,), 9),
+        predicted=torch.full((count,), 2),
+        confidences=torch.linspace(0.99, 0.4, count),
+        num_mistakes=total,
+        num_samples=10_000,
+    )
+
+
+def confusion(mistaken: int) -> list[list[int]]:
+    counts = [[0] * 10 for _ in range(10)]
+    for k in range(10):
+        counts[k][k] = 1000 - mistaken
+        counts[k][(k + 3) % 10] += mistaken
+    return counts
+
+
+@pytest.mark.parametrize("names", [DIGITS, WORDS])
+@pytest.mark.parametrize("is_augmented", [False, True])
+def test_samples_carry_their_labels(tmp_path: Path, names: tuple[str, ...], is_augmented: bool) -> None:
+    images = torch.randint(0, 256, (37, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(37).remainder(10)
+    augmented = images.float().flip(2) if is_augmented else None
+    figure = pictures.draw_samples(images, labels, names, "title", "subtitle", augmented=augmented)
+    pixels_of(figure, tmp_path / "samples.png")
+    written = texts(figure)
+    assert [written.count(name) for name in names] == [4] * 7 + [3] * 3
+    assert overlapping_texts(figure) == []
+
+
+def test_every_pixel_of_an_image_is_a_square_of_whole_pixels(tmp_path: Path) -> None:
+    images = torch.randint(0, 256, (1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    grey = pixels_of(pictures.draw_samples(images, torch.tensor([7]), DIGITS, "t", "s"), tmp_path / "one.png")
+    top, left = canvas.HEAD + 1, canvas.MARGIN + 1
+    shown = grey[top : top + 56, left : left + 56]
+    expected = (255 - images[0]).repeat_interleave(2, 0).repeat_interleave(2, 1)
+    assert (shown.int() - expected.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_layer_of_every_network_is_shown(tmp_path: Path, name: str) -> None:
+    model, side = build_model(name), IMAGE_SIZES.get(name, 28)
+    image = torch.randn(1, 1, side, side, generator=torch.Generator().manual_seed(0))
+    outputs = {layer: output[0] for layer, output in activations(model, image).items()}
+    figure = pictures.draw_features(outputs, WORDS, "title", "subtitle")
+    pixels_of(figure, tmp_path / "features.png")
+    written = texts(figure)
+    assert [text for text in written if text in outputs] == list(outputs)
+    assert set(WORDS) <= set(written)
+    maps = [f"first 32 of {len(output)} maps" for output in outputs.values() if output.ndim == 3 and len(output) > 32]
+    assert [text for text in written if text.startswith("first")] == maps
+    assert overlapping_texts(figure) == []
+
+
+def test_logits_are_drawn_as_they_are() -> None:
+    logits = torch.tensor([-3.0, 4.0, *[0.5] * 8])
+    figure = pictures.draw_features({"input": torch.rand(1, 28, 28), "linear": logits}, DIGITS, "t", "s")
+    bars = figure.axes[1].patches
+    assert [bar.get_height() for bar in bars] == logits.tolist()
+    assert f"{float(logits.softmax(0)[1]):.1%}" in texts(figure)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_filters_of_every_network(tmp_path: Path, name: str) -> None:
+    found = filters(build_model(name), IMAGE_SIZES.get(name, 28))
+    figure = pictures.draw_filters(found, "title", "subtitle")
+    pixels_of(figure, tmp_path / "filters.png")
+    assert set(found) <= set(texts(figure))
+    assert ("first 64 shown" in texts(figure)) == name.startswith("mlp")
+    assert overlapping_texts(figure) == []
+
+
+@pytest.mark.parametrize("shape", [(64, 4, 3, 3), (42, 6, 3, 3), (16, 16, 3, 3), (2, 128, 1, 1)])
+def test_filters_of_several_inputs_stay_in_the_picture(shape: tuple[int, ...]) -> None:
+    figure = pictures.draw_filters({"conv": torch.randn(shape)}, "title", "subtitle")
+    (axes,) = figure.axes
+    left, right, bottom, top = axes.images[0].get_extent()
+    assert axes.get_xlim()[0] < left < right < axes.get_xlim()[1]
+    assert axes.get_ylim()[0] > bottom > top > axes.get_ylim()[1]
+    assert ("first 40 shown" in texts(figure)) == (shape[0] > 40)
+
+
+@pytest.mark.parametrize("names", [DIGITS, WORDS])
+def test_confusion_shows_counts_and_rates(tmp_path: Path, names: tuple[str, ...]) -> None:
+    figure = pictures.draw_confusion(confusion(25), names, "title")
+    pixels_of(figure, tmp_path / "confusion.png")
+    written = texts(figure)
+    assert "250 mistakes among 10,000 test images; only mistakes are coloured" in written
+    assert [written.count(text) for text in ("975", "25", "97.5", "2.5")] == [10] * 4
+
+
+@pytest.mark.parametrize("counts", [confusion(0), [[0] * 10 for _ in range(10)]])
+def test_confusion_without_mistakes_or_without_a_class(tmp_path: Path, counts: list[list[int]]) -> None:
+    pixels_of(pictures.draw_confusion(counts, DIGITS, "title"), tmp_path / "confusion.png")
+
+
+@pytest.mark.parametrize("count", [1, 28])
+def test_mistakes_say_what_was_taken_for_what(tmp_path: Path, count: int) -> None:
+    figure = pictures.draw_mistakes(mistakes(count, 74), WORDS, "title")
+    pixels_of(figure, tmp_path / "mistakes.png")
+    written = texts(figure)
+    assert written.count("true ankle boot") == written.count("taken for pullover") == count
+    assert "99.0%  #9900" in written
+    assert "74 mistakes among 10,000 test images; the most confident first" in written
+    assert overlapping_texts(figure) == []
+
+
+def test_no_mistakes_are_a_line(tmp_path: Path) -> None:
+    figure = pictures.draw_mistakes(mistakes(0, 0), DIGITS, "title")
+    pictures.save_picture(figure, tmp_path / "mistakes.png")
+    assert "0 mistakes among 10,000 test images: nothing to show" in texts(figure)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_table_of_layers_fits(tmp_path: Path, name: str) -> None:
+    figure = pictures.draw_architecture(layer_costs(build_model(name), IMAGE_SIZES.get(name, 28)), name)
+    pixels_of(figure, tmp_path / "architecture.png")
+    assert overlapping_texts(figure) == []
+
+
+@pytest.mark.parametrize(("suffix", "start"), [(".png", b"\x89PNG"), (".pdf", b"%PDF"), (".svg", b"<?xml")])
+def test_a_picture_is_written_in_the_format_of_its_name(tmp_path: Path, suffix: str, start: bytes) -> None:
+    path = tmp_path / "new" / f"table{suffix}"
+    pictures.save_picture(pictures.draw_architecture([], "empty"), path)
+    assert path.read_bytes().startswith(start)
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match="picture not written"):
+        pictures.save_picture(pictures.draw_architecture([], "empty"), tmp_path / "file" / "table.png")
+
+
+@pytest.mark.parametrize("module", ["canvas", "curves", "pictures", "gallery", "__main__"])
+def test_matplotlib_waits_for_the_first_figure_and_its_global_state_is_left_alone(module: str) -> None:
+    spec = importlib.util.find_spec(f"mnist.plots.{module}")
+    assert spec is not None
+    assert spec.origin is not None
+    tree = ast.parse(Path(spec.origin).read_text())
+    imported = [ast.unparse(node) for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert not [line for line in imported if "matplotlib" in line]
+    assert "pyplot" not in [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
+
+
+def test_colours_have_a_sign() -> None:
+    colours: Callable[..., torch.Tensor] = canvas.signed
+    below, zero, above, beyond = colours(torch.tensor([-2.0, 0.0, 2.0, 5.0]), 2.0)
+    assert zero.tolist() == [1, 1, 1]
+    assert below.tolist() == pytest.approx(canvas.BLUE)
+    assert above.tolist() == beyond.tolist() == pytest.approx(canvas.RED)

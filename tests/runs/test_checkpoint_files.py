@@ -1,0 +1,186 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from mnist.config import OptimConfig, TrainConfig, to_flat
+from mnist.models import build_model
+from mnist.runs.checkpoint_files import (
+    Checkpoint,
+    CheckpointError,
+    _digest,
+    list_steps,
+    load_checkpoint,
+    load_newest,
+    module_tensors,
+    optimizer_tensors,
+    restore_optimizer,
+    save_checkpoint,
+)
+from mnist.training.optim import build_optimizer
+
+
+def make_checkpoint(step: int, val_accuracy: float | None = None) -> Checkpoint:
+    scores = {"val": {"accuracy": val_accuracy}} if val_accuracy is not None else {}
+    return Checkpoint(
+        step=step,
+        tensors={"model": {"w": torch.full((3,), float(step))}, "optimizer": {"0.exp_avg": torch.ones(3)}},
+        loop={"step": step},
+        scaler=None,
+        config=to_flat(TrainConfig()),
+        plan={"num_steps": 100, "world_size": 1},
+        facts={},
+        scores=scores,
+    )
+
+
+def steps_after(folder: Path, accuracies: list[float | None], keep_last: int, keep_best: int) -> list[int]:
+    for step, accuracy in enumerate(accuracies, start=1):
+        save_checkpoint(folder, make_checkpoint(step, accuracy), keep_last, keep_best)
+    return sorted(list_steps(folder))
+
+
+def test_what_is_saved_comes_back(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, make_checkpoint(7, 0.5), 1, 0)
+    found, skipped = load_newest(tmp_path)
+    assert found is not None
+    assert (found.step, found.loop, found.scores, skipped) == (7, {"step": 7}, {"val": {"accuracy": 0.5}}, [])
+    assert torch.equal(found.tensors["model"]["w"], torch.full((3,), 7.0))
+
+
+def test_an_empty_folder_has_nothing(tmp_path: Path) -> None:
+    assert load_newest(tmp_path / "checkpoints") == (None, [])
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "keep_last", "keep_best", "kept"),
+    [
+        ([None] * 5, 2, 0, [4, 5]),
+        ([0.9, 0.5, 0.6, 0.7], 1, 1, [1, 4]),
+        ([0.9, 0.8, 0.6, 0.7], 1, 2, [1, 2, 4]),
+        ([0.1, 0.2, 0.3], 1, 1, [3]),
+        ([0.5, 0.5, 0.4], 1, 1, [1, 3]),
+    ],
+)
+def test_the_last_and_the_best_are_kept_independently(
+    tmp_path: Path, accuracies: list[float | None], keep_last: int, keep_best: int, kept: list[int]
+) -> None:
+    assert steps_after(tmp_path, accuracies, keep_last, keep_best) == kept
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".tmp")]
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def flip_the_last_bit(path: Path) -> None:
+    """Of a number: the file is as well-formed as before."""
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit, flip_the_last_bit, Path.unlink])
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "manifest.json"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_taken(
+    tmp_path: Path, damage: Callable[[Path], None], name: str
+) -> None:
+    steps_after(tmp_path, [None, None], 2, 0)
+    damaged = tmp_path / "step-00000002" / name
+    damage(damaged)
+    found, skipped = load_newest(tmp_path)
+    assert found is not None
+    assert found.step == 1
+    assert len(skipped) == 1
+    assert str(damaged.parent) in skipped[0]
+
+
+def test_when_all_are_damaged_nothing_is_started_over_or_deleted(tmp_path: Path) -> None:
+    steps_after(tmp_path, [None, None], 2, 0)
+    for path in tmp_path.glob("*/model.safetensors"):
+        truncate(path)
+    with pytest.raises(CheckpointError, match="no valid checkpoint"):
+        load_newest(tmp_path)
+    assert sorted(list_steps(tmp_path)) == [1, 2]
+
+
+def test_a_half_written_directory_is_no_checkpoint(tmp_path: Path) -> None:
+    for name in (".tmp-step-00000001", ".tmp-old-step-00000009", "best"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").touch()
+    steps_after(tmp_path, [None], 1, 0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "step-00000001"], "the next save clears up"
+
+
+def test_a_checkpoint_that_cannot_be_removed_is_one_too_many_and_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError
+
+    save_checkpoint(tmp_path, make_checkpoint(1), 1, 1)
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, ignore_errors=False: None if ignore_errors else refuse())
+    save_checkpoint(tmp_path, make_checkpoint(2), 1, 1)
+    assert sorted(list_steps(tmp_path)) == [2]
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "model.pkl", "sub/model.safetensors"])
+def test_a_manifest_cannot_point_elsewhere(tmp_path: Path, name: str) -> None:
+    path = save_checkpoint(tmp_path, make_checkpoint(1), 1, 0)
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"][name] = manifest["files"].pop("model.safetensors")
+    manifest["sha256"] = _digest(manifest)
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="no part of a checkpoint"):
+        load_checkpoint(path)
+
+
+def test_a_failed_write_leaves_earlier_checkpoints_and_no_rest(tmp_path: Path) -> None:
+    steps_after(tmp_path, [None], 1, 0)
+    (tmp_path / "step-00000002").write_text("a file in the way")
+    (tmp_path / "step-00000002").unlink()
+    bad = make_checkpoint(2)
+    bad.tensors["model"] = {"a": torch.ones(2), "b": torch.ones(2).to_sparse()}  # cannot be serialised
+    with pytest.raises((CheckpointError, ValueError, RuntimeError)):
+        save_checkpoint(tmp_path, bad, 1, 0)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+@pytest.mark.parametrize("kind", ["adam", "adamw", "adadelta", "sgd"])
+def test_an_optimizer_continues_as_if_nothing_had_happened(kind: str) -> None:
+    """Channels-last weights included: fused kernels take equal layouts of weight and moments for granted."""
+
+    def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+        for step in steps:
+            images = torch.rand(8, 1, 28, 28, generator=torch.Generator().manual_seed(step))
+            model(images).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    config = OptimConfig(optimizer=kind, lr=0.01, momentum=0.9, nesterov=True)  # type: ignore[arg-type]
+    torch.manual_seed(0)
+    whole = build_model("tinynet")
+    optimizer = build_optimizer(whole.parameters(), config)
+    train(whole, optimizer, range(3))
+    saved = {k: v.clone() for k, v in module_tensors(whole).items()}
+    moments = {k: v.clone().contiguous() for k, v in optimizer_tensors(optimizer).items()}
+    train(whole, optimizer, range(3, 6))
+    resumed = build_model("tinynet")
+    resumed.load_state_dict(saved)
+    optimizer = build_optimizer(resumed.parameters(), config)
+    restore_optimizer(optimizer, moments)
+    train(resumed, optimizer, range(3, 6))
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))

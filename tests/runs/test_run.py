@@ -1,0 +1,496 @@
+"""Whole runs, in this process and on forked ranks: the same code as the command, without the seconds of a launcher."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+
+import train_ddp
+from mnist.cli import parse_command_line
+from mnist.data.batches import TrainLoader
+from mnist.runs.checkpoint_files import load_checkpoint, load_newest
+from mnist.system import signals
+from tests.ranks import run_ranks
+
+SMALL = [
+    *("--recipe", "smoke", "--epochs", "3", "--log-every", "10"),  # 3 x 23 steps of 64
+    *("--num-threads", "1", "--min-accuracy", "0.5"),
+]
+# Everything that has a state or draws random numbers, in few steps.
+EVERYTHING = [
+    *("--dataset", "digits", "--val-size", "1317", "--recipe", "yannet", "--epochs", "4", "--global-batch-size", "24"),
+    *("--optimizer", "adamw", "--lr", "1e-3", "--schedule", "one_cycle", "--warmup", "0.3", "--ema", "0.9"),
+    *("--rotation", "10", "--translation", "0.1", "--elastic", "0.5", "--grad-clip", "1"),
+    *("--gradient-accumulation-steps", "2", "--checkpoint-every", "4", "--log-every", "3"),
+    *("--num-threads", "1", "--wandb", "disabled"),
+]
+
+
+def run(folder: Path, *arguments: str) -> int:
+    """One run on this rank, as the command line would have it."""
+    return train_ddp.main(parse_command_line([*arguments, "--run-dir", str(folder), "--quiet"]))
+
+
+def result(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "result.json").read_text())
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """The records, without the times."""
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    times = {"images_per_s", "images_per_s_per_device", "memory_mb", "epoch_time_s"}
+    return [{key: value for key, value in record.items() if key not in times} for record in records]
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "export" / "last" / "model.safetensors").read_bytes()
+
+
+def run_and_signal(number: int, at_step: int, on_rank: int, folder: Path, *arguments: str) -> int:
+    """A run that gets a real signal when it is about to take step `at_step`."""
+    signals.install()
+    original = TrainLoader.steps
+
+    def steps(self: TrainLoader, first: int, stop: int) -> Iterator[Any]:
+        for index, micro_batches in enumerate(original(self, first, stop), start=first):
+            if index == at_step and self.rank == on_rank:
+                os.kill(os.getpid(), number)
+            yield micro_batches
+
+    TrainLoader.steps = steps  # type: ignore[method-assign]
+    return run(folder, *arguments)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_a_run_ends_with_the_promised_files(tmp_path: Path, world_size: int) -> None:
+    assert run_ranks(run, world_size, tmp_path, *SMALL) == [0] * world_size
+    found = result(tmp_path)
+    assert found["status"] == "finished"
+    assert found["world_size"] == world_size
+    assert (found["dataset"], found["steps"], found["epochs"]) == ("digits", 69, 3)
+    assert found["test"]["num_samples"] == 360
+    assert found["test"]["accuracy"] == found["test"]["num_correct"] / 360
+    assert json.loads((tmp_path / "config.json").read_text())["recipe"] == "smoke"
+    assert len(json.loads((tmp_path / "environment.json").read_text())["ranks"]) == world_size
+    assert {record["split"] for record in metrics(tmp_path)} == {"train", "test"}
+    assert {record["dataset"] for record in metrics(tmp_path)} == {"digits"}
+    assert [record["step"] for record in metrics(tmp_path) if record["split"] == "test"] == [23, 46, 69]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000046", "step-00000069"]
+    for name in ("last", "best"):
+        assert sorted(path.name for path in (tmp_path / "export" / name).iterdir()) == [
+            "config.json",
+            "model.safetensors",
+        ]
+
+
+def test_both_evaluation_modes_count_the_same(tmp_path: Path) -> None:
+    for mode in ("rank0", "sharded"):
+        run_ranks(run, 2, tmp_path / mode, *SMALL, "--evaluation", mode)
+    rank0, sharded = (result(tmp_path / mode)["test"] for mode in ("rank0", "sharded"))
+    assert rank0 == sharded
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_an_interrupted_run_ends_bit_for_bit_like_an_uninterrupted_one(tmp_path: Path, world_size: int) -> None:
+    """Stopped at steps 3, 8 and 16 of 20, five a pass: on the last rank, then on the first."""
+    assert run_ranks(run, world_size, tmp_path / "a", *EVERYTHING) == [0] * world_size
+    for at_step, rank in ((3, world_size - 1), (8, 0), (16, 0)):
+        codes = run_ranks(run_and_signal, world_size, signal.SIGTERM, at_step, rank, tmp_path / "b", *EVERYTHING)
+        assert codes == [75] * world_size
+        assert result(tmp_path / "b")["status"] == "preempted"
+    assert run_ranks(run, world_size, tmp_path / "b", *EVERYTHING) == [0] * world_size
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")
+    assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
+
+
+def test_what_a_start_without_a_checkpoint_has_left_belongs_to_its_configuration(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    rare = [*SMALL, "--log-every", "5", "--checkpoint-every", "1000"]
+    with pytest.raises(RuntimeError, match="a rank died"):
+        run_ranks(run_and_signal, 1, signal.SIGKILL, 18, 0, tmp_path / "a", *rare)
+    assert metrics(tmp_path / "a")[-1]["step"] == 15
+    assert run_ranks(run, 1, tmp_path / "a", *rare, "--seed", "5") == [2]
+    assert "--seed was 0, now 5" in capfd.readouterr().err
+    for folder in ("a", "b"):
+        run_ranks(run, 1, tmp_path / folder, *rare, "--lr", "0.001")
+    assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
+    (before,) = (tmp_path / "a").glob("before-*")
+    assert [record["step"] for record in metrics(before)] == [5, 10, 15]
+
+
+def test_a_stop_between_evaluations_claims_no_scores_of_its_weights(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [*SMALL, "--eval-every", "10", "--val-size", "300", "--resume", "never"]
+    assert run_ranks(run_and_signal, 1, signal.SIGTERM, 16, 0, tmp_path, *arguments) == [75]
+    manifests = sorted((tmp_path / "checkpoints").glob("*/manifest.json"))
+    scores = {path.parent.name: set(json.loads(path.read_text())["scores"]) for path in manifests}
+    assert scores == {"step-00000010": {"val"}, "step-00000017": set()}
+    assert "type the same command again, without --resume" in capfd.readouterr().err
+
+
+def test_a_killed_run_replays_the_lost_steps_and_doubles_no_record(tmp_path: Path) -> None:
+    run_ranks(run, 1, tmp_path / "a", *EVERYTHING)
+    with pytest.raises(RuntimeError, match="a rank died"):
+        run_ranks(run_and_signal, 1, signal.SIGKILL, 14, 0, tmp_path / "b", *EVERYTHING)
+    with (tmp_path / "b" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 15, "spl')  # torn by the kill
+    assert run_ranks(run, 1, tmp_path / "b", *EVERYTHING) == [0]
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")
+    assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 3)])
+def test_a_run_continues_on_another_number_of_processes(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], before: int, after: int
+) -> None:
+    """Within 1e-5 of the uninterrupted run 19 steps after the change."""
+    arguments = [*SMALL, "--max-steps", "40", "--schedule", "constant", "--lr", "1e-3", "--min-accuracy", "0.01"]
+    run_ranks(run, 1, tmp_path / "a", *arguments)
+    assert run_ranks(run_and_signal, before, signal.SIGTERM, 20, 0, tmp_path / "b", *arguments) == [75] * before
+    assert run_ranks(run, after, tmp_path / "b", *arguments) == [0] * after
+    assert f"processes {before} -> {after} (same global batches)" in capfd.readouterr().err
+    pairs = zip(metrics(tmp_path / "a"), metrics(tmp_path / "b"), strict=True)
+    assert all(a["step"] == b["step"] and a["loss"] == pytest.approx(b["loss"], abs=1e-5) for a, b in pairs)
+    ours, theirs = safetensors.torch.load(weights(tmp_path / "a")), safetensors.torch.load(weights(tmp_path / "b"))
+    assert max(float((ours[name] - theirs[name]).abs().max()) for name in ours) < 1e-5
+
+
+def test_a_finished_run_says_so_and_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_ranks(run, 1, tmp_path, *SMALL)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.name != ".lock"}
+    assert train_ddp.main(parse_command_line([*SMALL, "--run-dir", str(tmp_path)])) == 0
+    assert "is finished: 69 steps" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.name != ".lock"} == before
+
+
+@pytest.mark.parametrize(("schedule", "is_offered"), [("constant", True), ("one_cycle", False)])
+def test_a_finished_run_offers_more_epochs_where_its_schedule_allows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], schedule: str, is_offered: bool
+) -> None:
+    arguments = [*SMALL, "--epochs", "1", "--min-accuracy", "0.01", "--schedule", schedule]
+    run_ranks(run, 1, tmp_path, *arguments)
+    capsys.readouterr()
+    train_ddp.main(parse_command_line([*arguments, "--run-dir", str(tmp_path)]))
+    assert ("continue it with more --epochs" in capsys.readouterr().err) == is_offered
+
+
+def test_a_run_that_reached_its_target_goes_on_without_one(tmp_path: Path) -> None:
+    arguments = [*SMALL, "--min-accuracy", "0.01"]
+    run_ranks(run, 1, tmp_path / "a", *arguments)
+    run_ranks(run, 1, tmp_path / "b", *arguments, "--target-accuracy", "0.02")
+    assert result(tmp_path / "b")["stop_reason"] == "target reached"
+    assert result(tmp_path / "b")["steps"] == 23
+    assert run_ranks(run, 1, tmp_path / "b", *arguments) == [0]
+    assert result(tmp_path / "b")["stop_reason"] is None
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")
+
+
+def test_a_finished_run_does_not_pass_for_one_with_another_rate(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [*SMALL, "--epochs", "1", "--min-accuracy", "0.01"]
+    run_ranks(run, 1, tmp_path, *arguments)
+    capsys.readouterr()
+    command = [*arguments, "--lr", "1e-3", "--run-dir", str(tmp_path)]
+    assert train_ddp.main(parse_command_line(command)) == 0
+    assert "--lr was 0.005, now 0.001: not trained again" in capsys.readouterr().err
+    assert train_ddp.main(parse_command_line([*command, "--min-accuracy", "0.99"])) == 1
+    assert "--min-accuracy 0.99: missed with" in capsys.readouterr().err
+
+
+def test_validation_scores_survive_a_restart_after_the_last_of_them(tmp_path: Path) -> None:
+    arguments = [*SMALL, "--val-size", "300"]
+    run_ranks(run, 1, tmp_path, *arguments)
+    whole = result(tmp_path)
+    (tmp_path / "result.json").write_text('{"status": "running"}')  # as after a kill before the closing words
+    assert run_ranks(run, 1, tmp_path, *arguments) == [0]
+    assert result(tmp_path)["val"] == whole["val"] is not None
+
+
+def test_more_epochs_continue_a_finished_run_exactly(tmp_path: Path) -> None:
+    constant = [*SMALL, "--schedule", "constant"]
+    run_ranks(run, 1, tmp_path / "a", *constant)
+    run_ranks(run, 1, tmp_path / "b", *constant, "--epochs", "2")
+    assert run_ranks(run, 1, tmp_path / "b", *constant) == [0]
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")
+
+
+def test_more_epochs_are_asked_for_as_a_person_would(tmp_path: Path) -> None:
+    """Without --epochs at first, with them later: on a data set that a recipe is stretched over, too."""
+    arguments = ["--recipe", "mycnn", "--dataset", "digits", "--num-threads", "1", "--global-batch-size", "256"]
+    assert run_ranks(run, 1, tmp_path, *arguments, "--max-steps", "4") == [0]
+    assert run_ranks(run, 1, tmp_path, *arguments, "--epochs", "6", "--max-steps", "8") == [0]
+    assert result(tmp_path)["steps"] == 8
+
+
+def test_a_finished_directory_does_not_answer_for_another_recipe(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run_ranks(run, 1, tmp_path, *SMALL)
+    assert run_ranks(run, 1, tmp_path, *SMALL, "--model", "mycnn") == [2]
+    assert "--model was tinynet, now mycnn" in capfd.readouterr().err
+
+
+def test_a_refused_resume_changes_nothing(tmp_path: Path) -> None:
+    run_ranks(run, 1, tmp_path, *SMALL)
+    before = sorted(str(path) for path in tmp_path.rglob("*"))
+    earlier = str(tmp_path / "checkpoints" / "step-00000046")
+    assert run_ranks(run, 1, tmp_path, *SMALL, "--resume", earlier, "--seed", "5") == [2]
+    assert sorted(str(path) for path in tmp_path.rglob("*")) == before
+
+
+def test_a_broken_checkpoint_is_replaced_when_its_step_comes_again(tmp_path: Path) -> None:
+    arguments = [*SMALL, "--schedule", "constant"]
+    run_ranks(run, 1, tmp_path, *arguments, "--epochs", "2")
+    broken = tmp_path / "checkpoints" / "step-00000046" / "model.safetensors"
+    broken.write_bytes(broken.read_bytes()[:-1])
+    assert run_ranks(run, 1, tmp_path, *arguments, "--keep-last", "3") == [0]
+    found, skipped = load_newest(tmp_path / "checkpoints")
+    assert not skipped
+    assert found is not None
+    load_checkpoint(tmp_path / "checkpoints" / "step-00000046")
+    assert list(tmp_path.glob("before-*/step-00000046"))
+
+
+def test_a_run_that_begins_from_another_runs_checkpoint_finds_its_own_best(tmp_path: Path) -> None:
+    arguments = [*SMALL, "--val-size", "300", "--schedule", "constant"]
+    run_ranks(run, 1, tmp_path / "a", *arguments)
+    start = str(tmp_path / "a" / "checkpoints" / "step-00000036")
+    start = start if Path(start).is_dir() else str(sorted((tmp_path / "a" / "checkpoints").iterdir())[0])
+    assert run_ranks(run, 1, tmp_path / "b", *arguments, "--lr", "1e-9", "--resume", start) == [0]
+    assert result(tmp_path / "b")["status"] == "finished"
+
+
+def test_weights_that_the_last_step_broke_are_not_called_finished(tmp_path: Path) -> None:
+    arguments = [*SMALL, "--max-steps", "1", "--optimizer", "sgd", "--lr", "1e38", "--schedule", "constant"]
+    assert run_ranks(run, 2, tmp_path, *arguments) == [1, 1]
+    assert result(tmp_path)["status"] == "diverged"
+    assert not (tmp_path / "export").exists()
+    assert not list((tmp_path / "checkpoints").glob("*")) if (tmp_path / "checkpoints").exists() else True
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_target_ends_the_run_at_the_evaluation_that_reaches_it(tmp_path: Path, world_size: int) -> None:
+    """Not at the end of the epoch, 23 steps later."""
+    arguments = [*SMALL, "--min-accuracy", "None", "--eval-every", "3", "--target-accuracy", "0.02"]
+    assert run_ranks(run, world_size, tmp_path, *arguments) == [0] * world_size
+    assert (result(tmp_path)["steps"], result(tmp_path)["stop_reason"]) == (3, "target reached")
+    assert run_ranks(run, world_size, tmp_path, *arguments) == [0] * world_size, "and it is finished"
+
+
+def test_a_job_that_is_started_again_before_its_first_checkpoint_begins_where_it_had_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_ranks(run, 1, tmp_path / "a", *SMALL)
+    start = str(tmp_path / "a" / "checkpoints" / "step-00000046")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert run_ranks(run, 1, tmp_path / "b", *SMALL, "--resume", start) == [0]
+    assert min(record["step"] for record in metrics(tmp_path / "b")) == 50
+    assert not list((tmp_path / "b").glob("before-*"))
+
+
+@pytest.mark.parametrize(("rates", "kept"), [("ab", 0), ("aba", 0), ("abb", 1), ("aa", 1)])
+def test_records_of_another_course_are_set_aside_and_no_others(tmp_path: Path, rates: str, kept: int) -> None:
+    """Killed at step 35 with records to 30 and a checkpoint of 23, time and again; the last start goes to the end."""
+    arguments = [*SMALL, "--schedule", "constant", "--checkpoint-every", "23"]
+    lr = {"a": 1e-3, "b": 1e-6}
+    for rate in rates[:-1]:
+        with pytest.raises(RuntimeError, match="a rank died"):
+            run_ranks(run_and_signal, 1, signal.SIGKILL, 35, 0, tmp_path, *arguments, "--lr", str(lr[rate]))
+    folders = set(tmp_path.glob("before-*"))
+    assert run_ranks(run, 1, tmp_path, *arguments, "--lr", str(lr[rates[-1]])) == [0]
+    assert {r["lr"] for r in metrics(tmp_path) if r["split"] == "train" and r["step"] > 23} == {lr[rates[-1]]}
+    assert (set(tmp_path.glob("before-*")) == folders) is bool(kept)
+
+
+def test_another_length_of_an_epoch_is_another_course(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """It moves the decay of a step-wise schedule."""
+    arguments = [*SMALL, "--schedule", "step", "--checkpoint-every", "10", "--min-accuracy", "None"]
+    assert run_ranks(run_and_signal, 1, signal.SIGTERM, 15, 0, tmp_path, *arguments, "--max-steps", "20") == [75]
+    assert run_ranks(run, 1, tmp_path, *arguments, "--max-steps", "20", "--stretch-epochs") == [0]
+    assert "from here on: stretch_epochs False -> True" in " ".join(capfd.readouterr().err.split())
+
+
+def test_a_restarted_job_goes_on_even_if_its_command_says_never(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = [*SMALL, "--resume", "never"]
+    assert run_ranks(run_and_signal, 1, signal.SIGTERM, 30, 0, tmp_path, *arguments) == [75]
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert run_ranks(run, 1, tmp_path, *arguments) == [0]
+    assert not list(tmp_path.glob("before-*"))
+
+
+def test_the_average_of_a_compiled_model_has_plain_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    assert run_ranks(run, 1, tmp_path, *SMALL, "--max-steps", "2", "--ema", "0.9", "--min-accuracy", "0.01") == [0]
+    assert b"_orig_mod" not in weights(tmp_path)
+
+
+def test_a_schedule_laid_out_for_a_length_is_not_stretched(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run_ranks(run, 1, tmp_path, *SMALL)
+    assert run_ranks(run, 1, tmp_path, *SMALL, "--epochs", "4") == [2]
+    assert "--resume never" in capfd.readouterr().err
+    assert result(tmp_path)["status"] == "finished"
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("--model", "fastnet"), ("--seed", "1"), ("--global-batch-size", "32"), ("--loss", "nll"), ("--ema", "0.9")],
+)
+def test_another_configuration_is_refused_with_both_values(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], flag: str, value: str
+) -> None:
+    arguments = [*SMALL, "--schedule", "constant", "--epochs", "1"]
+    run_ranks(run, 1, tmp_path, *arguments)
+    assert run_ranks(run, 1, tmp_path, *arguments, "--epochs", "2", flag, value) == [2]
+    error = capfd.readouterr().err
+    assert f"{flag} was" in error
+    assert f"now {value}" in error
+
+
+def test_another_learning_rate_is_taken_and_mentioned(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    arguments = [*SMALL, "--schedule", "constant"]
+    run_ranks(run, 1, tmp_path, *arguments, "--epochs", "1")
+    assert run_ranks(run, 1, tmp_path, *arguments, "--lr", "1e-3") == [0]
+    assert "lr 0.005 -> 0.001" in capfd.readouterr().err
+    assert metrics(tmp_path)[-2]["lr"] == 1e-3
+
+
+def test_the_best_on_validation_is_what_the_test_set_sees_once(tmp_path: Path) -> None:
+    rising = ["--schedule", "one_cycle", "--warmup", "0.8", "--lr", "1"]  # to a rate that undoes what was learnt
+    run_ranks(run, 1, tmp_path, *SMALL, "--val-size", "300", "--epochs", "6", *rising, "--min-accuracy", "0.2")
+    records = metrics(tmp_path)
+    validation = [(record["accuracy"], record["step"]) for record in records if record["split"] == "val"]
+    best = max(accuracy for accuracy, _ in validation)
+    best_step = next(step for accuracy, step in validation if accuracy == best)
+    found = result(tmp_path)
+    assert found["best"]["step"] == best_step
+    assert sum(record["split"] == "test" for record in records) == 1
+    assert (tmp_path / "checkpoints" / f"step-{best_step:08d}").is_dir()
+    assert best_step != found["steps"], "choose a learning rate that harms in the end"
+    assert (tmp_path / "export" / "best" / "model.safetensors").read_bytes() != weights(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--target-accuracy", "0.8"], "target reached"),
+        (["--target-loss", "1.0"], "target reached"),
+        (["--val-size", "300", "--patience", "2", "--lr", "1e-9"], "no better for 2 evaluations"),
+    ],
+)
+def test_a_run_stops_early(tmp_path: Path, arguments: list[str], reason: str) -> None:
+    run_ranks(run, 2, tmp_path, *SMALL, "--epochs", "15", "--min-accuracy", "0.01", *arguments)
+    found = result(tmp_path)
+    assert found["stop_reason"] == reason
+    assert found["steps"] < found["planned_steps"]
+    assert found["status"] == "finished"
+
+
+def test_a_missed_gate_is_exit_code_1_now_and_when_asked_again(tmp_path: Path) -> None:
+    assert run_ranks(run, 1, tmp_path, *SMALL, "--epochs", "1", "--min-accuracy", "0.999") == [1]
+    assert result(tmp_path)["gate_passed"] is False
+    assert run_ranks(run, 1, tmp_path, *SMALL, "--epochs", "1", "--min-accuracy", "0.999") == [1]
+
+
+def test_a_diverged_run_says_where_and_is_not_resumed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    arguments = [*SMALL, "--optimizer", "sgd", "--lr", "1e30", "--schedule", "constant"]
+    assert run_ranks(run, 2, tmp_path, *arguments) == [1, 1]
+    found = result(tmp_path)
+    assert found["status"] == "diverged"
+    assert f"at step {found['steps']} on rank" in capfd.readouterr().err
+    assert run_ranks(run, 2, tmp_path, *arguments) == [1, 1]
+    assert "--resume never" in capfd.readouterr().err
+
+
+def test_resume_never_sets_the_old_run_aside(tmp_path: Path) -> None:
+    run_ranks(run, 1, tmp_path, *SMALL)
+    old = weights(tmp_path)
+    assert run_ranks(run, 1, tmp_path, *SMALL, "--seed", "5", "--resume", "never") == [0]
+    assert weights(tmp_path) != old
+    (before,) = tmp_path.glob("before-*")
+    assert (before / "export" / "last" / "model.safetensors").read_bytes() == old
+    assert len(metrics(tmp_path)) == len(metrics(before))
+
+
+def test_a_run_can_go_back_and_take_another_way(tmp_path: Path) -> None:
+    arguments = [*SMALL, "--schedule", "constant"]
+    run_ranks(run, 1, tmp_path, *arguments, "--keep-last", "3")
+    old = metrics(tmp_path)
+    earlier = str(tmp_path / "checkpoints" / "step-00000023")
+    assert run_ranks(run, 1, tmp_path, *arguments, "--lr", "1e-3", "--resume", earlier) == [0]
+    new = metrics(tmp_path)
+    assert [(r["step"], r["split"]) for r in new] == [(r["step"], r["split"]) for r in old]
+    assert [a == b for a, b in zip(new, old, strict=True)] == [record["step"] <= 23 for record in old]
+    (before,) = tmp_path.glob("before-*")
+    assert sorted(path.name for path in before.iterdir()) == ["metrics.jsonl", "step-00000046", "step-00000069"]
+
+
+def test_without_a_run_dir_the_same_command_continues_what_was_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = [*SMALL, "--quiet"]
+
+    def start(at_step: int | None) -> int:
+        if at_step is not None:
+            monkeypatch.setattr(signals, "stop_requested", lambda: True)
+        return train_ddp.main(parse_command_line(arguments))
+
+    assert run_ranks(start, 1, 5) == [75]
+    assert run_ranks(start, 1, None) == [0]
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert folder.name.startswith("smoke-digits-")
+    assert result(folder)["status"] == "finished"
+    assert run_ranks(start, 1, None) == [0]
+    assert len(list((tmp_path / "runs").iterdir())) == 2, "a finished run is not continued"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--global-batch-size", "5000"], "--global-batch-size 5000: larger than the training set of 1,437 images"),
+        (["--val-size", "1437"], "--val-size 1437: must be below"),
+        (["--mixed-precision", "fp16"], "--mixed-precision fp16: needs a GPU"),
+        (["--gradient-accumulation-steps", "65"], "--global-batch-size 64: too small"),
+        (["--model", "yannet", "--image-size", "32"], "--model yannet: needs --image-size 28, not 32"),
+        (["--resume", "nowhere"], "--resume nowhere: no checkpoint"),
+        (["--run-dir", "/dev/null/x"], "--run-dir /dev/null/x: not writable"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_leaves_nothing(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    def start() -> int:
+        try:
+            return train_ddp.main(parse_command_line([*SMALL, "--run-dir", str(tmp_path / "run"), *arguments]))
+        except SystemExit as end:
+            return int(end.code or 0)
+
+    assert run_ranks(start, 2) == [2, 2]
+    error = capfd.readouterr().err
+    assert message in error
+    assert error.count("error:") + error.count("Value error") == 1
+    assert not list(tmp_path.rglob("*.json*"))
+
+
+def test_bf16_is_what_the_record_says(tmp_path: Path) -> None:
+    assert run_ranks(run, 1, tmp_path, *SMALL, "--mixed-precision", "bf16") == [0]
+    assert result(tmp_path)["precision"] == "bf16"
+
+
+def test_the_launchers_precision_holds_unless_a_flag_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    for name, extra in (("launcher", []), ("flag", ["--mixed-precision", "no"])):
+        run_ranks(run, 1, tmp_path / name, *SMALL, "--epochs", "1", "--min-accuracy", "0.1", *extra)
+    assert [result(tmp_path / name)["precision"] for name in ("launcher", "flag")] == ["bf16", "fp32"]

@@ -1,0 +1,217 @@
+"""The recording itself needs a CUDA GPU (test_gpu.py); buffers, seeds and what is left behind are the same on a CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from mnist.training import cuda_graph
+from mnist.training.cuda_graph import CapturedStep, agrees, settle_step_mode, why_not
+from mnist.training.loop import TrainState, train_one_epoch
+from mnist.training.step import TrainStep
+from tests.ranks import run_ranks
+from tests.training.test_step import make_step
+
+
+def recorder(step: TrainStep) -> cuda_graph.Record:
+    """Stands in for graphs: warms up as they do, and replays by doing the work again, into the same memory."""
+
+    def record(work: Callable[[], object], generators: Sequence[torch.Generator]) -> Callable[[], None]:
+        for _ in range(cuda_graph.WARMUP_STEPS):
+            work()
+        written = step.grad_norm  # a tensor where this work measures it
+
+        def replay() -> None:
+            bound = step.grad_norm
+            work()
+            if isinstance(written, torch.Tensor) and step.grad_norm is not bound:
+                written.copy_(torch.as_tensor(step.grad_norm))
+            step.grad_norm = bound  # a graph knows nothing of Python's names
+
+        return replay
+
+    return record
+
+
+def weights(step: TrainStep) -> torch.Tensor:
+    modules = [step.model, *([step.average.module] if step.average else [])]
+    tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())] + [step.sums]
+    return torch.cat([tensor.detach().double().flatten() for tensor in tensors])
+
+
+def train(step: TrainStep, loader: Any, stop: int) -> list[Any]:
+    return [
+        (record.loss, record.grad_norm, record.lr)
+        for record in train_one_epoch(step, loader.steps(0, stop), TrainState(), pauses_at=lambda s: s % 5 == 0)
+    ]
+
+
+OPTIMIZERS: list[dict[str, Any]] = [
+    {"optimizer": "adamw", "schedule": "one_cycle", "warmup": 0.3, "grad_clip": 0.5},
+    {"optimizer": "sgd", "lr": 0.05, "momentum": 0.9, "nesterov": True},
+    {"optimizer": "adadelta", "lr": 1.0},
+]
+
+
+@pytest.mark.parametrize("optim", OPTIMIZERS, ids=lambda optim: optim["optimizer"])
+def test_a_replayed_run_is_the_eager_one(optim: dict[str, Any]) -> None:
+    eager, loader = make_step(batch=100, model=network(), average=0.9, **optim)  # the last batch of a pass has 37
+    replayed, _ = make_step(batch=100, model=network(), average=0.9, **optim)
+    before = weights(replayed)
+    first = next(iter(loader.steps(0, 1)))[0]
+    replayed.captured = CapturedStep(replayed, first, recorder(replayed))
+    assert torch.equal(weights(replayed), before), "capturing leaves no trace"
+    for num_steps in (1, 2, 9):
+        assert agrees(replayed, replayed.captured, list(loader.steps(0, num_steps)))
+    assert torch.equal(weights(replayed), before), "nor does checking"
+    assert train(replayed, loader, 20) == train(eager, loader, 20)
+    assert torch.equal(weights(replayed), weights(eager))
+
+
+def network() -> torch.nn.Sequential:
+    """Batch norm and dropout: buffers, and random numbers inside the network."""
+    torch.manual_seed(1)
+    return torch.nn.Sequential(
+        torch.nn.Conv2d(1, 4, 5, stride=3),
+        torch.nn.BatchNorm2d(4),
+        torch.nn.ReLU(),
+        torch.nn.Flatten(),
+        torch.nn.Dropout(0.3),
+        torch.nn.Linear(256, 10),
+    )
+
+
+def test_a_step_in_the_middle_of_a_run_can_be_captured() -> None:
+    eager, loader = make_step(batch=64, optimizer="adamw")
+    replayed, _ = make_step(batch=64, optimizer="adamw")
+    for step in (eager, replayed):
+        train(step, loader, 10)
+    replayed.captured = CapturedStep(replayed, next(iter(loader.steps(0, 1)))[0], recorder(replayed))
+    for step in (eager, replayed):
+        for number, micro_batches in enumerate(loader.steps(10, 20), start=10):
+            step(micro_batches, number)
+    assert torch.equal(weights(replayed), weights(eager))
+
+
+def changing(step: TrainStep, change: float) -> cuda_graph.Record:
+    """Replays that end with weights larger by this part than they should be."""
+
+    def record(work: Callable[[], object], generators: Sequence[torch.Generator]) -> Callable[[], None]:
+        honest = recorder(step)(work, generators)
+
+        def replay() -> None:
+            honest()
+            with torch.no_grad():
+                for weight in step.model.parameters():
+                    weight.mul_(1 + change)
+
+        return replay
+
+    return record
+
+
+@pytest.mark.parametrize("change", [0.0, 1e-6])
+def test_another_result_is_noticed(change: float) -> None:
+    step, loader = make_step(batch=64)
+    replays = CapturedStep(step, next(iter(loader.steps(0, 1)))[0], changing(step, change))
+    assert agrees(step, replays, list(loader.steps(0, 5))) is (change == 0)
+
+
+def test_a_rate_that_was_recorded_is_noticed() -> None:
+    """It changes from step to step; a recording must read it anew."""
+    step, loader = make_step(batch=64, optimizer="sgd", capturable=True)
+    rate = step.optimizer.param_groups[0]["lr"]
+
+    def record(work: Callable[[], object], generators: Sequence[torch.Generator]) -> Callable[[], None]:
+        honest, recorded = recorder(step)(work, generators), float(rate)
+
+        def replay() -> None:
+            current = float(rate)
+            rate.fill_(recorded)
+            honest()
+            rate.fill_(current)
+
+        return replay
+
+    first = next(iter(loader.steps(0, 1)))[0]
+    assert not agrees(step, CapturedStep(step, first, record), list(loader.steps(0, 2)))
+    assert agrees(step, CapturedStep(step, first, recorder(step)), list(loader.steps(0, 2)))
+    assert float(rate) == pytest.approx(1e-3)
+
+
+@pytest.mark.parametrize(("change", "same"), [(1e-6, True), (1e-2, False)])
+def test_where_eager_steps_do_not_repeat_themselves_replays_may_differ_as_much(change: float, same: bool) -> None:
+    """As where a kernel adds up in any order; a replay that is further off is another thing."""
+    noise = torch.Generator().manual_seed(0)
+
+    def loss_fn(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+        return losses * (1 + 1e-6 * torch.randn(len(losses), generator=noise))
+
+    step, loader = make_step(batch=64, optimizer="sgd", loss_fn=loss_fn)
+    replays = CapturedStep(step, next(iter(loader.steps(0, 1)))[0], changing(step, change))
+    assert agrees(step, replays, list(loader.steps(0, 3))) is same
+
+
+@pytest.mark.parametrize(("mode", "speaks"), [("auto", False), ("eager", False), ("captured", True)])
+def test_where_it_cannot_be_steps_are_eager_and_one_line_says_so(mode: str, speaks: bool) -> None:
+    step, loader = make_step()
+    used, remark = settle_step_mode(step, mode, 1, lambda: loader.steps(0, 5))
+    assert used == "eager"
+    assert remark == ("--step-mode captured needs a CUDA GPU: steps are eager" if speaks else None)
+    assert step.captured is None
+
+
+def test_what_stands_in_the_way_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    step, _ = make_step()
+    monkeypatch.setattr(type(step.accelerator), "device", torch.device("cuda"))
+    assert why_not(step.accelerator, 1) is None
+    assert "one micro-batch" in (why_not(step.accelerator, 2) or "")
+    monkeypatch.setattr(type(step.accelerator), "num_processes", 2)
+    assert "one process" in (why_not(step.accelerator, 1) or "")
+
+
+@pytest.mark.parametrize(
+    ("exact", "mode", "used"),
+    [(True, "auto", "captured"), (False, "auto", "eager"), (False, "captured", "captured"), (None, "auto", "eager")],
+)
+def test_auto_takes_what_agrees(monkeypatch: pytest.MonkeyPatch, exact: bool | None, mode: str, used: str) -> None:
+    step, loader = make_step()
+
+    def record(work: Callable[[], object], generators: Sequence[torch.Generator]) -> Callable[[], None]:
+        work()
+        if exact is None:
+            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+        return work
+
+    monkeypatch.setattr(cuda_graph, "why_not", lambda *_: None)
+    monkeypatch.setattr(cuda_graph, "record_cuda_graph", record)
+    monkeypatch.setattr(cuda_graph, "agrees", lambda *_: exact)
+    before = weights(step)
+    found, remark = settle_step_mode(step, mode, 1, lambda: loader.steps(0, 5))
+    assert torch.equal(weights(step), before), "also where capturing fails half-way"
+    assert found == used
+    assert (step.captured is not None) == (used == "captured")
+    assert (remark is None) == bool(exact)
+    assert "\n" not in (remark or "")
+
+
+def test_a_start_just_before_a_short_batch_captures_the_full_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    step, loader = make_step(batch=100)  # 15 steps a pass, the last of 37 images
+    monkeypatch.setattr(cuda_graph, "why_not", lambda *_: None)
+    monkeypatch.setattr(cuda_graph, "record_cuda_graph", recorder(step))
+    assert settle_step_mode(step, "auto", 1, lambda: loader.steps(14, 30)) == ("captured", None)
+    assert step.captured is not None
+    assert [step.captured.fits(micro_batches) for micro_batches in loader.steps(14, 17)] == [False, True, True]
+
+
+def _two_ranks() -> str | None:
+    step, loader = make_step()
+    return settle_step_mode(step, "captured", 1, lambda: loader.steps(0, 5))[1]
+
+
+def test_several_processes_go_on_eagerly() -> None:
+    assert run_ranks(_two_ranks, 2) == ["--step-mode captured needs a CUDA GPU: steps are eager"] * 2

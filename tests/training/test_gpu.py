@@ -1,0 +1,81 @@
+"""What only a CUDA GPU can show: `python -m pytest -m gpu`. All other tests hide GPUs from themselves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mnist.training.cuda_graph import settle_step_mode
+from tests.processes import finish, train
+from tests.training.test_cuda_graph import OPTIMIZERS, network, weights
+from tests.training.test_cuda_graph import train as train_steps
+from tests.training.test_step import make_step
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+
+
+@pytest.mark.parametrize("mode", ["auto", "captured"])
+@pytest.mark.parametrize("optim", OPTIMIZERS, ids=lambda optim: optim["optimizer"])
+def test_a_cuda_graph_gives_the_same_weights(optim: dict[str, Any], mode: str) -> None:
+    """Twenty steps, two of them of a short batch; batch norm, dropout, augmentation and an average are in them."""
+    options = {"batch": 100, "cpu": False, "capturable": True, "average": 0.9, **optim}
+    eager, loader = make_step(model=network(), **options)
+    replayed, _ = make_step(model=network(), **options)
+    assert settle_step_mode(replayed, mode, 1, lambda: loader.steps(0, 5)) == ("captured", None)
+    assert train_steps(replayed, loader, 20) == train_steps(eager, loader, 20)
+    assert torch.equal(weights(replayed), weights(eager))
+
+
+def test_where_recording_breaks_off_steps_are_eager_and_the_same() -> None:
+    """A loss that the host reads cannot be recorded."""
+
+    def loss_fn(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+        return losses * (1.0 if losses.sum().item() >= 0 else 0.0)
+
+    options = {"cpu": False, "capturable": True, "loss_fn": loss_fn}
+    eager, loader = make_step(model=network(), **options)
+    broken, _ = make_step(model=network(), **options)
+    stream = torch.cuda.current_stream()
+    mode, remark = settle_step_mode(broken, "auto", 1, lambda: loader.steps(0, 5))
+    assert mode == "eager"
+    assert "capturing failed" in (remark or "")
+    assert torch.cuda.current_stream() == stream
+    assert train_steps(broken, loader, 10) == train_steps(eager, loader, 10)
+    assert torch.equal(weights(broken), weights(eager))
+
+
+def run(folder: Path, *arguments: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The result and the last weights of a run of the command."""
+    fixed = ["--dataset", "digits", "--deterministic", "--no-pictures", "--min-accuracy", "None"]
+    done = finish(train(*arguments, *fixed, "--run-dir", str(folder)), folder.parent)
+    assert done.code == 0, done.err
+    return json.loads((folder / "result.json").read_text()), load_file(folder / "export" / "last" / "model.safetensors")
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("recipe", ["fast", "accurate", "convnet", "lenet5_original", "mlp", "mycnn", "yannet"])
+def test_a_captured_run_is_the_eager_one(tmp_path: Path, recipe: str, precision: str) -> None:
+    """With evaluations between the replays: resizing, flips, elastic distortion, averages, every loss."""
+    arguments = ["--recipe", recipe, "--mixed-precision", precision, "--max-steps", "12", "--eval-every", "5"]
+    captured, replayed = run(tmp_path / "captured", *arguments, "--step-mode", "captured")
+    eager, expected = run(tmp_path / "eager", *arguments, "--step-mode", "eager")
+    assert (captured["step_mode"], eager["step_mode"]) == ("captured", "eager")
+    assert captured["test"] == eager["test"]
+    assert all(torch.equal(replayed[name], value) for name, value in expected.items())
+
+
+@pytest.mark.launch
+def test_a_captured_run_goes_on_as_if_it_had_not_been_interrupted(tmp_path: Path) -> None:
+    arguments = ["--recipe", "mycnn", "--ema", "0.9", "--step-mode", "captured"]
+    _, expected = run(tmp_path / "whole", *arguments, "--max-steps", "20")
+    run(tmp_path / "parts", *arguments, "--max-steps", "9")
+    result, weights = run(tmp_path / "parts", *arguments, "--max-steps", "20")
+    assert result["step_mode"] == "captured"
+    assert all(torch.equal(weights[name], value) for name, value in expected.items())
