@@ -59,9 +59,9 @@ from torch import Tensor
 from mnist.data import datasets
 from mnist.runs.console import Console
 from mnist.runs.export import TrainedModel, find_export, load_model
+from mnist.runs.records import ScoreRecord, read_result
 from mnist.system import ranks
 from mnist.system.accelerator import open_accelerator
-from mnist.system.files import read_json
 from mnist.training.evaluation import evaluate
 from mnist.training.losses import build_loss
 from mnist.training.metrics import NUM_CLASSES, Scores
@@ -125,13 +125,12 @@ class Report:
     class_names: tuple[str, ...]
     scores: Scores
 
-    def as_trained(self) -> dict[str, float] | None:
+    def as_trained(self) -> ScoreRecord | None:
         """What its training found with these weights on this split; None where it did not look."""
         if self.trained.folder.name != "best" or self.split != "test":
             return None
-        result = read_json(self.trained.folder.resolve().parents[1] / "result.json")
-        found: dict[str, float] | None = result.get("test") if result.get("dataset") == self.dataset else None
-        return found
+        result = read_result(self.trained.folder.resolve().parents[1])
+        return result.test if result is not None and result.dataset == self.dataset else None
 
     def as_json(self) -> str:
         """One object: scores, per class and confusion, and what the training had found."""

@@ -10,6 +10,7 @@ again, so that an interrupted call goes on where it was; rows of other recipes a
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import statistics
@@ -25,6 +26,7 @@ from mnist.config import check_choice
 from mnist.errors import RunError, UserError
 from mnist.recipes import RECIPES
 from mnist.runs.console import count
+from mnist.runs.records import read_result
 from mnist.system.files import read_json, write_atomically, write_json
 from mnist.system.process import cpu_name, num_usable_cores
 
@@ -89,7 +91,9 @@ def _run(recipe: str, seed: int, options: Options) -> dict[str, Any]:
         code = _wait_for(subprocess.Popen([*command, *quiet]))  # noqa: S603 - our own
         if not _is_finished(folder):
             raise RunError(f"{recipe}, seed {seed}: exit code {code}, no result in {folder}")
-    return {**read_json(folder / "result.json"), "environment": read_json(folder / "environment.json")}
+    result = read_result(folder)
+    assert result is not None
+    return {**dataclasses.asdict(result), "environment": read_json(folder / "environment.json")}
 
 
 def _wait_for(training: subprocess.Popen[bytes]) -> int:
@@ -102,7 +106,8 @@ def _wait_for(training: subprocess.Popen[bytes]) -> int:
 
 
 def _is_finished(folder: Path) -> bool:
-    return read_json(folder / "result.json").get("status") == "finished"
+    result = read_result(folder)
+    return result is not None and result.status == "finished"
 
 
 def summarise(recipe: str, runs: list[dict[str, Any]], *, is_sample: bool = False) -> dict[str, Any]:

@@ -10,7 +10,6 @@ In: a run directory, or a recipe. Out: a picture, in the run's pictures/; its pa
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from mnist.cli import parse_options, run_command
-from mnist.config import IMAGE_SIZES, RUNS, Model, TrainConfig, check_choice, evolve, from_flat
+from mnist.config import IMAGE_SIZES, RUNS, Model, TrainConfig, check_choice, evolve
 from mnist.errors import UserError
 from mnist.recipes import RECIPES
 
@@ -140,7 +139,7 @@ from mnist.plots.features import as_table, layer_costs
 from mnist.plots.history import read_history
 from mnist.runs.console import Console
 from mnist.runs.export import CONFIG, find_export, load_model
-from mnist.system.files import read_json
+from mnist.runs.records import read_config, read_result
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -216,12 +215,16 @@ def _confusion(options: Confusion) -> Path:
     subject = dataclasses.replace(_find_subject(options.place.run), export="best")  # the one that is scored
     assert subject.folder is not None
     path = subject.path("confusion", options.place.out)
-    confusion = read_json(subject.folder / "result.json").get("test_confusion")
-    if confusion is None:
+    result = read_result(subject.folder)
+    if result is None or result.test_confusion is None:
         raise UserError(f"--run {subject.folder}: no test scores in result.json; a run writes them when it finishes")
     dataset = subject.config.data.dataset
-    names = datasets.SOURCES[dataset].class_names
-    return _save(pictures.draw_confusion(confusion, names, subject.title(dataset)), path)
+    names, counts = datasets.SOURCES[dataset].class_names, result.test_confusion
+    if len(counts) != len(names):
+        raise UserError(
+            f"--run {subject.folder}: {len(counts)} rows of test_confusion, but {dataset} has {len(names)} classes"
+        )
+    return _save(pictures.draw_confusion(counts, names, subject.title(dataset)), path)
 
 
 def _mistakes(options: Mistakes) -> Path:
@@ -275,8 +278,9 @@ class Subject:
 
     def title(self, dataset: str | None, untrained: bool = False) -> str:
         """Recipe, data set, seed, and at which step the weights are."""
-        result = {} if self.folder is None else read_json(self.folder / "result.json")
-        step = result.get("steps") if self.export == "last" else (result.get("best") or {}).get("step")
+        result = None if self.folder is None else read_result(self.folder)
+        best = result and result.best
+        step = (result and result.steps) if self.export == "last" else (best and best["step"])
         when = ["before training"] if untrained else [] if step is None else [f"step {step:,}"]
         return gallery.title_of(self.config, dataset, *when)
 
@@ -302,12 +306,9 @@ def _find_subject(run: str | None, recipe: str | None = None) -> Subject:
     folder, export = find_export(None) if run is None else Path(run), "best"
     if folder.parent.name == "export":
         folder, export = folder.parent.parent, folder.name
-    try:
-        return Subject(from_flat(json.loads((folder / CONFIG).read_bytes())), folder, export)
-    except OSError as error:
-        raise UserError(f"--run {folder}: no run there ({CONFIG}: {error.strerror})") from error
-    except (UserError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"--run {folder}: its {CONFIG} is not readable ({error})") from error
+    if not (folder / CONFIG).exists():
+        raise UserError(f"--run {folder}: no run there (it has no {CONFIG})")
+    return Subject(read_config(folder / CONFIG), folder, export)
 
 
 def _build(subject: Subject, untrained: bool = False) -> nn.Sequential:

@@ -104,7 +104,7 @@ def curve_figure(histories: Sequence[History]) -> Figure:
         title = f"{len(histories)} runs on {', '.join(dict.fromkeys(history.dataset for history in histories))}"
         return draw_curves(histories, title, f"strong: validation or test; pale: {training}")
     (history,) = histories
-    status = history.result.get("status")
+    status = history.result and history.result.status
     ending = f", {status}" if status in ENDINGS else ""
     title = f"{history.name} on {history.dataset}, step {history.last_step:,}{ending}"
     return draw_curves(histories, title, training)

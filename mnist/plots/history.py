@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mnist.errors import UserError
-from mnist.system.files import read_json
+from mnist.runs.records import Result, read_result
 
 SPLITS = ("train", "val", "test")
 _FIELDS = {"step", "epoch", "split", "dataset", "loss", "accuracy"}
@@ -35,14 +35,14 @@ class History:
     Attributes:
         name: the run directory's.
         dataset: as recorded.
-        result: result.json; {} where there is none.
+        result: result.json; None where there is none.
         curves: by split, those that have records.
         epoch_steps: steps per epoch; nan before the first whole record.
     """
 
     name: str
     dataset: str
-    result: dict[str, Any]
+    result: Result | None
     curves: dict[str, Curve]
     epoch_steps: float
 
@@ -74,7 +74,7 @@ def read_history(run_dir: Path) -> History:
     return History(
         name=run_dir.resolve().name,
         dataset=last["dataset"],
-        result=read_json(run_dir / "result.json"),
+        result=read_result(run_dir),
         curves={split: curve for split, curve in curves.items() if curve.steps},
         epoch_steps=last["step"] / last["epoch"] if last["epoch"] else math.nan,
     )

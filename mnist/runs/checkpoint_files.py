@@ -31,7 +31,7 @@ from torch.optim import Optimizer
 
 from mnist.config import TrainConfig, to_flat
 from mnist.errors import RunError, UserError
-from mnist.system.files import flush_folder, write_and_flush, write_json
+from mnist.system.files import flush, write_and_flush, write_json
 from mnist.training.plan import Plan
 
 FORMAT_VERSION = 1
@@ -103,7 +103,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep_last: int, keep_b
             temporary.mkdir(parents=True)
             _write(temporary, checkpoint)
             temporary.rename(final)
-            flush_folder(folder)
+            flush(folder)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{final}: not written ({error}); earlier checkpoints are intact; free some space, or fix the folder, and "

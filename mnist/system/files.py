@@ -1,6 +1,8 @@
-"""Writing files so that a crash leaves either the old content or the new, never half of it.
+"""The project's own files: written whole or not at all, read only where they are regular files of bounded size.
 
-In: a path and bytes or JSON. Out: the file, flushed to the disk. Standard library only.
+In: a path, and bytes or JSON. Out: the file, flushed to the disk; or its content. Standard library only. A file or
+folder is called `.tmp-<name>` until it is complete, and while it is removed. One process writes to a folder at a time
+(a run directory is locked), so what has such a name at the start was left by a process that was killed.
 """
 
 from __future__ import annotations
@@ -8,34 +10,56 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
+import stat
 from pathlib import Path
 from typing import Any
 
+from mnist.errors import RunError, UserError
+
+MAX_JSON_BYTES = 16 << 20
+_DO_NOT_WAIT = getattr(os, "O_NONBLOCK", 0)  # opening a FIFO waits for a writer; Windows has neither flag
+_DO_NOT_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
+
+
+class RecordError(RunError):
+    """A file is not what the project writes there. The message is one line that names the file."""
+
+
+def temporary_path(path: Path) -> Path:
+    """The name that `path` has until it is complete."""
+    return path.with_name(f".tmp-{path.name}")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes from `folder` itself, not from its subfolders, what a killed process did not finish."""
+    for path in folder.glob(".tmp-*"):
+        with contextlib.suppress(OSError):  # one leftover too many does not end a run
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def refuse_symlink(path: Path) -> None:
+    """Raises a `UserError` where `path` is a symbolic link: writing there would change something elsewhere."""
+    if path.is_symlink():
+        raise UserError(f"{path}: a symbolic link to {path.readlink()}; runs do not write through links, remove it")
+
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replaces `path` by `content` in one step: a temporary neighbour, flushed, renamed, the folder flushed.
-
-    Raises:
-        OSError: disk full, not writable; `path` is what it was.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Replaces `path` by `content` in one step, flushed; raises an OSError where it cannot, and leaves `path` as is."""
+    temporary = temporary_path(path)
     try:
         write_and_flush(temporary, content)
         temporary.replace(path)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
-    flush_folder(path.parent)
+    flush(path.parent)
 
 
 def write_and_flush(path: Path, content: bytes) -> None:
-    """Writes `content` and waits until the disk has it.
-
-    Raises:
-        OSError: names `path`, which Python leaves out where the disk is full.
-    """
+    """Writes `content` and waits until the disk has it; raises an OSError that names `path`, also on a full disk."""
     try:
-        with path.open("wb") as file:
+        with open(path, "wb", opener=lambda name, flags: os.open(name, flags | _DO_NOT_FOLLOW, 0o666)) as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -44,24 +68,54 @@ def write_and_flush(path: Path, content: bytes) -> None:
         raise
 
 
-def flush_folder(folder: Path) -> None:
-    """Waits until the disk has the folder's names; a no-op where folders cannot be opened (Windows)."""
-    if os.name != "posix":
+def flush(path: Path) -> None:
+    """Waits until the disk has what was written to a file, by whatever process, or the names in a folder."""
+    if os.name != "posix":  # Windows opens no folder, and flushes through a writable descriptor only
         return
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
+def read_regular(path: Path, max_bytes: int) -> bytes:
+    """The content of a regular file, or of one that `path` links to.
+
+    Raises:
+        RecordError: a FIFO, device or folder (they might never end), or more than `max_bytes`.
+        OSError: missing, or not readable.
+    """
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | _DO_NOT_WAIT)) as file:
+        facts = os.fstat(file.fileno())
+        if not stat.S_ISREG(facts.st_mode):
+            raise RecordError(f"{path}: not a regular file")
+        if facts.st_size > max_bytes:
+            raise RecordError(f"{path}: {facts.st_size:,} bytes, expected at most {max_bytes:,}")
+        return file.read(max_bytes)
+
+
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; {} where there is none, or none that can be read."""
+    """The object in a JSON file of the project; {} where there is no file.
+
+    Raises:
+        RecordError: not readable, not a regular file, too large, or no JSON object.
+    """
     try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+        content = json.loads(read_regular(path, MAX_JSON_BYTES), parse_int=_parse_int)
+    except FileNotFoundError:
         return {}
-    return content if isinstance(content, dict) else {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise RecordError(f"{path}: not readable as JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise RecordError(f"{path}: holds no JSON object")
+    return content
+
+
+def _parse_int(digits: str) -> int:
+    if len(digits) > 19:  # more than 64 bits hold
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
 
 
 def write_json(path: Path, content: Any) -> None:

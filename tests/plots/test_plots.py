@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from mnist.config import to_flat
-from mnist.errors import UserError
+from mnist.errors import RunError, UserError
 from mnist.plots import __main__ as plots
 from mnist.plots import gallery
 from mnist.plots.__main__ import Architecture, Confusion, Curves, Features, Filters, Mistakes, Options, Place, Samples
@@ -204,7 +204,7 @@ def test_the_table_of_layers_is_printed(run: str, capsys: pytest.CaptureFixture[
         (Filters(place=Place(run="bare")), "--run bare: no exported model there"),
         (Confusion(place=Place(run="bare")), "--run bare: no test scores in result.json"),
         (Mistakes(place=Place(run="bare")), "--run bare: no exported model there"),
-        (Samples(place=Place(run="broken")), "--run broken: its config.json is not readable"),
+        (Samples(place=Place(run="broken")), "broken/config.json: holds no JSON object"),
         (Curves(run=(("bare",),)), "--run bare: no record in metrics.jsonl yet"),
         (Samples(recipe="lenet"), "--recipe lenet: unknown; did you mean lenet5"),
         (Samples(recipe="smoke", place=Place(run="bare")), "--run and --recipe: give one of them"),
@@ -222,7 +222,7 @@ def test_a_mistake_is_one_line(run: str, picture: Any, message: str) -> None:
     Path("bare", "metrics.jsonl").touch()
     Path("broken").mkdir()
     Path("broken", "config.json").write_text("[]")
-    with pytest.raises(UserError, match=message) as caught:
+    with pytest.raises((UserError, RunError), match=message) as caught:
         plots.main(Options(picture))
     assert "\n" not in str(caught.value)
 

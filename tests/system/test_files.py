@@ -1,9 +1,21 @@
 import json
+import os
 import resource
+from pathlib import Path
 
 import pytest
 
-from mnist.system.files import flush_folder, read_json, write_and_flush, write_atomically, write_json
+from mnist.errors import UserError
+from mnist.system.files import (
+    RecordError,
+    flush,
+    read_json,
+    refuse_symlink,
+    remove_leftovers,
+    write_and_flush,
+    write_atomically,
+    write_json,
+)
 
 
 def names_in(folder):
@@ -73,17 +85,94 @@ def test_json_is_written_for_people_too(tmp_path):
 
 def test_flushed_bytes_are_the_bytes(tmp_path):
     write_and_flush(tmp_path / "weights", b"\0\1" * 5000)
-    flush_folder(tmp_path)
+    flush(tmp_path)
     assert (tmp_path / "weights").read_bytes() == b"\0\1" * 5000
 
 
-def test_flushing_a_missing_folder_is_an_error(tmp_path):
+def test_flushing_a_missing_file_or_folder_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError):
-        flush_folder(tmp_path / "absent")
+        flush(tmp_path / "absent")
 
 
-@pytest.mark.parametrize(("content", "expected"), [(None, {}), ("{", {}), ("[1]", {}), ('{"a": 1}', {"a": 1})])
-def test_json_that_may_not_be_there_is_an_object_or_empty(tmp_path, content, expected):
-    if content is not None:
-        (tmp_path / "file.json").write_text(content)
-    assert read_json(tmp_path / "file.json") == expected
+def test_a_json_object_is_read_and_a_missing_file_is_empty(tmp_path):
+    assert read_json(tmp_path / "file.json") == {}
+    (tmp_path / "file.json").write_text('{"a": 1}')
+    assert read_json(tmp_path / "file.json") == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "not readable as JSON"),
+        ("[1]", "holds no JSON object"),
+        ("\xff", "holds no JSON object|not readable as JSON"),
+        ('{"a": ' + "9" * 300 + "}", "a number of 300 digits"),
+        ('{"a": ' + "[" * 100_000, "not readable as JSON"),
+        ('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}", "not readable as JSON"),
+    ],
+)
+def test_json_that_is_no_record_is_one_line_that_names_the_file(tmp_path, content, message):
+    (tmp_path / "file.json").write_text(content, encoding="latin-1")
+    with pytest.raises(RecordError, match=message) as caught:
+        read_json(tmp_path / "file.json")
+    assert str(tmp_path / "file.json") in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def make_fifo(path):
+    os.mkfifo(path)
+
+
+def make_sparse(path):
+    with path.open("wb") as file:
+        file.truncate(1 << 40)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (make_fifo, "not a regular file"),
+        (lambda path: path.symlink_to("/dev/zero"), "not a regular file"),
+        (Path.mkdir, "Is a directory|not a regular file"),
+        (make_sparse, "1,099,511,627,776 bytes, expected at most"),
+    ],
+    ids=["fifo", "device", "folder", "terabyte"],
+)
+def test_only_regular_files_of_bounded_size_are_read(tmp_path, make, message):
+    """A FIFO would be waited for, for ever; /dev/zero and a sparse file would fill the memory."""
+    make(tmp_path / "file.json")
+    with pytest.raises(RecordError, match=message):
+        read_json(tmp_path / "file.json")
+
+
+def test_a_symbolic_link_is_not_written_through(tmp_path):
+    foreign, inside = tmp_path / "foreign", tmp_path / "run"
+    foreign.write_text("of someone else")
+    inside.mkdir()
+    (inside / "metrics.jsonl").symlink_to(foreign)
+    with pytest.raises(UserError, match=r"metrics\.jsonl: a symbolic link to .*foreign"):
+        refuse_symlink(inside / "metrics.jsonl")
+    refuse_symlink(inside / "config.json")
+    with pytest.raises(OSError, match="symbolic links"):
+        write_and_flush(inside / "metrics.jsonl", b"new")
+    (inside / ".tmp-config.json").symlink_to(foreign)
+    with pytest.raises(OSError, match="symbolic links"):
+        write_json(inside / "config.json", {})
+    assert foreign.read_text() == "of someone else"
+
+
+def test_leftovers_are_removed_and_nothing_else(tmp_path):
+    foreign = tmp_path / "foreign"
+    (foreign / "inside").mkdir(parents=True)
+    run = tmp_path / "run"
+    for name in (".tmp-step-00000007/deep", "export/.tmp-x", "step-00000006"):
+        (run / name).mkdir(parents=True)
+    for name in (".tmp-config.json", "config.json", ".lock"):
+        (run / name).touch()
+    (run / ".tmp-link").symlink_to(foreign)
+    remove_leftovers(run)
+    assert sorted(names_in(run)) == [".lock", "config.json", "export", "step-00000006"]
+    assert names_in(run / "export") == [".tmp-x"], "one folder at a time"
+    assert names_in(foreign) == ["inside"]
+    remove_leftovers(tmp_path / "absent")

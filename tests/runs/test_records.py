@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from mnist.config import TrainConfig, to_flat
+from mnist.runs.records import ScoreRecord, check_record, read_config, read_result
+from mnist.system.files import RecordError
+
+RUNNING = {
+    "status": "running",
+    "recipe": "fast",
+    "dataset": "mnist",
+    "seed": 0,
+    "num_params": 17_882,
+    "world_size": 1,
+    "precision": "fp32",
+}
+SCORES = {"loss": 0.03, "accuracy": 0.99, "num_correct": 9_900, "num_samples": 10_000}
+FINISHED = {
+    **RUNNING,
+    "status": "finished",
+    "epochs": 1.0,
+    "steps": 235,
+    "planned_steps": 235,
+    "stop_reason": None,
+    "test": SCORES,
+    "val": None,
+    "best": {"step": 235, **SCORES},
+    "test_confusion": [[5, 1], [0, 6]],
+    "train_time_s": 1.5,
+    "total_time_s": 5,
+    "images_per_s": 40_000.0,
+}
+
+
+@dataclass
+class Inner:
+    numbers: list[int]
+    name: str | None = None
+
+
+@dataclass
+class Outer:
+    step: int
+    share: float
+    is_done: bool
+    kind: Literal["a", "b"]
+    inner: Inner
+    scores: dict[str, ScoreRecord] = field(default_factory=dict)
+    anything: Any = None
+
+
+GOOD = {
+    "step": 3,
+    "share": 1,
+    "is_done": False,
+    "kind": "a",
+    "inner": {"numbers": [1, 2], "name": None},
+    "scores": {"val": SCORES},
+    "anything": [{}],
+}
+
+
+def write(path: Path, content: Any) -> Path:
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_a_record_becomes_an_object_of_its_class() -> None:
+    made = check_record(Path("x"), GOOD, Outer, complete=True)
+    assert made == Outer(3, 1, False, "a", Inner([1, 2]), {"val": ScoreRecord(**SCORES)}, [{}])  # type: ignore[typeddict-item]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"step": 3.5}, "step must be a whole number, not 3.5"),
+        ({"step": 3.0}, "step must be a whole number, not 3.0"),
+        ({"step": True}, "step must be a whole number, not True"),
+        ({"step": "3"}, "step must be a whole number, not '3'"),
+        ({"step": None}, "step must be a whole number, not None"),
+        ({"share": float("nan")}, "share must be a finite number, not nan"),
+        ({"share": float("inf")}, "share must be a finite number, not inf"),
+        ({"share": True}, "share must be a finite number, not True"),
+        ({"is_done": 0}, "is_done must be true or false, not 0"),
+        ({"kind": "c"}, "kind must be one of a, b, not 'c'"),
+        ({"kind": []}, "kind must be one of a, b, not list"),
+        ({"inner": None}, "inner must be an object, not None"),
+        ({"inner": []}, "inner must be an object, not list"),
+        ({"inner": {"name": None}}, "inner.numbers is missing"),
+        ({"inner": {"numbers": 7, "name": None}}, "inner.numbers must be a list, not 7"),
+        ({"inner": {"numbers": [1, "x"], "name": None}}, r"inner.numbers\[1\] must be a whole number, not 'x'"),
+        ({"inner": {"numbers": [], "name": 1}}, "inner.name must be text, not 1"),
+        ({"scores": {"val": {"loss": 1.0}}}, "scores.val.accuracy is missing"),
+        ({"scores": []}, "scores must be an object, not list"),
+    ],
+)
+def test_what_does_not_fit_is_one_line_that_names_file_and_field(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecordError, match=f"^a/b.json: {message}$"):
+        check_record(Path("a/b.json"), {**GOOD, **changes}, Outer, complete=True)
+
+
+def test_a_complete_record_has_all_fields_and_others_may_lack_those_with_a_default() -> None:
+    content = {name: value for name, value in GOOD.items() if name not in ("scores", "anything")}
+    assert check_record(Path("x"), {**content, "more": 1}, Outer, complete=False).scores == {}
+    with pytest.raises(RecordError, match="scores is missing"):
+        check_record(Path("x"), content, Outer, complete=True)
+
+
+@pytest.mark.parametrize("content", [None, [], 1, "text"])
+def test_what_is_no_object_is_no_record(content: Any) -> None:
+    with pytest.raises(RecordError, match="x: the content must be an object"):
+        check_record(Path("x"), content, Outer, complete=True)
+
+
+def test_the_result_of_a_run_at_its_start_and_at_its_end(tmp_path: Path) -> None:
+    assert read_result(tmp_path) is None
+    write(tmp_path / "result.json", RUNNING)
+    started = read_result(tmp_path)
+    assert started is not None
+    assert (started.status, started.test, started.steps) == ("running", None, 0)
+    write(tmp_path / "result.json", FINISHED)
+    finished = read_result(tmp_path)
+    assert finished is not None
+    assert (finished.steps, finished.test, finished.stop_reason) == (235, SCORES, None)
+
+
+def test_the_result_that_a_real_run_writes_is_read(smoke_run: Path) -> None:
+    written = json.loads((smoke_run / "result.json").read_text())
+    result = read_result(smoke_run)
+    assert result is not None
+    assert result.test == written["test"]
+    assert result.test_confusion == written["test_confusion"]
+    assert to_flat(read_config(smoke_run / "config.json")) == json.loads((smoke_run / "config.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        *(
+            ({k: v for k, v in FINISHED.items() if k != name}, f"{name} is missing")
+            for name in ("status", "dataset", "steps", "planned_steps", "stop_reason", "test", "train_time_s")
+        ),
+        ({**FINISHED, "status": "done"}, "status must be one of running, "),
+        ({**FINISHED, "test": None}, "test must be an object in a finished run"),
+        ({**FINISHED, "test": {}}, "test.loss is missing"),
+        ({**FINISHED, "best": {"step": 7}}, "best.loss is missing"),
+        ({**FINISHED, "test_confusion": [[1, 2], [3]]}, "test_confusion must be a square of counts"),
+        ({**FINISHED, "test_confusion": [[1, 2]]}, "test_confusion must be a square of counts"),
+        ({**FINISHED, "test_confusion": [[1, 2], [3, -4]]}, "test_confusion must be a square of counts"),
+        ({**FINISHED, "test_confusion": [["a"]]}, r"test_confusion\[0\]\[0\] must be a whole number"),
+        ({**FINISHED, "test_confusion": 7}, "test_confusion must be a list"),
+    ],
+)
+def test_a_damaged_result_is_one_line_that_names_the_field(
+    tmp_path: Path, content: dict[str, Any], message: str
+) -> None:
+    write(tmp_path / "result.json", content)
+    with pytest.raises(RecordError, match=rf"result\.json: {message}"):
+        read_result(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "missing or empty"),
+        ({}, "missing or empty"),
+        ({"lr": "fast"}, "--lr fast: must be a finite number"),
+        ({"lr": [[1]]}, "--lr .*: must be a finite number"),
+        ({"model": {"a": 1}}, "--model .*: unknown"),
+        ({"colour": 1}, "unknown configuration field: colour"),
+        ({**to_flat(TrainConfig()), "epochs": 0}, "--epochs 0: must be 1 or more"),
+    ],
+)
+def test_a_damaged_configuration_is_one_line_that_names_the_field(tmp_path: Path, content: Any, message: str) -> None:
+    if content is not None:
+        write(tmp_path / "config.json", content)
+    with pytest.raises(RecordError, match=rf"config\.json: {message}"):
+        read_config(tmp_path / "config.json")
