@@ -11,7 +11,7 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
@@ -51,6 +51,8 @@ def parse_fault(text: str) -> Fault:
             "slow@rankN:SECONDS"
         )
     kind, rank, step, slow_rank, seconds = match.groups()
+    if max(int(rank or 0), int(slow_rank or 0), int(step or 0)) > 1_000_000_000 or float(seconds or 0) > 3600:
+        raise ValueError("ranks and steps go up to 1,000,000,000, seconds up to 3,600")
     if kind is None:
         return Fault("slow", int(slow_rank or 0), seconds=float(seconds))
     return Fault(kind, int(rank or 0), step=int(step))
@@ -58,37 +60,21 @@ def parse_fault(text: str) -> Fault:
 
 RUNS = Path("runs")  # where runs are kept whose --run-dir is not given
 
-
 DatasetName = Literal["auto", "mnist", "fashion_mnist", "kmnist", "digits"]
-
-
 Model = Literal[
     "convnet", "mycnn", "lenet5", "lenet5_classic", "mlp", "mlp_sigmoid", "yannet", "fastnet", "deepnet", "tinynet"
 ]
 
-
 IMAGE_SIZES = {"lenet5": 32, "lenet5_classic": 32}  # what a network takes, where it is not 28
 
-
 Optimizer = Literal["sgd", "adam", "adamw", "adadelta"]
-
-
 Schedule = Literal["constant", "step", "exponential", "cosine", "one_cycle"]
-
-
 Loss = Literal["cross_entropy", "nll", "mse_softmax", "mse_sigmoid"]
-
-
 Evaluation = Literal["rank0", "sharded"]
-
-
 StepMode = Literal["auto", "eager", "captured"]
-
-
 Precision = Literal["no", "bf16", "fp16"]
-
-
 WandbMode = Literal["auto", "online", "offline", "disabled"]
+OnResume = Literal["fixed", "course", "noted", "free"]
 
 
 _MEANT = {"fp32": "no"}  # Accelerate's word for it
@@ -105,6 +91,31 @@ def check_choice(flag: str, value: str, valid: Sequence[str]) -> None:
 def choices_of(hint: Any) -> list[str]:
     """The words that a field of this type takes: those of a Literal, optional or not; none for other types."""
     return [choice for part in (hint, *get_args(hint)) for choice in get_args(part) if isinstance(choice, str)]
+
+
+def setting(default: Any, help_text: str, on_resume: OnResume, limits: str = "", *, is_path: bool = False) -> Any:
+    """A field, and all that is known about it: the command line, the checks and a resume read it here.
+
+    Args:
+        default: a value, or a function that returns one.
+        help_text: what --help says, before the limits.
+        on_resume: what a resume makes of another value. "fixed": refused, because it would be another computation;
+            "course": refused likewise (the learning rate's course), unless a new run starts from the checkpoint;
+            "noted": allowed, with a note; "free": allowed.
+        limits: of a number, as an interval: "[0, 1)" is from 0 to below 1.
+        is_path: a file or a folder: not empty, and `~` in it is the home folder.
+    """
+    shown = f"{help_text} In {limits}." if limits else help_text
+    metadata = {"help": shown, "on_resume": on_resume, "limits": limits, "is_path": is_path}
+    return field(**{"default_factory" if callable(default) else "default": default}, metadata=metadata)
+
+
+def is_within(value: float, limits: str) -> bool:
+    """Whether a number lies in an interval such as "(0, 1e6]"; a round bracket excludes the limit beside it."""
+    low, high = (float(limit) for limit in limits[1:-1].split(","))
+    return (low < value or (value == low and limits[0] == "[")) and (
+        value < high or (value == high and limits[-1] == "]")
+    )
 
 
 def _is_number(value: Any) -> bool:
@@ -126,248 +137,238 @@ def _require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
-def _check_types(section: Any) -> None:
-    """Values are of their fields' types, choices valid and numbers finite, whoever has built the configuration."""
-    for name, hint in get_type_hints(type(section)).items():
-        value, is_optional = getattr(section, name), type(None) in get_args(hint)
-        if value is not None or not is_optional:
-            _check_type("--" + name.replace("_", "-"), value, get_args(hint)[0] if is_optional else hint)
+def check_fields(section: Any) -> None:
+    """Checks the type, choice and limits of each `setting` of a dataclass, whoever has made it.
+
+    Raises:
+        UserError: names the flag and what is valid.
+    """
+    hints = get_type_hints(type(section))
+    for f in dataclasses.fields(section):
+        if "limits" in f.metadata:
+            _check_field("--" + f.name.replace("_", "-"), getattr(section, f.name), hints[f.name], f.metadata)
 
 
-def _check_type(flag: str, value: Any, kind: Any) -> None:
-    if choices_of(kind):
-        check_choice(flag, str(value), choices_of(kind))
+def _check_field(flag: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> None:
+    if type(None) in get_args(hint):
+        if value is None:
+            return
+        hint = get_args(hint)[0]
+    if choices_of(hint):
+        check_choice(flag, str(value), choices_of(hint))
         return
-    is_of_kind, words = _KINDS[kind]
+    is_of_kind, words = _KINDS[hint]
     _require(is_of_kind(value), f"{flag} {value}: must be {words}")
+    _require(
+        not metadata["limits"] or is_within(value, metadata["limits"]),
+        f"{flag} {value}: must lie in {metadata['limits']}",
+    )
+    _require(not metadata["is_path"] or value != "", f"{flag}: must not be empty")
+
+
+def user_path(text: str) -> str:
+    """A path as a person gives it, with `~` replaced by the home folder, which shells do not do in --flag=~/x."""
+    return str(Path(text).expanduser()) if text.startswith("~") else text
+
+
+def _default_data_dir() -> str:
+    return user_path(os.environ.get("MNIST_DATA_DIR") or "data")
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """Which images, and from where."""
 
-    dataset: DatasetName = "auto"
-    """auto = MNIST where it is there or can be downloaded, else the embedded digits (with a warning)."""
-    data_dir: str = field(default_factory=lambda: os.environ.get("MNIST_DATA_DIR") or "data")
-    """Folder in torchvision's layout (<dir>/MNIST/raw/*-ubyte[.gz]); default $MNIST_DATA_DIR, else "data"."""
-    val_size: int = 0
-    """Images held out from the end of the training set to choose the best checkpoint; 0 = score test each epoch."""
+    dataset: DatasetName = setting(
+        "auto", "auto = MNIST where it is found or can be downloaded, else the embedded digits.", "fixed"
+    )
+    data_dir: str = setting(
+        _default_data_dir,
+        "Folder with MNIST/raw/*-ubyte[.gz]; default $MNIST_DATA_DIR, else data.",
+        "free",
+        is_path=True,
+    )
+    val_size: int = setting(
+        0, "Training images held out to choose the best checkpoint; 0 = score test each epoch.", "fixed", "[0, 1e6]"
+    )
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        _require(self.val_size >= 0, f"--val-size {self.val_size}: must be 0 or more")
+        check_fields(self)
 
 
 @dataclass(frozen=True)
 class ImageConfig:
     """What happens to a batch of images before the network sees it."""
 
-    image_size: int = 28
-    """Side of the square that the network sees, in pixels; images are resized to it."""
-    mean: float = 0.1307
-    """Subtracted from pixels in [0, 1]."""
-    std: float = 0.3081
-    """Divides after the subtraction."""
-    horizontal_flip: float = 0.0
-    """Probability of mirroring a training image (it harms digits; one source does it)."""
-    rotation: float = 0.0
-    """Random rotation of training images, up to this many degrees either way."""
-    translation: float = 0.0
-    """Random shift, up to this fraction of the side either way."""
-    scale: float = 0.0
-    """Random zoom by a factor in [1 - scale, 1 + scale]."""
-    shear: float = 0.0
-    """Random horizontal shear, up to this many degrees either way."""
-    elastic: float = 0.0
-    """Strength of random elastic distortion; 1.0 is strong."""
-    elastic_sigma: float = 4.0
-    """Smoothness of the elastic distortion: the Gaussian's standard deviation in pixels."""
+    image_size: int = setting(
+        28, "Side of the square that the network sees, in pixels; images are resized to it.", "fixed", "[8, 256]"
+    )
+    mean: float = setting(0.1307, "Subtracted from pixels in [0, 1].", "fixed", "[-10, 10]")
+    std: float = setting(0.3081, "Divides after the subtraction.", "fixed", "[0.001, 10]")
+    horizontal_flip: float = setting(
+        0.0, "Probability of mirroring a training image (it harms digits; one source does it).", "fixed", "[0, 1]"
+    )
+    rotation: float = setting(
+        0.0, "Random rotation of training images, up to this many degrees either way.", "fixed", "[0, 180]"
+    )
+    translation: float = setting(0.0, "Random shift, up to this fraction of the side either way.", "fixed", "[0, 1]")
+    scale: float = setting(0.0, "Random zoom by a factor in [1 - scale, 1 + scale].", "fixed", "[0, 1)")
+    shear: float = setting(0.0, "Random horizontal shear, up to this many degrees either way.", "fixed", "[0, 90)")
+    elastic: float = setting(0.0, "Strength of random elastic distortion; 1.0 is strong.", "fixed", "[0, 100]")
+    elastic_sigma: float = setting(
+        4.0, "Smoothness of the elastic distortion: the Gaussian's standard deviation in pixels.", "fixed", "[0.1, 100]"
+    )
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        _require(8 <= self.image_size <= 256, f"--image-size {self.image_size}: must lie in 8..256")
-        _require(self.std > 0, f"--std {self.std}: must be above 0")
-        _require(0 <= self.horizontal_flip <= 1, f"--horizontal-flip {self.horizontal_flip}: must lie in [0, 1]")
-        _require(0 <= self.rotation <= 180, f"--rotation {self.rotation}: must lie in 0..180 degrees")
-        _require(0 <= self.translation <= 1, f"--translation {self.translation}: must lie in [0, 1]")
-        _require(0 <= self.scale < 1, f"--scale {self.scale}: must lie in [0, 1)")
-        _require(0 <= self.shear < 90, f"--shear {self.shear}: must lie in [0, 90) degrees")
-        _require(self.elastic >= 0, f"--elastic {self.elastic}: must be 0 or more")
-        _require(self.elastic_sigma > 0, f"--elastic-sigma {self.elastic_sigma}: must be above 0")
+        check_fields(self)
 
 
 @dataclass(frozen=True)
 class OptimConfig:
     """The mathematics of a training run, apart from its data."""
 
-    model: Model = "fastnet"
-    """The network."""
-    optimizer: Optimizer = "adam"
-    """The update rule."""
-    lr: float = 1e-3
-    """Learning rate; the peak where the schedule rises first."""
-    momentum: float = 0.0
-    """Momentum (SGD)."""
-    nesterov: bool = False
-    """Nesterov's form of momentum (SGD)."""
-    beta1: float = 0.9
-    """Decay of the gradient's mean (Adam, AdamW)."""
-    beta2: float = 0.999
-    """Decay of the squared gradient's mean (Adam, AdamW)."""
-    weight_decay: float = 0.0
-    """Weight decay: added to the gradient (SGD, Adam, Adadelta) or decoupled from it (AdamW)."""
-    schedule: Schedule = "constant"
-    """Learning rate over optimizer steps; step and exponential decay by --gamma."""
-    warmup: float = 0.0
-    """Fraction of the run in which the learning rate rises (cosine, one_cycle)."""
-    gamma: float = 0.7
-    """Factor of one decay: every --decay-epochs at once (step), or smoothly (exponential)."""
-    decay_epochs: float = 1.0
-    """Epochs per decay (step, exponential)."""
-    loss: Loss = "cross_entropy"
-    """The loss. Networks return raw logits; softmax or sigmoid belongs to the loss."""
-    label_smoothing: float = 0.0
-    """Share of the target spread over all classes (cross_entropy)."""
-    grad_clip: float = 0.0
-    """Largest total norm of the gradient; 0 = no clipping."""
-    ema: float = 0.0
-    """Decay of the moving average of weights that is evaluated and exported; 0 = the weights themselves."""
+    model: Model = setting("fastnet", "The network.", "fixed")
+    optimizer: Optimizer = setting("adam", "The update rule.", "fixed")
+    lr: float = setting(1e-3, "Learning rate; the peak where the schedule rises first.", "course", "(0, 1e4]")
+    momentum: float = setting(0.0, "Momentum (SGD).", "fixed", "[0, 1)")
+    nesterov: bool = setting(False, "Nesterov's form of momentum (SGD).", "fixed")
+    beta1: float = setting(0.9, "Decay of the gradient's mean (Adam, AdamW).", "fixed", "[0, 1)")
+    beta2: float = setting(0.999, "Decay of the squared gradient's mean (Adam, AdamW).", "fixed", "[0, 1)")
+    weight_decay: float = setting(
+        0.0, "Weight decay: added to the gradient, or decoupled from it (AdamW).", "fixed", "[0, 1000]"
+    )
+    schedule: Schedule = setting(
+        "constant", "Learning rate over optimizer steps; step and exponential decay by --gamma.", "course"
+    )
+    warmup: float = setting(
+        0.0, "Fraction of the run in which the learning rate rises (cosine, one_cycle).", "course", "[0, 1)"
+    )
+    gamma: float = setting(
+        0.7, "Factor of one decay: every --decay-epochs at once (step), or smoothly (exponential).", "course", "(0, 1]"
+    )
+    decay_epochs: float = setting(1.0, "Epochs per decay (step, exponential).", "course", "[0.001, 1e6]")
+    loss: Loss = setting(
+        "cross_entropy", "The loss. Networks return raw logits; softmax or sigmoid belongs to the loss.", "fixed"
+    )
+    label_smoothing: float = setting(
+        0.0, "Share of the target spread over all classes (cross_entropy).", "fixed", "[0, 1)"
+    )
+    grad_clip: float = setting(0.0, "Largest total norm of the gradient; 0 = no clipping.", "fixed", "[0, 1e6]")
+    ema: float = setting(
+        0.0, "Decay of the moving average of weights that is evaluated and exported; 0 = none.", "fixed", "[0, 1)"
+    )
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        _require(self.lr > 0, f"--lr {self.lr}: must be above 0")
-        _require(0 <= self.momentum < 1, f"--momentum {self.momentum}: must lie in [0, 1)")
+        check_fields(self)
         _require(not self.nesterov or self.momentum > 0, "--nesterov: needs --momentum above 0")
-        _require(0 <= self.beta1 < 1, f"--beta1 {self.beta1}: must lie in [0, 1)")
-        _require(0 <= self.beta2 < 1, f"--beta2 {self.beta2}: must lie in [0, 1)")
-        _require(self.weight_decay >= 0, f"--weight-decay {self.weight_decay}: must be 0 or more")
-        _require(0 <= self.warmup < 1, f"--warmup {self.warmup}: must lie in [0, 1)")
-        _require(0 < self.gamma <= 1, f"--gamma {self.gamma}: must lie in (0, 1]")
-        _require(self.decay_epochs > 0, f"--decay-epochs {self.decay_epochs}: must be above 0")
-        _require(0 <= self.label_smoothing < 1, f"--label-smoothing {self.label_smoothing}: must lie in [0, 1)")
         _require(
             self.label_smoothing == 0 or self.loss == "cross_entropy",
             f"--label-smoothing {self.label_smoothing}: needs --loss cross_entropy, not {self.loss}",
         )
-        _require(self.grad_clip >= 0, f"--grad-clip {self.grad_clip}: must be 0 (off) or more")
-        _require(0 <= self.ema < 1, f"--ema {self.ema}: must lie in [0, 1)")
 
 
 @dataclass(frozen=True)
 class LoopConfig:
     """How long, in which batches, scored how."""
 
-    epochs: int = 1
-    """Passes over the training set."""
-    stretch_epochs: bool = True
-    """On a smaller data set, take as many optimizer steps as on MNIST's 60,000 images (--epochs turns it off)."""
-    max_steps: int = 0
-    """Optimizer steps of the whole run at most, and the length of the schedule then; 0 = no limit."""
-    global_batch_size: int = 256
-    """Images per optimizer step, over all processes and accumulated micro-batches together."""
-    gradient_accumulation_steps: int = 0
-    """Micro-batches per optimizer step; 0 = the launcher's setting, else 1. The global batch stays what it is."""
-    seed: int = 0
-    """Fixes initial weights, order, augmentation and dropout."""
-    evaluation: Evaluation = "rank0"
-    """Rank 0 scores the whole split while the others wait, or every rank a share. Same counts either way."""
-    eval_every: int = 0
-    """Also evaluate every so many optimizer steps; 0 = at the end of each epoch only."""
-    log_every: int = 50
-    """Optimizer steps between training records; 0 = once an epoch."""
-    target_accuracy: float | None = None
-    """Stop early at this accuracy, a fraction (on validation where there is one, else on test)."""
-    target_loss: float | None = None
-    """Stop early at this loss (both targets given: both must be reached)."""
-    patience: int = 0
-    """Stop after so many evaluations without a better validation accuracy; needs --val-size; 0 = never."""
-    min_accuracy: float | None = None
-    """A gate: exit code 1 when the final test accuracy, a fraction, lies below."""
+    epochs: int = setting(1, "Passes over the training set.", "noted", "[1, 1e6]")
+    stretch_epochs: bool = setting(
+        True, "On a smaller data set, take as many steps as on MNIST (--epochs turns it off).", "course"
+    )
+    max_steps: int = setting(
+        0, "Most optimizer steps of the whole run; shortens the schedule too; 0 = no limit.", "noted", "[0, 1e9]"
+    )
+    global_batch_size: int = setting(
+        256, "Images per optimizer step, over all processes and micro-batches.", "fixed", "[1, 1e6]"
+    )
+    gradient_accumulation_steps: int = setting(
+        0, "Micro-batches that a global batch is cut into; 0 = the launcher's setting, else 1.", "noted", "[0, 1e6]"
+    )
+    seed: int = setting(0, "Fixes initial weights, order, augmentation and dropout.", "fixed", "[0, 1e18]")
+    evaluation: Evaluation = setting(
+        "rank0", "Rank 0 scores the whole split while the others wait, or every rank a share.", "noted"
+    )
+    eval_every: int = setting(
+        0, "Also evaluate every so many optimizer steps; 0 = at the end of each epoch only.", "noted", "[0, 1e9]"
+    )
+    log_every: int = setting(50, "Optimizer steps between training records; 0 = once an epoch.", "noted", "[0, 1e9]")
+    target_accuracy: float | None = setting(
+        None, "Stop early at this accuracy, a fraction (on validation, else on test).", "noted", "(0, 1]"
+    )
+    target_loss: float | None = setting(
+        None, "Stop early at this loss (both targets given: both must be reached).", "noted", "(0, 1e6]"
+    )
+    patience: int = setting(
+        0, "Stop after so many evaluations without a better one (needs --val-size); 0 = never.", "noted", "[0, 1e9]"
+    )
+    min_accuracy: float | None = setting(
+        None, "A gate: exit code 1 when the final test accuracy, a fraction, lies below.", "noted", "(0, 1]"
+    )
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        for name in ("epochs", "global_batch_size"):
-            value = getattr(self, name)
-            _require(value > 0, f"--{name.replace('_', '-')} {value}: must be 1 or more")
-        for name in ("max_steps", "gradient_accumulation_steps", "seed", "eval_every", "log_every", "patience"):
-            value = getattr(self, name)
-            _require(value >= 0, f"--{name.replace('_', '-')} {value}: must be 0 or more")
-        for name in ("target_accuracy", "min_accuracy"):
-            value = getattr(self, name)
-            _require(
-                value is None or 0 < value <= 1,
-                f"--{name.replace('_', '-')} {value}: must be a fraction in (0, 1], such as 0.99",
-            )
-        _require(self.target_loss is None or self.target_loss > 0, f"--target-loss {self.target_loss}: must be above 0")
+        check_fields(self)
 
 
 @dataclass(frozen=True)
 class RuntimeConfig:
     """The machine's side: precision, threads, device."""
 
-    mixed_precision: Precision | None = None
-    """Default: the launcher's choice, else no (fp32)."""
-    cpu: bool = False
-    """Train on the CPU even where there is a GPU."""
-    num_threads: int = 0
-    """CPU threads per process; 0 = the cores that this node's processes may use, shared equally."""
-    step_mode: StepMode = "auto"
-    """A step kernel by kernel, or captured as one CUDA graph; auto = captured where that gives the same weights."""
-    deterministic: bool = False
-    """Only deterministic kernels and no TF32: bit-identical results on GPUs too, a little slower."""
-    timeout_s: int = 1800
-    """Seconds that a rank waits for another one before the job is given up."""
+    mixed_precision: Precision | None = setting(None, "Default: the launcher's choice, else no (fp32).", "noted")
+    cpu: bool = setting(False, "Train on the CPU even where there is a GPU.", "noted")
+    num_threads: int = setting(0, "CPU threads per process; 0 = an equal share of the cores.", "free", "[0, 1024]")
+    step_mode: StepMode = setting(
+        "auto", "captured = a whole step as one CUDA graph, where that gives the same weights.", "noted"
+    )
+    deterministic: bool = setting(
+        False, "Deterministic kernels and no TF32: bit-identical results on GPUs too, but slower.", "noted"
+    )
+    timeout_s: int = setting(
+        1800, "Seconds that a rank waits for another one before the job is given up.", "free", "[1, 1e6]"
+    )
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        _require(0 <= self.num_threads <= 1024, f"--num-threads {self.num_threads}: must lie in 0 (automatic)..1024")
-        _require(0 < self.timeout_s <= 1_000_000, f"--timeout-s {self.timeout_s}: must lie in 1..1000000")
+        check_fields(self)
 
 
 @dataclass(frozen=True)
 class OutputConfig:
     """What is kept: the run directory, checkpoints, tracking, console."""
 
-    run_dir: str | None = None
-    """Default: runs/<recipe>-<dataset>-<date>-<time>, or the unfinished run of the same configuration."""
-    resume: str = "auto"
-    """auto = the newest valid checkpoint of the run directory; never; or the path of a checkpoint."""
-    checkpoint_every: int = 0
-    """Optimizer steps between checkpoints; 0 = one at the end of each epoch."""
-    keep_last: int = 2
-    """Newest checkpoints kept."""
-    keep_best: int = 1
-    """Best checkpoints kept besides (by validation accuracy; needs --val-size)."""
-    wandb: WandbMode = "auto"
-    """auto = $WANDB_MODE, else online where a key is configured, else offline."""
-    wandb_project: str | None = None
-    """Default: $WANDB_PROJECT, else mnist-ddp."""
-    wandb_name: str | None = None
-    """Default: $WANDB_NAME, else the run directory's name."""
-    wandb_group: str | None = None
-    """Default: $WANDB_RUN_GROUP, else <recipe>-<dataset>."""
-    wandb_tags: tuple[str, ...] = ()
-    """Tags besides data set, model, precision and world size."""
-    wandb_notes: str | None = None
-    """A remark kept with the run."""
-    tensorboard: bool = False
-    """Also write TensorBoard's event files, to <run>/tensorboard (pip install tensorboard)."""
-    pictures: bool = True
-    """At the end, draw pictures of data, curves, features and mistakes into <run>/pictures."""
-    quiet: bool = False
-    """Print warnings, errors and the closing lines only."""
-    debug: bool = False
-    """Show the whole traceback of an error that is otherwise one line."""
-    inject: tuple[str, ...] = ()
-    """A drill: nan@30, kill@rank1:50 (or hang, raise, exit; before that step), slow@rank1:0.05 (seconds per step)."""
+    run_dir: str | None = setting(
+        None, "Default: the unfinished run of this configuration, else a new one in runs/.", "free", is_path=True
+    )
+    resume: str = setting(
+        "auto", "auto = the newest valid checkpoint of --run-dir; never; or a checkpoint's path.", "free", is_path=True
+    )
+    checkpoint_every: int = setting(
+        0, "Optimizer steps between checkpoints; 0 = one at the end of each epoch.", "free", "[0, 1e9]"
+    )
+    keep_last: int = setting(2, "Newest checkpoints kept.", "free", "[1, 1e6]")
+    keep_best: int = setting(
+        1, "Best checkpoints kept besides (by validation accuracy; needs --val-size).", "free", "[0, 1e6]"
+    )
+    wandb: WandbMode = setting(
+        "auto", "auto = $WANDB_MODE, else online where a key is configured, else offline.", "free"
+    )
+    wandb_project: str | None = setting(None, "Default: $WANDB_PROJECT, else mnist-ddp.", "free")
+    wandb_name: str | None = setting(None, "Default: $WANDB_NAME, else the run directory's name.", "free")
+    wandb_group: str | None = setting(None, "Default: $WANDB_RUN_GROUP, else <recipe>-<dataset>.", "free")
+    wandb_tags: tuple[str, ...] = setting((), "Tags besides data set, model, precision and world size.", "free")
+    wandb_notes: str | None = setting(None, "A remark kept with the run.", "free")
+    tensorboard: bool = setting(
+        False, "Also write TensorBoard's event files, to <run>/tensorboard (pip install tensorboard).", "free"
+    )
+    pictures: bool = setting(
+        True, "At the end, draw pictures of data, curves, features and mistakes into <run>/pictures.", "free"
+    )
+    quiet: bool = setting(False, "Print warnings, errors and the closing lines only.", "free")
+    debug: bool = setting(False, "Show the whole traceback of an error that is otherwise one line.", "free")
+    inject: tuple[str, ...] = setting(
+        (), "A drill: nan@30, kill@rank1:50 (hang, raise, exit), slow@rank1:0.05 (s per step).", "free"
+    )
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        _require(bool(self.resume), "--resume: give auto, never or the path of a checkpoint")
-        _require(self.run_dir is None or bool(self.run_dir), "--run-dir: must not be empty")
-        _require(self.checkpoint_every >= 0, f"--checkpoint-every {self.checkpoint_every}: must be 0 or more")
-        _require(self.keep_last >= 1, f"--keep-last {self.keep_last}: must be 1 or more")
-        _require(self.keep_best >= 0, f"--keep-best {self.keep_best}: must be 0 or more")
+        check_fields(self)
         for text in self.inject:
             try:
                 parse_fault(text)
@@ -379,8 +380,7 @@ class OutputConfig:
 class TrainConfig:
     """All that defines a training run. Recipes return one; the command line overrides single fields."""
 
-    recipe: str = "fast"
-    """The recipe to start from (--list-recipes shows them)."""
+    recipe: str = setting("fast", "The recipe to start from (--list-recipes shows them).", "noted")
     data: DataConfig = field(default_factory=DataConfig)
     image: ImageConfig = field(default_factory=ImageConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -389,7 +389,7 @@ class TrainConfig:
     output: OutputConfig = field(default_factory=OutputConfig)
 
     def __post_init__(self) -> None:
-        _check_type("--recipe", self.recipe, str)
+        check_fields(self)
         size = IMAGE_SIZES.get(self.optim.model, 28)
         _require(
             self.image.image_size == size,
@@ -405,6 +405,12 @@ def sections() -> dict[str, type[Any]]:
     """The sections of `TrainConfig` by name, in order."""
     hints = get_type_hints(TrainConfig)
     return {name: hint for name, hint in hints.items() if isinstance(hint, type) and dataclasses.is_dataclass(hint)}
+
+
+def fields_on_resume(kind: OnResume) -> tuple[str, ...]:
+    """Names of the fields that a resume treats in this way (`setting` says what the ways are), in order."""
+    owners: list[type[Any]] = [TrainConfig, *sections().values()]
+    return tuple(f.name for o in owners for f in dataclasses.fields(o) if f.metadata.get("on_resume") == kind)
 
 
 def evolve(config: TrainConfig, **changes: Any) -> TrainConfig:

@@ -1,3 +1,4 @@
+import dataclasses
 import os
 import subprocess
 import sys
@@ -7,7 +8,7 @@ import pytest
 import yaml
 
 from mnist.cli import parse_command_line, to_yaml
-from mnist.config import TrainConfig, evolve, to_flat
+from mnist.config import TrainConfig, evolve, sections, to_flat
 from mnist.recipes import RECIPES
 
 ROOT = Path(__file__).parents[1]
@@ -227,8 +228,8 @@ def test_the_printed_configuration_reproduces_the_run(config_file, capsys, argv)
         (["--lr", "fast"], ["--lr", "fast", "float"]),
         (["--lr"], ["--lr", "Missing"]),
         (["--epochs", "1.5"], ["--epochs", "1.5"]),
-        (["--lr", "-1"], ["--lr -1.0: must be above 0"]),
-        (["--epochs", "0"], ["--epochs 0: must be 1 or more"]),
+        (["--lr", "-1"], ["--lr -1.0: must lie in (0, 1e4]"]),
+        (["--epochs", "0"], ["--epochs 0: must lie in [1, 1e6]"]),
         (["--patience", "3"], ["--patience 3: needs --val-size"]),
         (["--label-smoothing", "0.1", "--loss", "nll"], ["--label-smoothing 0.1: needs --loss cross_entropy"]),
         (["--deterministic", "maybe"], ["maybe"]),
@@ -254,7 +255,7 @@ def test_a_mistake_is_named_with_the_way_out_and_ends_with_2(capsys, argv, words
         ("learning_rate: 0.5\n", ["config.yaml: learning_rate: unknown"]),
         ("epoch: 3\n", ["config.yaml: epoch: unknown; did you mean epochs?"]),
         ("lr: fast\n", ["--lr", "fast"]),
-        ("lr: -1\n", ["--lr -1.0: must be above 0"]),
+        ("lr: -1\n", ["--lr -1.0: must lie in (0, 1e4]"]),
         ("recipe: lenet\n", ["--recipe lenet", "did you mean lenet5?"]),
         ("dataset: minst\n", ["--dataset minst", "did you mean mnist?"]),
         ("epochs: true\n", ["--epochs"]),
@@ -324,6 +325,8 @@ def test_help_shows_every_flag_and_the_commands_people_type(capsys):
     assert "accelerate launch train_ddp.py" in out
     missing = [name for name in to_flat(TrainConfig()) if "--" + name.replace("_", "-") not in out]
     assert missing == []
+    fields = [f for section in sections().values() for f in dataclasses.fields(section)]
+    assert [f.name for f in fields if f.metadata["limits"] and f"In {f.metadata['limits']}" not in out] == []
 
 
 @pytest.mark.parametrize(("argv", "code"), [(["--help"], 0), (["--learning-rate", "1"], 2)])

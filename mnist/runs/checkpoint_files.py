@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mnist.config import TrainConfig, to_flat
+from mnist.config import TrainConfig, fields_on_resume, to_flat
 from mnist.errors import RunError, UserError
 from mnist.system.files import flush, write_and_flush, write_json
 from mnist.training.plan import Plan
@@ -38,24 +38,6 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d{8})")
 
-# A resumed run is the same run: these fields must not differ ...
-FIXED_FIELDS = (
-    *("dataset", "val_size", "model", "optimizer", "momentum", "nesterov", "beta1", "beta2", "weight_decay", "loss"),
-    *(
-        "label_smoothing",
-        "grad_clip",
-        "ema",
-        "seed",
-        "global_batch_size",
-        "image_size",
-        "mean",
-        "std",
-    ),
-    *("horizontal_flip", "rotation", "translation", "scale", "shear", "elastic", "elastic_sigma"),
-)
-# ... these may, and are mentioned: they change what happens from here on.
-COURSE_FIELDS = ("lr", "schedule", "warmup", "gamma", "decay_epochs", "stretch_epochs")
-NOTED_FIELDS = ("epochs", "max_steps", *COURSE_FIELDS, "deterministic", "step_mode")
 LENGTH_BOUND_SCHEDULES = ("cosine", "one_cycle")
 
 
@@ -220,7 +202,7 @@ def check_same_run(old: dict[str, Any], config: TrainConfig) -> None:
         UserError: it is another one. Names the fields with both values.
     """
     new = to_flat(config)
-    differing = [name for name in FIXED_FIELDS if old.get(name) != new[name]]
+    differing = [name for name in fields_on_resume("fixed") if old.get(name) != new[name]]
     if differing:
         listed = ", ".join(f"--{n.replace('_', '-')} was {old.get(n)}, now {new[n]}" for n in differing)
         place = f"--run-dir {config.output.run_dir}: " if config.output.run_dir else ""
@@ -249,7 +231,8 @@ def check_compatible(checkpoint: Checkpoint, config: TrainConfig, plan: Plan, fa
         )
     if plan.num_steps < done:
         raise UserError(f"--epochs/--max-steps: {plan.num_steps} steps, but the checkpoint has done {done}")
-    notes = [f"{name} {old.get(name)} -> {new[name]}" for name in NOTED_FIELDS if old.get(name) != new[name]]
+    noted = (*fields_on_resume("noted"), *fields_on_resume("course"))
+    notes = [f"{name} {old.get(name)} -> {new[name]}" for name in noted if old.get(name) != new[name]]
     notes += [f"{name} {was} -> {facts[name]}" for name, was in checkpoint.facts.items() if was != facts[name]]
     if plan.accumulation_steps != checkpoint.plan["accumulation_steps"]:
         notes.append(f"accumulation {checkpoint.plan['accumulation_steps']} -> {plan.accumulation_steps}")

@@ -7,7 +7,6 @@ the kernel releases when the process ends, however it ends. Only rank 0 comes he
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 import shutil
@@ -19,7 +18,7 @@ from typing import Any, TextIO
 with contextlib.suppress(ImportError):  # Windows has none
     import fcntl
 
-from mnist.config import RUNS, TrainConfig, sections, to_flat
+from mnist.config import RUNS, TrainConfig, fields_on_resume, to_flat
 from mnist.errors import RunError, UserError
 from mnist.system.files import read_json, write_atomically, write_json
 
@@ -29,8 +28,6 @@ CONTENTS = (
     *("config.json", "environment.json", "metrics.jsonl", "result.json", "wandb_id"),
     *("checkpoints", "export", "pictures", "tensorboard"),
 )
-# Fields that say where and how loudly, not what: a run may be continued whatever they are.
-_INCIDENTAL = {f.name for f in dataclasses.fields(sections()["output"])} | {"data_dir", "num_threads", "timeout_s"}
 
 
 class RunDir:
@@ -158,7 +155,7 @@ def _unfinished_runs(config: TrainConfig) -> list[Path]:
 
 
 def _essentials(flat: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in flat.items() if name not in _INCIDENTAL}
+    return {name: value for name, value in flat.items() if name not in fields_on_resume("free")}
 
 
 def _lock(path: Path) -> RunDir:

@@ -10,10 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mnist.config import TrainConfig, to_flat
+from mnist.config import TrainConfig, fields_on_resume, to_flat
 from mnist.errors import RunError, UserError
 from mnist.runs.checkpoint_files import (
-    COURSE_FIELDS,
     LENGTH_BOUND_SCHEDULES,
     MANIFEST,
     Checkpoint,
@@ -96,13 +95,15 @@ def find_checkpoint(
     if saved is None:
         if last and directory.has_records():  # it ended before its first checkpoint
             check_same_run(last, config)
-            if not _is_alike(last, config, COURSE_FIELDS):
+            if not _is_alike(last, config, fields_on_resume("course")):
                 directory.rewind(0, [])
         return None
     changes = check_compatible(saved, config, plan, facts)
     steps = list_steps(directory.checkpoints)
     later = [path for step, path in steps.items() if step > saved.step]
-    if not _is_alike(last or saved.config, config, COURSE_FIELDS) or (wanted != "auto" and not is_restart()):
+    if not _is_alike(last or saved.config, config, fields_on_resume("course")) or (
+        wanted != "auto" and not is_restart()
+    ):
         directory.rewind(saved.step, later)
     else:
         directory.move_aside(later)  # the broken ones, which must not pass for this run's steps again

@@ -20,7 +20,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from mnist.config import Fault, TrainConfig, evolve, parse_fault, to_flat
+from mnist.config import Fault, TrainConfig, evolve, fields_on_resume, parse_fault, to_flat
 from mnist.data.batches import TrainLoader
 from mnist.data.datasets import Choice, Dataset, Split
 from mnist.errors import RankError
@@ -28,7 +28,6 @@ from mnist.models import count_parameters
 from mnist.runs import report
 from mnist.runs import resume as resuming
 from mnist.runs.checkpoint_files import (
-    NOTED_FIELDS,
     Checkpoint,
     CheckpointError,
     load_checkpoint,
@@ -158,7 +157,7 @@ class Run:
         return self._gate(self.previous["test"]["accuracy"])
 
     def _warn_of_changes(self) -> None:
-        for name in NOTED_FIELDS:
+        for name in (*fields_on_resume("noted"), *fields_on_resume("course")):
             was, now = self._previous_config.get(name), to_flat(self.config)[name]
             if was != now:
                 self.console.warn(f"--{name.replace('_', '-')} was {was}, now {now}: not trained again")

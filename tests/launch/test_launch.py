@@ -83,7 +83,7 @@ def test_missing_mnist_is_one_message_on_every_launcher(tmp_path: Path, launcher
         (["--dataset", "mnits"], ["--dataset mnits", "did you mean mnist?", "digits"]),
         (["--epoch", "3"], ["--epoch", "--epochs"]),
         (["--lr", "fast"], ["--lr", "could not convert string to float"]),
-        (["--epochs", "0"], ["--epochs 0: must be 1 or more"]),
+        (["--epochs", "0"], ["--epochs 0: must lie in [1, 1e6]"]),
     ],
 )
 def test_a_mistyped_flag_or_value_is_explained_without_torch(
