@@ -103,7 +103,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(read_regular(path, MAX_JSON_BYTES), parse_int=_parse_int)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError, RecursionError) as error:
         raise RecordError(f"{path}: not readable as JSON ({error})") from error

@@ -94,7 +94,7 @@ def test_run_and_out_are_obeyed(run: str, capsys: pytest.CaptureFixture[str], ki
 
 def test_the_title_says_which_weights_are_shown(run: str) -> None:
     result = json.loads(Path(run, "result.json").read_text())
-    Path(run, "result.json").write_text(json.dumps({**result, "best": {"step": 46}}))
+    Path(run, "result.json").write_text(json.dumps({**result, "best": {**result["best"], "step": 46}}))
     steps = {"": "46", "/export/best": "46", "/export/last": "69"}
     titles = {folder: plots._find_subject(run + folder).title("digits") for folder in steps}
     assert titles == {folder: f"smoke on digits, seed 0, step {step}" for folder, step in steps.items()}
