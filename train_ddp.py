@@ -21,8 +21,11 @@ if __name__ == "__main__":
     signals.install()
     process.tune()
     from mnist.cli import parse_command_line
+    from mnist.runs.console import Console
 
     CONFIG = parse_command_line()
+    CONSOLE = Console(quiet=CONFIG.output.quiet)
+    CONSOLE.show("importing torch")
 
 from accelerate import Accelerator
 
@@ -46,23 +49,21 @@ from mnist.training.plan import Plan, build_plan
 from mnist.training.step import TrainStep
 
 
-def main(config: TrainConfig) -> int:
-    """One run, from the configuration to the exit code: 0 finished, 1 failed, 2 wrong usage, 75 preempted.
-
-    Every rank calls it.
-    """
+def main(config: TrainConfig, console: Console | None = None) -> int:
+    """One run on every rank. Returns the exit code: 0 finished, 1 failed, 2 wrong usage, 75 preempted."""
+    console = console or Console(quiet=config.output.quiet)
     try:
-        with open_accelerator(config.runtime, tracker_names(config.output)) as accelerator:
-            return train(config, accelerator)
+        with console, open_accelerator(config.runtime, tracker_names(config.output)) as accelerator:
+            return train(config, accelerator, console)
     except (UserError, RunError) as error:
         if config.output.debug:
             raise
         return print_error(error)
 
 
-def train(config: TrainConfig, accelerator: Accelerator) -> int:
+def train(config: TrainConfig, accelerator: Accelerator, console: Console) -> int:
     """Builds everything, resumes, trains, finishes."""
-    console = Console(accelerator.is_main_process, config.output.quiet)
+    console.show("reading the data")
     together = partial(ranks.together, accelerator)  # some ranks work; all get the result, or raise the error
 
     choice = together(lambda: datasets.choose(config.data))
@@ -125,4 +126,4 @@ def build_train_step(config: TrainConfig, plan: Plan, accelerator: Accelerator) 
 
 
 if __name__ == "__main__":
-    process.leave(main(CONFIG))
+    process.leave(main(CONFIG, CONSOLE))

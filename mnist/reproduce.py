@@ -88,7 +88,7 @@ def _run(recipe: str, seed: int, options: Options) -> dict[str, Any]:
         sys.stderr.write(f"{recipe}, seed {seed} ...\n")
         threads = ["--num-threads", str(options.num_threads)] if options.num_threads else []
         quiet = ["--wandb", "disabled", "--no-pictures", "--quiet", *threads, "--run-dir", str(folder)]
-        code = _wait_for(subprocess.Popen([*command, *quiet]))  # noqa: S603 - our own
+        code = _wait_for(subprocess.Popen([*command, *quiet], stdout=sys.stderr))  # noqa: S603 - our own
         if not _is_finished(folder):
             raise RunError(f"{recipe}, seed {seed}: exit code {code}, no result in {folder}")
     result = read_result(folder)

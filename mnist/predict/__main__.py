@@ -118,7 +118,7 @@ def main(options: Options) -> int:
                 _draw(prediction, drawings[index], class_names)
     if not options.json:
         kind = "" if trained.config.data.dataset == "mnist" else f", NOT MNIST but {trained.config.data.dataset}"
-        Console().say(f"model: {trained.folder} ({trained.config.recipe}{kind})")
+        Console().note(f"model: {trained.folder} ({trained.config.recipe}{kind})")
     if options.json:
         sys.stdout.write(json.dumps(printed, indent=1) + "\n")
     return 1 if num_errors else 0

@@ -1,125 +1,197 @@
-"""What a person sees: banner, one progress bar, a row per epoch, the closing lines; plain lines where nobody watches.
+"""What a person sees: the banner, one progress bar, a row per epoch, the closing lines; plain lines in a log file.
 
-In: plain numbers and strings. Out: text on standard error, from rank 0 only. On other ranks, with `--quiet`, or where
-standard error is no terminal, the same calls print less.
+In: plain numbers and strings. Out: results and records on standard output, warnings and the bar on standard error.
 """
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
-import time
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Self, TextIO
 
 from rich.console import Console as RichConsole
-from rich.markup import escape
+from rich.console import RenderableType
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.spinner import Spinner
+from rich.text import Text
 
-PLAIN_EVERY_S = 10.0
+Rows = Sequence[tuple[str, str]]
+Numbers = tuple[float, float]  # loss and accuracy
 
 
-class _RichConsole(RichConsole):
+class _Stream(RichConsole):
+    """Standard output or standard error. A closed pipe or a full disk silences it, and does not end the run."""
+
     def on_broken_pipe(self) -> None:
-        """Falls silent: whoever read the log has gone, or it has no room, and that is no reason to end a run."""
         self.quiet = True
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        with contextlib.suppress(OSError, ValueError):  # a stream without a descriptor, in tests and notebooks
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+    def show_cursor(self, show: bool = True) -> bool:  # noqa: ARG002
+        return False  # never hide it: a process that is killed cannot show it again
 
 
 class Console:
-    """The one voice of a job.
+    """Everything that a run prints: on rank 0 only; with `quiet` only warnings and the closing lines.
 
-    Args:
-        is_main: false on all ranks but 0, which then stay silent.
-        quiet: warnings and the closing lines only.
+    A context manager: the bar goes away when the block ends, also after an error.
     """
 
-    def __init__(self, is_main: bool = True, quiet: bool = False) -> None:
-        self._rich = _RichConsole(stderr=True, quiet=not is_main, highlight=False, soft_wrap=True)
+    def __init__(self, is_main: bool | None = None, quiet: bool = False) -> None:
+        is_main = os.environ.get("RANK", "0") == "0" if is_main is None else is_main
         self._quiet = quiet
-        self._live = self._rich.is_terminal and not os.environ.get("CI") and os.environ.get("TERM") != "dumb"
-        if not self._live:
-            self._rich = _RichConsole(
-                stderr=True, quiet=not is_main, highlight=False, soft_wrap=True, color_system=None, force_terminal=False
-            )
-        self._progress: Progress | None = None
-        self._task = TaskID(0)
-        self._num_steps = 0
-        self._last_line_s = 0.0
+        self._err, err_is_terminal = _open_stream(sys.stderr, is_main)
+        self._out, out_is_terminal = _open_stream(sys.stdout, is_main)
+        self._has_bar = err_is_terminal and is_main and not quiet
+        self._is_table = self._has_bar and out_is_terminal  # else each record is a line that can be read alone
+        if self._is_table:
+            self._out = self._err  # one screen: rich prints the lines above the bar
+        self._has_header = False
         self._warned: set[str] = set()
+        self._activity = ""
+        self._loss_name, self._best_accuracy = "train loss", 0.0
+        self._num_steps, self._epoch_steps = 0, 1.0
+        self._current_step: Callable[[], int] = lambda: 0
+        self._task: TaskID | None = None
+        self._spinner = Spinner("line")
+        name, numbers = TextColumn("{task.description}"), TextColumn("{task.fields[numbers]}")
+        columns = (name, BarColumn(bar_width=None), MofNCompleteColumn(), numbers, TimeRemainingColumn(compact=True))
+        self._bar = Progress(*columns, expand=True)
+        self._live = Live(console=self._err, get_renderable=self._render, transient=True, refresh_per_second=10)
 
-    def banner(self, rows: Sequence[tuple[str, str]]) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop_progress()
+
+    def banner(self, rows: Rows) -> None:
         """The plan of the run, a line per fact."""
         if not self._quiet:
             self._print_rows(rows)
 
     def say(self, line: str) -> None:
-        """One line of information."""
+        """One line of information, on standard output."""
         if not self._quiet:
-            self._print(escape(line))
+            self._print(self._out, line)
+
+    def note(self, line: str) -> None:
+        """One line of information on standard error, for commands whose standard output is their result."""
+        if not self._quiet:
+            self._print(self._err, line)
 
     def warn(self, line: str) -> None:
-        """One line that matters, once."""
+        """A warning on standard error, once, also with --quiet."""
         if line not in self._warned:
             self._warned.add(line)
-            self._print(f"[bold yellow]warning[/bold yellow]  {escape(line)}")
+            self._print(self._err, ("warning", "bold yellow"), f"  {line}")
 
-    def _print(self, text: str) -> None:
+    def summary(self, rows: Rows, next_commands: Sequence[str] = ()) -> None:
+        """The closing lines, also with --quiet: results, then commands to type next."""
+        self.stop_progress()
+        if self._is_table:
+            self._print(self._out, ("-" * 79, "dim"))
+        self._print_rows(rows)
+        for number, command in enumerate(next_commands):
+            self._print(self._out, (f"{'' if number else 'next':>12}  ", "bold"), (command, "cyan"))
+
+    def _print_rows(self, rows: Rows) -> None:
+        for name, value in rows:
+            self._print(self._out, (f"{name:>12}  ", "bold"), (value, "bold green" if name == "test" else ""))
+
+    def _print(self, stream: _Stream, *parts: str | tuple[str, str]) -> None:
         try:
-            self._rich.print(text)
-        except OSError:  # the disk is full below the log; the run's own may be another one
-            self._rich.on_broken_pipe()
+            stream.print(Text.assemble(*parts))
+        except OSError:  # the disk is full where the log is; the run directory may be on another one
+            stream.on_broken_pipe()
 
-    def start_progress(self, num_steps: int, done: int) -> None:
-        """Begins the bar of the run (on a terminal)."""
-        self._num_steps = num_steps
-        self._last_line_s = time.monotonic()
-        if self._live and not self._quiet and not self._rich.quiet:
-            columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-            self._progress = Progress(*columns, console=self._rich, transient=True, refresh_per_second=4)
-            self._task = self._progress.add_task("", total=num_steps, completed=done)
-            self._progress.start()
+    def start_progress(
+        self, num_steps: int, current_step: Callable[[], int], epoch_steps: float, *, best: float = 0.0, loss: str = ""
+    ) -> None:
+        """Begins the bar. The thread that draws it calls `current_step`, for the steps done, ten times a second.
+
+        `best` is the accuracy that earlier starts of the run have reached, `loss` the name of the training loss.
+        """
+        self._num_steps, self._current_step, self._epoch_steps = num_steps, current_step, epoch_steps
+        self._loss_name, self._best_accuracy = loss or self._loss_name, best
+        self._task = self._bar.add_task("", total=num_steps, completed=current_step(), numbers="")
+        self.show("")
+
+    def show(self, activity: str) -> None:
+        """Says on a terminal what is going on when it is not training, such as "importing torch"; "" = training."""
+        self._activity = activity
+        if self._has_bar and not self._live.is_started:
+            self._live.start()
+
+    @contextlib.contextmanager
+    def doing(self, activity: str) -> Iterator[None]:
+        """Shows `activity` until the block ends, and then again what was shown before."""
+        before = self._activity
+        self.show(activity)
+        try:
+            yield
+        finally:
+            self._activity = before
 
     def progress(self, step: int, loss: float, accuracy: float, images_per_s: float) -> None:
-        """A training record: moves the bar, or prints a line every ten seconds."""
-        text = f"loss {loss:.4f}  accuracy {accuracy:.2%}  {images_per_s:,.0f} images/s"
-        if self._progress is not None:
-            self._progress.update(self._task, completed=step, description=text)
-        elif time.monotonic() - self._last_line_s >= PLAIN_EVERY_S:
-            self._last_line_s = time.monotonic()
-            self.say(f"step {step}/{self._num_steps}  {text}")
+        """A training record: numbers beside the bar, or a line."""
+        if self._task is not None:
+            self._bar.update(self._task, numbers=f"loss {loss:.4f} acc {accuracy:.2%} {images_per_s:,.0f} img/s")
+        if not self._is_table:
+            numbers = f"{self._loss_name} {loss:.4f}  accuracy {accuracy:7.2%}  {images_per_s:9,.0f} images/s"
+            self.say(f"step {step:{len(str(self._num_steps))}}/{self._num_steps}  {numbers}")
 
     def epoch_row(
-        self, epoch: float, step: int, train: tuple[float, float], split: str, scored: tuple[float, float, str]
+        self, epoch: float, step: int, train: Numbers, split: str, scored: Numbers, *, lr: float, seconds: float
     ) -> None:
-        """A line at each evaluation.
-
-        Args:
-            epoch: where the run is.
-            step: likewise, in steps.
-            train: loss and accuracy of training since the epoch began.
-            split: what was scored.
-            scored: its loss, accuracy and counts.
-        """
-        self._last_line_s = time.monotonic()
-        loss, accuracy, counts = scored
-        self.say(
-            f"epoch {epoch:g}  step {step}/{self._num_steps}  |  train loss {train[0]:.4f} accuracy {train[1]:.2%}  |  "
-            f"{split} loss {loss:.4f} accuracy {accuracy:.2%} ({counts})"
-        )
+        """A row at each evaluation: `train` and `scored` are loss and accuracy; `seconds` of training in this epoch."""
+        cells = [("epoch", 6, f"{epoch:g}"), ("step", 8, str(step))]
+        cells += [(self._loss_name, 15, f"{train[0]:.4f}"), ("accuracy", 10, f"{train[1]:.2%}")]
+        cells += [(f"{split} loss", 11, f"{scored[0]:.4f}"), ("accuracy", 10, f"{scored[1]:.2%}")]
+        cells += [("lr", 9, f"{lr:.3g}"), ("s", 6, f"{seconds:.1f}")]
+        mark = "best" if scored[1] > self._best_accuracy else ""
+        self._best_accuracy = max(self._best_accuracy, scored[1])
+        if not self._is_table:
+            self.say("  ".join(f"{name} {text:>{min(width, 8)}}" for name, width, text in cells) + f"  {mark}".rstrip())
+            return
+        if not self._has_header:
+            self._has_header = True
+            self._print(self._out, ("".join(f"{name:>{width}}" for name, width, _ in cells), "bold"))
+        row = "".join(f"{text:>{width}}" for _, width, text in cells)
+        self._print(self._out, (f"{row}{mark:>5}", "green" if mark else ""))
 
     def stop_progress(self) -> None:
         """Takes the bar away."""
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
+        self._has_bar = False
+        with contextlib.suppress(OSError):  # the terminal is gone
+            self._live.stop()
 
-    def summary(self, rows: Sequence[tuple[str, str]]) -> None:
-        """The closing lines; printed even with --quiet."""
-        self.stop_progress()
-        self._print_rows(rows)
+    def _render(self) -> RenderableType:
+        if self._task is None:
+            self._spinner.update(text=self._activity)
+            return self._spinner
+        step, num_epochs = self._current_step(), math.ceil(self._num_steps / self._epoch_steps)
+        epoch = min(num_epochs, int(step / self._epoch_steps) + 1)
+        self._bar.update(self._task, completed=step, description=self._activity or f"epoch {epoch}/{num_epochs}")
+        return self._bar
 
-    def _print_rows(self, rows: Sequence[tuple[str, str]]) -> None:
-        for name, value in rows:
-            self._print(f"[bold]{name:>12}[/bold]  {escape(value)}")
+
+def _open_stream(file: TextIO, is_main: bool) -> tuple[_Stream, bool]:
+    """A stream, and whether a person sees it at a terminal that can draw."""
+    is_terminal = file.isatty() and not os.environ.get("CI") and os.environ.get("TERM") != "dumb"
+    stream = _Stream(
+        stderr=file is sys.stderr,
+        quiet=not is_main,
+        highlight=False,
+        soft_wrap=True,
+        color_system="auto" if is_terminal else None,
+        force_terminal=None if is_terminal else False,
+    )
+    return stream, is_terminal
 
 
 def count(number: int, noun: str) -> str:

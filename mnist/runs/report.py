@@ -6,6 +6,9 @@ In: configuration, plan, facts and numbers. Out: rows of words for the console, 
 from __future__ import annotations
 
 import os
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -85,6 +88,18 @@ def closing(test: Scores, dataset: Dataset, choice: Choice, plan: Plan, state: T
     if state.stop_reason:
         rows.append(("stopped", f"{state.stop_reason} after step {state.step} of {plan.num_steps}"))
     return rows
+
+
+def worst_classes(test: Scores, class_names: Sequence[str], most: int = 3) -> str:
+    """The classes with the lowest accuracy, such as "9 98.12%, 5 98.43%, 8 98.77%"."""
+    known = [(rate, name) for rate, name in zip(test.accuracy_per_class, class_names, strict=True) if rate is not None]
+    return ", ".join(f"{name} {rate:.2%}" for rate, name in sorted(known)[:most])
+
+
+def next_commands(path: Path) -> list[str]:
+    """What to type after a finished run, quoted for a shell."""
+    run = shlex.quote(str(path))
+    return [f"python -m mnist.predict docs/digit.png --run {run}", f"python -m mnist.plots mistakes --run {run}"]
 
 
 def hardware_warnings(accelerator: Accelerator) -> list[str]:

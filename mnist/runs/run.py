@@ -147,9 +147,12 @@ class Run:
         if not resuming.check_finished(self.previous, self._previous_config, self.config, self.plan, self.path):
             return False
         steps, accuracy = self.previous["steps"], self.previous["test"]["accuracy"]
-        self.console.say(f"{self.path} is finished: {steps} steps, test accuracy {accuracy:.2%}")
         self._warn_of_changes()
-        self.console.say(resuming.ways_on(self.config))
+        rows = [
+            ("finished", f"{self.path}: {steps} steps, test accuracy {accuracy:.2%}"),
+            ("", resuming.ways_on(self.config)),
+        ]
+        self.console.summary(rows, report.next_commands(self.path))
         return True
 
     def exit_code(self) -> int:
@@ -196,12 +199,19 @@ class Run:
         self._watchdog.sign_of_life()
         signals.training_begins()
         started = time.perf_counter()
+        self.console.show("warming up")
         zeros = self.dataset.train.images.new_zeros((self.plan.micro_batch_size, 28, 28))
         warm_up(self.train_step.model, self.train_step.transform(zeros))
         if self.goes_on():
             self._settle_step_mode(train_loader)
         self.warmup_time_s = time.perf_counter() - started
-        self.console.start_progress(self.plan.num_steps, self.state.step)
+        self.console.start_progress(
+            self.plan.num_steps,
+            lambda: self.state.step,
+            self.plan.epoch_steps,
+            best=self.state.best["accuracy"] if self.state.best else 0.0,
+            loss="smoothed loss" if self.config.optim.label_smoothing else "train loss",
+        )
 
     def _settle_step_mode(self, train_loader: TrainLoader) -> None:
         mode, remark = settle_step_mode(
@@ -279,7 +289,8 @@ class Run:
             grad_norm=record.grad_norm,
             **performance,
         )
-        self.console.progress(record.step, record.loss, record.accuracy, speed)
+        if not self.plan.evaluates_at(record.step):  # an evaluation prints a row of its own
+            self.console.progress(record.step, record.loss, record.accuracy, speed)
 
     def score(self) -> None:
         """Evaluates on validation, or on test where nothing is held out, and decides about best and early stopping."""
@@ -297,15 +308,16 @@ class Run:
             self.state.epoch_sums = [0.0] * 4
 
     def _evaluate(self, name: str, split: Split) -> Scores:
-        scores = evaluate(
-            self.eval_model,
-            split,
-            accelerator=self.accelerator,
-            loss_fn=self.eval_loss,
-            transform=self.train_step.transform,
-            sharded=self.config.loop.evaluation == "sharded",
-            after_chunk=lambda _: self._watchdog.sign_of_life(),
-        )
+        with self.console.doing("evaluating"):
+            scores = evaluate(
+                self.eval_model,
+                split,
+                accelerator=self.accelerator,
+                loss_fn=self.eval_loss,
+                transform=self.train_step.transform,
+                sharded=self.config.loop.evaluation == "sharded",
+                after_chunk=lambda _: self._watchdog.sign_of_life(),
+            )
         self._watchdog.sign_of_life()
         if not math.isfinite(scores.loss):
             raise DivergedError(self.state.step, 0)
@@ -329,11 +341,17 @@ class Run:
         return None
 
     def _show(self, scores: Scores, split: str) -> None:
-        loss, correct, samples, _ = self.state.epoch_sums
-        train = (loss / samples, correct / samples) if samples else (float("nan"), float("nan"))
-        counts = f"{scores.num_correct:,}/{scores.num_samples:,}"
-        epoch = round(self._epoch, 2)
-        self.console.epoch_row(epoch, self.state.step, train, split, (scores.loss, scores.accuracy, counts))
+        loss, correct, samples, seconds = self.state.epoch_sums
+        train = (loss / samples, correct / samples) if samples else (math.nan, math.nan)
+        self.console.epoch_row(
+            round(self._epoch, 2),
+            self.state.step,
+            train,
+            split,
+            (scores.loss, scores.accuracy),
+            lr=self.train_step.lr,
+            seconds=seconds,
+        )
 
     def save(self) -> None:
         """Writes a checkpoint of this step, unless it is there."""
@@ -388,10 +406,14 @@ class Run:
         code = self._gate(test.accuracy)
         self._together(lambda: self._show_results(test))
         self._together(lambda: self._close("finished", gate_passed=code == EXIT_FINISHED))
-        rows = report.closing(test, self.dataset, self.choice, self.plan, self.state)
+        rows = [
+            *report.closing(test, self.dataset, self.choice, self.plan, self.state),
+            ("worst", report.worst_classes(test, self.dataset.class_names)),
+        ]
         starts, span = (" over all starts", "since this start") if self._has_resumed else ("", "in all")
         times = f"{self.state.train_time_s:.1f} s training{starts}, {self._total_time_s():.1f} s {span}"
-        self.console.summary([*rows, ("time", times), ("run", str(self.path)), *self._drawn, *self._hints])
+        rows += [("time", times), ("run", str(self.path)), *self._drawn, *self._hints]
+        self.console.summary(rows, report.next_commands(self.path))
         return code
 
     def _end_preempted(self) -> int:
@@ -442,10 +464,11 @@ class Run:
         step = int(self.state.best["step"]) if self.state.best else self.state.step  # of the weights that were scored
         if self.config.output.pictures:
             try:
-                self.tracker.pictures(self.state.step, self._draw(test, step))
+                with self.console.doing("drawing pictures"):
+                    self.tracker.pictures(self.state.step, self._draw(test, step))
                 self._drawn = [("pictures", str(self.path / "pictures"))]
             except Exception as error:  # a full disk, a GPU without room: the run is whole without them
-                self.console.warn(f"no pictures ({str(error).partition(chr(10))[0]})")
+                self.console.warn(f"no pictures ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]})")
         self.tracker.confusion(self.state.step, test.confusion, self.dataset.class_names)
         if step == self.state.step:
             self.tracker.model(self.path / "export" / "best", ["best", "last"], {"step": step, **test.as_dict()})
@@ -473,7 +496,8 @@ class Run:
         times = {"warmup_time_s": round(self.warmup_time_s, 3), "total_time_s": round(self._total_time_s(), 3)}
         self._directory.write_result(status, **self._facts, **numbers, **times, **facts)
         best = {f"best/{key}": value for key, value in (self.state.best or {}).items()}
-        self._hints = self.tracker.finish(status, {**best, **times, "train_time_s": numbers["train_time_s"]})
+        with self.console.doing("closing W&B and other trackers"):
+            self._hints = self.tracker.finish(status, {**best, **times, "train_time_s": numbers["train_time_s"]})
 
     def _total_time_s(self) -> float:
         return time.perf_counter() - self.started

@@ -37,15 +37,15 @@ SHELLCHECK = shutil.which("shellcheck", path=PATH)
 
 
 def together(commands: list[list[str]], environments: list[dict[str, str]], cwd: Path) -> list[str]:
-    """Runs commands side by side, as machines would; all must end well. What each wrote to stderr."""
+    """Runs commands side by side, as machines would; all must end well. What each wrote."""
     with ExitStack() as stack:
         processes = [
             stack.enter_context(started(command, cwd, **WITHOUT_GPUS, **environment))
             for command, environment in zip(commands, environments, strict=True)
         ]
-        errors = [process.communicate(timeout=100)[1] for process in processes]
-        assert [process.returncode for process in processes] == [0] * len(processes), errors
-    return errors
+        outputs = ["".join(process.communicate(timeout=100)) for process in processes]
+        assert [process.returncode for process in processes] == [0] * len(processes), outputs
+    return outputs
 
 
 def run_of(folder: Path, world_size: int) -> dict[str, Any]:
@@ -174,8 +174,8 @@ def test_two_machines_static_one_is_told_to_stop_and_both_go_on_later(tmp_path: 
         assert [process.wait(timeout=100) for process in (one, other)] == [1, 1]
         assert left_behind(one) == left_behind(other) == []
     assert result(folder)["status"] == "preempted"
-    errors = together([command] * 2, machines(NNODES="2"), tmp_path)
-    assert "resuming runs/multi-node at step" in "".join(errors)
+    outputs = together([command] * 2, machines(NNODES="2"), tmp_path)
+    assert "resuming runs/multi-node at step" in "".join(outputs)
     run_of(folder, 2)
 
 

@@ -2,86 +2,146 @@ from __future__ import annotations
 
 import os
 import pty
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from mnist.errors import MachineError, RunError, UserError, print_error
-from mnist.runs import console
 from mnist.runs.console import Console
 
 ROOT = Path(__file__).parents[2]
 
 
-def speak(voice: Console) -> None:
-    voice.banner([("recipe", "fast [1]")])
-    voice.warn("careful")
-    voice.warn("careful")
-    voice.start_progress(100, 0)
-    voice.progress(50, 0.5, 0.25, 1234.5)
-    voice.epoch_row(1.0, 100, (0.5, 0.25), "test", (0.1, 0.99, "99/100"))
-    voice.summary([("test", "accuracy 99.00%")])
+def speak(console: Console) -> None:
+    with console:
+        with console.doing("importing torch"):
+            time.sleep(0.3)
+        console.banner([("recipe", "fast [1]")])
+        console.warn("careful")
+        console.warn("careful")
+        steps = [0]
+        console.start_progress(200, lambda: steps[0], 100.0)
+        for epoch in (1, 2):
+            steps[0] = 100 * epoch - 50
+            time.sleep(0.3)
+            console.progress(steps[0], 0.5, 0.25, 1234.5)
+            steps[0] += 50
+            with console.doing("evaluating"):
+                time.sleep(0.3)
+            console.epoch_row(epoch, steps[0], (0.5, 0.25), "test", (0.1, 1 - epoch / 100), lr=0.001, seconds=3.21)
+        console.summary([("test", "accuracy 99.00%")], ["python -m mnist.predict"])
 
 
-@pytest.mark.parametrize("path", ["runs/a[b]", r"runs/a\[/b]", r"runs/a\[b]c"])
+SPEAK = "from tests.runs.test_console import speak; from mnist.runs.console import Console; speak(Console())"
+
+
+def at_a_terminal(program: str = SPEAK, **environment: str) -> str:
+    """What a program writes to a terminal of 80 columns, control characters included."""
+    inherited = {name: value for name, value in os.environ.items() if name not in ("CI", "NO_COLOR")}
+    parent, child = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env={**inherited, "TERM": "xterm", "COLUMNS": "80", **environment},
+        stdout=child,
+        stderr=child,
+    )
+    os.close(child)
+    text = b""
+    try:
+        while chunk := os.read(parent, 100_000):
+            text += chunk
+    except OSError:  # the other end is closed
+        pass
+    os.close(parent)
+    assert process.wait(60) == 0
+    return text.decode()
+
+
+@pytest.mark.parametrize("path", ["runs/a[b]", r"runs/a\[/b]", r"runs/a\[b]c", "runs/a\\"])
 def test_a_path_is_printed_as_it_is(path: str, capsys: pytest.CaptureFixture[str]) -> None:
     Console().say(path)
     Console().banner([("run", path)])
-    assert capsys.readouterr().err == f"{path}\n         run  {path}\n"
+    assert capsys.readouterr().out == f"{path}\n         run  {path}\n"
 
 
-def test_without_a_terminal_there_are_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
+def test_records_go_to_standard_output_and_warnings_to_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
     speak(Console())
-    text = capsys.readouterr().err
-    assert "\x1b" not in text
-    assert "\r" not in text
-    assert "fast [1]" in text
-    assert text.count("careful") == 1
-    assert (
-        "epoch 1  step 100/100  |  train loss 0.5000 accuracy 25.00%  |  test loss 0.1000 accuracy 99.00% (99/100)"
-        in text
-    )
-    assert "step 50" not in text, "a line every ten seconds only"
-
-
-def test_a_long_silence_is_broken_by_a_plain_line(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(console, "PLAIN_EVERY_S", 0.0)
-    speak(Console())
-    assert "step 50/100  loss 0.5000  accuracy 25.00%  1,234 images/s" in capsys.readouterr().err
+    out, err = capsys.readouterr()
+    assert err == "warning  careful\n"
+    numbers = "train loss   0.5000  accuracy   25.00%  test loss   0.1000"
+    assert out.splitlines() == [
+        "      recipe  fast [1]",
+        "step  50/200  train loss 0.5000  accuracy  25.00%      1,234 images/s",
+        f"epoch      1  step      100  {numbers}  accuracy   99.00%  lr    0.001  s    3.2  best",
+        "step 150/200  train loss 0.5000  accuracy  25.00%      1,234 images/s",
+        f"epoch      2  step      200  {numbers}  accuracy   98.00%  lr    0.001  s    3.2",
+        "        test  accuracy 99.00%",
+        "        next  python -m mnist.predict",
+    ]
 
 
 def test_quiet_keeps_warnings_and_the_closing_lines(capsys: pytest.CaptureFixture[str]) -> None:
     speak(Console(quiet=True))
-    assert [line.split()[0] for line in capsys.readouterr().err.splitlines()] == ["warning", "test"]
+    out, err = capsys.readouterr()
+    assert err == "warning  careful\n"
+    assert [line.split()[0] for line in out.splitlines()] == ["test", "next"]
 
 
 def test_other_ranks_are_silent(capsys: pytest.CaptureFixture[str]) -> None:
     speak(Console(is_main=False))
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize(("variable", "is_live"), [({}, True), ({"CI": "true"}, False), ({"TERM": "dumb"}, False)])
-def test_on_a_terminal_the_bar_is_live_unless_nobody_can_see_it(variable: dict[str, str], is_live: bool) -> None:
-    program = "from tests.runs.test_console import speak; from mnist.runs.console import Console; speak(Console())"
-    environment = {name: value for name, value in os.environ.items() if name not in ("CI", "NO_COLOR")}
-    parent, child = pty.openpty()
-    subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=ROOT,
-        env={**environment, "TERM": "xterm", **variable},
-        stderr=child,
-        check=True,
-        timeout=60,
+def test_a_closed_pipe_does_not_end_the_run() -> None:
+    program = (
+        "import sys; from tests.runs.test_console import speak; from mnist.runs.console import Console\n"
+        "console = Console(); [console.say('line') for _ in range(10_000)]; speak(console); sys.stderr.write('end\\n')"
     )
-    os.close(child)
-    text = os.read(parent, 100_000).decode()
-    os.close(parent)
-    assert ("\x1b[" in text) is is_live
+    command = f'"{sys.executable}" -c "$PROGRAM" | head -1; exit ${{PIPESTATUS[0]}}'
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=ROOT, env={**os.environ, "PROGRAM": program}, capture_output=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"line\n", b"warning  careful\nend\n")
+
+
+@pytest.mark.parametrize("variable", [{"CI": "true"}, {"TERM": "dumb"}])
+def test_a_terminal_that_nobody_watches_gets_plain_lines(variable: dict[str, str]) -> None:
+    text = at_a_terminal(**variable)
+    assert "\x1b" not in text
+    assert "step  50/200" in text
     assert "accuracy 99.00%" in text
+
+
+def test_a_terminal_gets_a_bar_that_names_epoch_and_activity() -> None:
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", at_a_terminal())
+    for shown in ("importing torch", "epoch 1/2", "50/200", "evaluating", "epoch 2/2", "150/200"):
+        assert shown in text, shown
+
+
+def test_the_bar_moves_between_records() -> None:
+    program = (
+        "import time; from mnist.runs.console import Console; console, step = Console(), [0]\n"
+        "console.start_progress(1000, lambda: step[0], 1000)\n"
+        "for step[0] in range(300): time.sleep(0.01)\n"
+        "console.stop_progress()"
+    )
+    text = at_a_terminal(program)
+    assert len(set(re.findall(r"(\d+)/1000", text))) >= 5
+
+
+def test_the_table_fits_80_columns_and_marks_the_best_epoch() -> None:
+    lines = at_a_terminal().split("\n")
+    plain = [re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", line).strip("\r").rpartition("\r")[2] for line in lines]
+    header, first, second = (next(line for line in plain if line.split()[:1] == [word]) for word in ("epoch", "1", "2"))
+    assert header.split() == ["epoch", "step", "train", "loss", "accuracy", "test", "loss", "accuracy", "lr", "s"]
+    assert first.split() == ["1", "100", "0.5000", "25.00%", "0.1000", "99.00%", "0.001", "3.2", "best"]
+    assert second.split() == ["2", "200", "0.5000", "25.00%", "0.1000", "98.00%", "0.001", "3.2"]
+    assert max(map(len, (header, first, second))) <= 80
 
 
 @pytest.mark.parametrize(("error", "code"), [(UserError("--lr 0:\nbad"), 2), (RunError("disk full"), 1)])

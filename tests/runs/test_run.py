@@ -134,7 +134,7 @@ def test_a_stop_between_evaluations_claims_no_scores_of_its_weights(
     manifests = sorted((tmp_path / "checkpoints").glob("*/manifest.json"))
     scores = {path.parent.name: set(json.loads(path.read_text())["scores"]) for path in manifests}
     assert scores == {"step-00000010": {"val"}, "step-00000017": set()}
-    assert "type the same command again, without --resume" in capfd.readouterr().err
+    assert "type the same command again, without --resume" in capfd.readouterr().out
 
 
 def test_a_killed_run_replays_the_lost_steps_and_doubles_no_record(tmp_path: Path) -> None:
@@ -168,8 +168,15 @@ def test_a_finished_run_says_so_and_is_left_alone(tmp_path: Path, capsys: pytest
     run_ranks(run, 1, tmp_path, *SMALL)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.name != ".lock"}
     assert train_ddp.main(parse_command_line([*SMALL, "--run-dir", str(tmp_path)])) == 0
-    assert "is finished: 69 steps" in capsys.readouterr().err
+    assert f"finished  {tmp_path}: 69 steps" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.name != ".lock"} == before
+
+
+def test_a_finished_run_prints_its_closing_lines_with_quiet(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run_ranks(run, 1, tmp_path, *SMALL)
+    capfd.readouterr()
+    assert run_ranks(run, 1, tmp_path, *SMALL) == [0]
+    assert f"finished  {tmp_path}: 69 steps, test accuracy" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize(("schedule", "is_offered"), [("constant", True), ("one_cycle", False)])
@@ -180,7 +187,7 @@ def test_a_finished_run_offers_more_epochs_where_its_schedule_allows(
     run_ranks(run, 1, tmp_path, *arguments)
     capsys.readouterr()
     train_ddp.main(parse_command_line([*arguments, "--run-dir", str(tmp_path)]))
-    assert ("continue it with more --epochs" in capsys.readouterr().err) == is_offered
+    assert ("continue it with more --epochs" in capsys.readouterr().out) == is_offered
 
 
 def test_a_run_that_reached_its_target_goes_on_without_one(tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ def test_two_ranks_leave_one_offline_run_without_a_prompt(tmp_path: Path) -> Non
     command = train(*SMOKE, "--wandb", "auto", launcher=[*TORCHRUN, "--nproc-per-node", "2"])
     done = finish(command, tmp_path, WANDB_MODE="offline", NETRC=os.devnull)
     assert done.code == 0, done.err
-    assert "wandb sync run/wandb/offline-run-" in done.err
+    assert "wandb sync run/wandb/offline-run-" in done.out
     found = json.loads(inspect(tmp_path / "run", "--summary"))
     accuracy = json.loads((tmp_path / "run" / "result.json").read_text())["test"]["accuracy"]
     assert found["summary"]["test/accuracy"]["last"] == accuracy
@@ -248,7 +248,7 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
 def test_tensorboard_shows_what_the_file_holds(tmp_path: Path) -> None:
     done = finish(train(*SMOKE, "--tensorboard"), tmp_path)
     assert done.code == 0, done.err
-    assert "tensorboard --logdir run/tensorboard" in done.err
+    assert "tensorboard --logdir run/tensorboard" in done.out
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
     for split in ("train", "test"):

@@ -249,7 +249,7 @@ def test_two_processes_on_a_cpu_are_two(tmp_path: Path) -> None:
         "run",
     ]
     ours = finish(train(*arguments, launcher=[*TORCHRUN, "--nproc-per-node", "2"]), tmp_path)
-    assert "2 processes (torchrun)" in ours.err
+    assert "2 processes (torchrun)" in ours.out
 
 
 @pytest.mark.launch
