@@ -225,7 +225,7 @@ def project(job: Job) -> Pass:
     def train_pass(index: int) -> Sums:
         steps = loader.steps(index * loader.pass_steps, (index + 1) * loader.pass_steps)
         records = list(train_one_epoch(train_step, steps, state, pauses_at=pauses_at))
-        return sum(r.loss * r.num_samples for r in records), sum(r.num_samples for r in records)
+        return sum(r.sums.totals["loss"] for r in records), sum(r.sums.num_samples for r in records)
 
     return train_pass
 

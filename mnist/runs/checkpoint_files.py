@@ -34,7 +34,7 @@ from mnist.errors import RunError, UserError
 from mnist.system.files import flush, write_and_flush, write_json
 from mnist.training.plan import Plan
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d{8})")
 
@@ -52,7 +52,7 @@ class Checkpoint:
     Attributes:
         step: optimizer steps done.
         tensors: file stem ("model", "ema", "optimizer") -> name -> tensor.
-        loop: `engine.TrainState` as a dictionary.
+        loop: `training.loop.TrainState` as a dictionary.
         scaler: state of the fp16 gradient scaler, or None.
         config: the configuration, flat.
         plan: the plan, as a dictionary.

@@ -59,12 +59,9 @@ def drill_warnings(config: TrainConfig, *, has_resumed: bool) -> list[str]:
     return [f"DRILL: --inject {' '.join(config.output.inject)}: {meaning}"]
 
 
-def result(
-    plan: Plan, state: TrainState, scores: dict[str, Scores], val: dict[str, Any] | None, num_train: int
-) -> dict[str, Any]:
+def result(plan: Plan, state: TrainState, scores: dict[str, Scores], val: dict[str, Any] | None) -> dict[str, Any]:
     """The numbers of result.json, apart from the facts that were known before the first step."""
     test = scores.get("test")
-    samples = state.step * num_train / plan.pass_steps
     return {
         "epochs": round(state.step / plan.epoch_steps, 4),
         "steps": state.step,
@@ -74,8 +71,8 @@ def result(
         "val": val,
         "best": state.best,
         "test_confusion": None if test is None else test.confusion,
-        "train_time_s": round(state.train_time_s, 3),
-        "images_per_s": round(samples / state.train_time_s, 1) if state.train_time_s else None,
+        "train_time_s": round(state.run_sums.time_s, 3),
+        "images_per_s": round(state.run_sums.images_per_s, 1) or None,
     }
 
 

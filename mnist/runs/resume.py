@@ -150,6 +150,4 @@ def restore(saved: Checkpoint, train_step: TrainStep) -> TrainState:
     scaler = train_step.accelerator.scaler
     if scaler is not None and saved.scaler is not None:
         scaler.load_state_dict(saved.scaler)
-    state = TrainState(**{**saved.loop, "is_stopping": False})
-    train_step.load_sums(state.interval)
-    return state
+    return TrainState.from_dict({**saved.loop, "is_stopping": False})

@@ -51,7 +51,7 @@ from mnist.training.cuda_graph import settle_step_mode
 from mnist.training.evaluation import evaluate
 from mnist.training.loop import TrainRecord, TrainState
 from mnist.training.losses import build_loss
-from mnist.training.metrics import Scores
+from mnist.training.metrics import Scores, TrainSums
 from mnist.training.plan import Plan
 from mnist.training.step import DivergedError, TrainStep, warm_up
 
@@ -271,26 +271,25 @@ class Run:
 
     def log(self, record: TrainRecord) -> None:
         """Writes a training record down."""
-        speed = record.images_per_s
+        speed, means = record.sums.images_per_s, record.sums.means()
         performance = {
             "images_per_s": round(speed, 1),
             "images_per_s_per_device": round(speed / self.plan.world_size, 1),
             "memory_mb": round(peak_memory_mb(self.accelerator.device)),
         }
         if self.plan.epoch_ends_at(record.step):
-            performance["epoch_time_s"] = round(self.state.epoch_sums[3], 3)
+            performance["epoch_time_s"] = round(self.state.epoch_sums.time_s, 3)
         self.tracker.log(
             "train",
             record.step,
             self._epoch,
-            loss=record.loss,
-            accuracy=record.accuracy,
+            **means,
             lr=record.lr,
             grad_norm=record.grad_norm,
             **performance,
         )
         if not self.plan.evaluates_at(record.step):  # an evaluation prints a row of its own
-            self.console.progress(record.step, record.loss, record.accuracy, speed)
+            self.console.progress(record.step, means["loss"], means["accuracy"], speed)
 
     def score(self) -> None:
         """Evaluates on validation, or on test where nothing is held out, and decides about best and early stopping."""
@@ -305,7 +304,7 @@ class Run:
         self.state.stop_reason = self._reason_to_stop(scores)
         self._show(scores, split)
         if self.plan.epoch_ends_at(self.state.step):
-            self.state.epoch_sums = [0.0] * 4
+            self.state.epoch_sums = TrainSums()
 
     def _evaluate(self, name: str, split: Split) -> Scores:
         with self.console.doing("evaluating"):
@@ -341,16 +340,15 @@ class Run:
         return None
 
     def _show(self, scores: Scores, split: str) -> None:
-        loss, correct, samples, seconds = self.state.epoch_sums
-        train = (loss / samples, correct / samples) if samples else (math.nan, math.nan)
+        means = self.state.epoch_sums.means()
         self.console.epoch_row(
             round(self._epoch, 2),
             self.state.step,
-            train,
+            (means["loss"], means["accuracy"]),
             split,
             (scores.loss, scores.accuracy),
             lr=self.train_step.lr,
-            seconds=seconds,
+            seconds=self.state.epoch_sums.time_s,
         )
 
     def save(self) -> None:
@@ -411,7 +409,7 @@ class Run:
             ("worst", report.worst_classes(test, self.dataset.class_names)),
         ]
         starts, span = (" over all starts", "since this start") if self._has_resumed else ("", "in all")
-        times = f"{self.state.train_time_s:.1f} s training{starts}, {self._total_time_s():.1f} s {span}"
+        times = f"{self.state.run_sums.time_s:.1f} s training{starts}, {self._total_time_s():.1f} s {span}"
         rows += [("time", times), ("run", str(self.path)), *self._drawn, *self._hints]
         self.console.summary(rows, report.next_commands(self.path))
         return code
@@ -492,7 +490,7 @@ class Run:
         """result.json and trackers; nothing on other ranks than 0."""
         if self._directory is None:
             return
-        numbers = report.result(self.plan, self.state, self.scores, self.val_scores, len(self.dataset.train))
+        numbers = report.result(self.plan, self.state, self.scores, self.val_scores)
         times = {"warmup_time_s": round(self.warmup_time_s, 3), "total_time_s": round(self._total_time_s(), 3)}
         self._directory.write_result(status, **self._facts, **numbers, **times, **facts)
         best = {f"best/{key}": value for key, value in (self.state.best or {}).items()}

@@ -1,17 +1,58 @@
-"""Scores as counts: sums are added up, divided once, and the number of samples is checked.
+"""Metrics: sums are added up over batches and ranks, divided once, and the number of samples is checked.
 
-In: a confusion matrix of counts and a sum of losses. Out: `Scores`, plain numbers.
+`TrainSums` is what training adds up; a new training metric is one line in `TRAIN_METRICS`. `Scores` is the result of an
+evaluation.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 NUM_CLASSES = 10
+
+# Metric -> its sum over a batch, a tensor (): from the batch's summed loss (), logits (B, 10) and labels (B,).
+# Each is added up on the device, summed over ranks, kept in checkpoints, and logged as a mean per image.
+TRAIN_METRICS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "loss": lambda loss_sum, _logits, _labels: loss_sum,
+    "accuracy": lambda _loss_sum, logits, labels: (logits.argmax(dim=1) == labels).sum(),
+}
+
+
+@dataclass(frozen=True)
+class TrainSums:
+    """Sums over the images trained on, of all ranks together.
+
+    Attributes:
+        totals: metric -> sum over images.
+        num_samples: images.
+        time_s: seconds in training steps.
+    """
+
+    totals: Mapping[str, float] = field(default_factory=lambda: dict.fromkeys(TRAIN_METRICS, 0.0))
+    num_samples: int = 0
+    time_s: float = 0.0
+
+    def __add__(self, other: TrainSums) -> TrainSums:
+        return TrainSums(
+            {name: self.totals[name] + other.totals[name] for name in TRAIN_METRICS},
+            self.num_samples + other.num_samples,
+            self.time_s + other.time_s,
+        )
+
+    def means(self) -> dict[str, float]:
+        """Metric -> mean per image; nan where there are no images."""
+        return {name: total / self.num_samples if self.num_samples else math.nan for name, total in self.totals.items()}
+
+    @property
+    def images_per_s(self) -> float:
+        """Images per second of training, 0 where no time was measured."""
+        return self.num_samples / self.time_s if self.time_s else 0.0
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from mnist.data.batches import MicroBatch
 from mnist.data.transforms import Augmentation
 from mnist.errors import RunError
 from mnist.seeding import derive_seed
+from mnist.training.metrics import TRAIN_METRICS
 from mnist.training.optim import LearningRate, WeightAverage
 
 
@@ -92,9 +93,10 @@ class TrainStep:
         self.rank: int = accelerator.process_index
         self.lr = math.nan
         self.grad_norm: float | Tensor = math.nan
-        # Sums on the device, read only when a record is due: loss, correct, steps with a finite loss.
-        self.sums = torch.zeros(3, dtype=sum_dtype(accelerator.device), device=accelerator.device)
-        self._loss_sum, self._num_correct, self._finite_steps = self.sums.unbind()
+        # Sums since the last `reset_sums`, on the device: the metrics, and the steps with a finite loss.
+        self.sums = torch.zeros(len(TRAIN_METRICS) + 1, dtype=sum_dtype(accelerator.device), device=accelerator.device)
+        *totals, self._finite_steps = self.sums.unbind()
+        self._totals = dict(zip(TRAIN_METRICS, totals, strict=True))
         self.num_samples = 0
         self.captured: Captured | None = None  # replays `compute` for batches that fit
 
@@ -127,12 +129,12 @@ class TrainStep:
     def forward_backward(self, batch: MicroBatch) -> None:
         """Adds a micro-batch's part to the gradients and to the sums."""
         images = self.augment.apply(batch.images, batch.rows, batch.global_batch_size)
-        logits = self.model(self.transform(images))  # (B, 10)
         labels = batch.labels
+        logits = self.model(self.transform(images))  # (B, 10)
         loss_sum = self.loss_fn(logits, labels).sum()
         if batch.num_samples:
-            self._loss_sum.add_(loss_sum.detach())
-            self._num_correct.add_((logits.argmax(dim=1) == labels).sum())
+            for name, total in self._totals.items():
+                total.add_(TRAIN_METRICS[name](loss_sum.detach(), logits.detach(), labels))
         # DDP averages gradients over the P ranks: P / G turns that into the mean over the G images of the global batch,
         # however unevenly they are spread. A stand-in for an empty share weighs nothing.
         weight = self.accelerator.num_processes / batch.global_batch_size if batch.num_samples else 0.0
@@ -147,22 +149,14 @@ class TrainStep:
             self.grad_norm = get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self._finite_steps.add_(self._loss_sum < math.inf)  # false for nan; losses are not negative
+        self._finite_steps.add_(self._totals["loss"] < math.inf)  # false for nan; losses are not negative
         if self.average is not None:
             self.average.update()
 
-    def load_sums(self, interval: list[list[float]]) -> None:
-        """Takes up the sums of an interrupted interval; on another number of ranks, rank 0 takes all of them."""
-        loss = correct = finite_steps = num_samples = 0.0
-        if len(interval) == self.accelerator.num_processes:
-            loss, correct, finite_steps, num_samples = interval[self.rank]
-        elif interval:
-            columns = list(zip(*interval, strict=True))
-            finite_steps = min(columns[2])
-            if self.rank == 0:
-                loss, correct, num_samples = sum(columns[0]), sum(columns[1]), sum(columns[3])
-        self.sums.copy_(torch.tensor([loss, correct, finite_steps], dtype=self.sums.dtype))
-        self.num_samples = int(num_samples)
+    def reset_sums(self) -> None:
+        """Starts the sums at zero again."""
+        self.sums.zero_()
+        self.num_samples = 0
 
 
 def wait_for_device(device: torch.device) -> None:

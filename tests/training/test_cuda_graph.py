@@ -44,7 +44,7 @@ def weights(step: TrainStep) -> torch.Tensor:
 
 def train(step: TrainStep, loader: Any, stop: int) -> list[Any]:
     return [
-        (record.loss, record.grad_norm, record.lr)
+        (record.sums.means(), record.grad_norm, record.lr)
         for record in train_one_epoch(step, loader.steps(0, stop), TrainState(), pauses_at=lambda s: s % 5 == 0)
     ]
 

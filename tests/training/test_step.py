@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +18,7 @@ from mnist.system.accelerator import build_accelerator
 from mnist.training.evaluation import evaluate
 from mnist.training.loop import TrainState, train_one_epoch
 from mnist.training.losses import build_loss
+from mnist.training.metrics import TRAIN_METRICS, TrainSums
 from mnist.training.optim import LearningRate, WeightAverage, build_optimizer
 from mnist.training.step import DivergedError, TrainStep, warm_up
 from tests.ranks import run_ranks
@@ -119,12 +122,12 @@ def test_the_gradient_of_a_step_is_that_of_the_mean_loss() -> None:
 def test_records_are_sums_divided_once() -> None:
     """Records at steps 10 and 23; together they cover the pass of 1,437 images with its short last batch."""
     records = train(23, pauses_at=lambda step: step in (10, 23))["records"]
-    assert [(r.step, r.num_samples) for r in records] == [(10, 640), (23, 797)]
+    assert [(r.step, r.sums.num_samples) for r in records] == [(10, 640), (23, 797)]
     shared = run_ranks(lambda: train(23, pauses_at=lambda step: step in (10, 23))["records"], 2)
     for rank in shared:
         for ours, theirs in zip(records, rank, strict=True):
-            assert ours.num_samples == theirs.num_samples
-            assert ours.loss == pytest.approx(theirs.loss, abs=1e-5)
+            assert ours.sums.num_samples == theirs.sums.num_samples
+            assert ours.sums.means() == pytest.approx(theirs.sums.means(), abs=1e-5)
             assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-3)
             assert ours.lr == theirs.lr
 
@@ -145,7 +148,7 @@ def test_the_host_reads_nothing_from_the_device_between_pauses(monkeypatch: pyte
     assert reads == []
 
 
-def stop_on_rank(rank_to_stop: int, at_step: int) -> tuple[int, bool, list[list[float]]]:
+def stop_on_rank(rank_to_stop: int, at_step: int) -> TrainState:
     step, loader = make_step()
     state = TrainState()
     mine = step.accelerator.process_index == rank_to_stop
@@ -157,32 +160,51 @@ def stop_on_rank(rank_to_stop: int, at_step: int) -> tuple[int, bool, list[list[
         heartbeat=lambda: mine and state.step >= at_step,
     )
     list(epoch)
-    return state.step, state.is_stopping, state.interval
+    return state
 
 
 @pytest.mark.parametrize("rank_to_stop", [0, 1])
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(rank_to_stop: int) -> None:
     first, second = run_ranks(lambda: stop_on_rank(rank_to_stop, 30), 2)
     assert first == second
-    step, is_stopping, interval = first
-    assert is_stopping
-    assert 30 <= step < 500
-    assert sum(row[3] for row in interval) > 0
+    assert first.is_stopping
+    assert 30 <= first.step < 500
+    assert first.interval_sums.num_samples > 0
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_sums_are_taken_up_on_any_number_of_ranks(world_size: int) -> None:
-    """Two ranks had done 20 steps each."""
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_record_after_a_resume_has_the_sums_of_the_whole_interval(world_size: int) -> None:
+    """Stopped after 7 of 10 steps, the state as a checkpoint holds it, and resumed on `world_size` ranks."""
 
-    def take_up() -> tuple[list[float], int]:
-        step, _ = make_step()
-        step.load_sums([[1.5, 10.0, 20.0, 640.0], [2.5, 12.0, 20.0, 640.0]])
-        return step.sums.tolist(), step.num_samples
+    def train_again(saved: dict[str, Any]) -> tuple[TrainSums, TrainSums]:
+        step, loader = make_step(optimizer="sgd", lr=1e-30)
+        state = TrainState.from_dict(json.loads(json.dumps(saved)))
+        (record,) = train_one_epoch(step, loader.steps(state.step, 10), state, pauses_at=lambda s: s == 10)
+        return record.sums, state.run_sums
 
-    rows = run_ranks(take_up, world_size)
-    assert [sum(row[0][i] for row in rows) for i in (0, 1)] == [4.0, 22.0]
-    assert {row[0][2] for row in rows} == {20.0}
-    assert sum(row[1] for row in rows) == 1280
+    (whole,) = train(10, pauses_at=lambda s: s == 10, optimizer="sgd", lr=1e-30)["records"]
+    step, loader = make_step(optimizer="sgd", lr=1e-30)
+    state = TrainState()
+    stopped = train_one_epoch(
+        step, loader.steps(0, 10), state, pauses_at=lambda s: s == 10, heartbeat=lambda: state.step == 7
+    )
+    assert list(stopped) == []
+    saved = {**dataclasses.asdict(state), "is_stopping": False}
+    assert (saved["step"], saved["interval_sums"]["num_samples"]) == (7, 7 * 64)
+    for interval, run in run_ranks(lambda: train_again(saved), world_size):
+        assert interval.num_samples == run.num_samples == 640
+        assert interval.totals == pytest.approx(whole.sums.totals, rel=1e-6)
+        assert interval.time_s > saved["interval_sums"]["time_s"]
+
+
+def test_a_new_metric_is_one_line_in_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TRAIN_METRICS, "ones", lambda _loss_sum, _logits, labels: (labels == 1).sum())
+    done = train(23, pauses_at=lambda s: s in (10, 23), batch=64)
+    means = [record.sums.means() for record in done["records"]]
+    assert [list(mean) for mean in means] == [["loss", "accuracy", "ones"]] * 2
+    ones = int((DIGITS.train.labels == 1).sum())
+    assert done["state"].run_sums.totals["ones"] == ones
+    assert dataclasses.asdict(done["state"])["epoch_sums"]["totals"]["ones"] == ones
 
 
 def diverge(bad_rank: int, bad_step: int) -> tuple[int, int]:
