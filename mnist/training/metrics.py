@@ -1,7 +1,7 @@
 """Metrics: sums are added up over batches and ranks, divided once, and the number of samples is checked.
 
-`TrainSums` is what training adds up; a new training metric is one line in `TRAIN_METRICS`. `Scores` is the result of an
-evaluation.
+In: logits and labels of a batch. Out: sums on the device, and from them plain numbers: `TrainSums` in training, where a
+new metric is one line in `TRAIN_METRICS`, and `Scores` in evaluation.
 """
 
 from __future__ import annotations
