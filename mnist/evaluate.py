@@ -76,6 +76,8 @@ def main(options: Options) -> int:
         choice = together(lambda: datasets.choose(config))
         together(lambda: datasets.fetch(choice.name, config.data_dir), on="local_main")
         dataset = together(lambda: datasets.read(choice.name, config), on="all").to(accelerator.device)
+        if trained.warning is not None:
+            Console(accelerator.is_main_process).warn(trained.warning)
         split = {"test": dataset.test, "val": dataset.val, "train": dataset.train}[options.split]
         if split is None:
             raise UserError("--split val: no images were held out when this model was trained; choose test or train")

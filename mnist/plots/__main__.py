@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from mnist.cli import parse_options, run_command
-from mnist.config import IMAGE_SIZES, RUNS, Model, TrainConfig, check_choice, evolve
+from mnist.config import IMAGE_SIZES, Model, TrainConfig, check_choice, evolve
 from mnist.errors import UserError
 from mnist.recipes import RECIPES
 
@@ -138,7 +138,7 @@ from mnist.plots import gallery, pictures
 from mnist.plots.features import as_table, layer_costs
 from mnist.plots.history import read_history
 from mnist.runs.console import Console
-from mnist.runs.export import CONFIG, find_export, load_model
+from mnist.runs.export import CONFIG, find_export, load_model, runs_with
 from mnist.runs.records import read_config, read_result
 
 if TYPE_CHECKING:
@@ -178,16 +178,16 @@ def _samples(options: Samples) -> Path:
 
 
 def _curves(options: Curves) -> Path:
-    runs = list(dict.fromkeys(Path(run) for group in options.run for run in group)) or [_newest_records()]
+    runs = list(dict.fromkeys(Path(run) for group in options.run for run in group)) or _newest_run()
     path = _picture_path(options.out, runs[0] / "pictures", "curves" if len(runs) == 1 else "comparison")
     return _save(gallery.curve_figure([read_history(run) for run in runs]), path)
 
 
-def _newest_records() -> Path:
-    found = sorted(RUNS.glob("*/metrics.jsonl"), key=lambda path: path.stat().st_mtime)
+def _newest_run() -> list[Path]:
+    found = runs_with("metrics.jsonl")[:1]
     if not found:
         raise UserError("--run: no run below runs/; train one (python train_ddp.py), or name its directory")
-    return found[-1].parent
+    return found
 
 
 def _features(options: Features) -> Path:
@@ -315,7 +315,10 @@ def _build(subject: Subject, untrained: bool = False) -> nn.Sequential:
     """The network with the run's exported weights, or with those that it began with."""
     if not untrained and subject.folder is not None:
         exported = subject.folder / "export" / subject.export
-        return load_model(find_export(str(exported if exported.is_dir() else subject.folder))).model
+        trained = load_model(find_export(str(exported if exported.is_dir() else subject.folder)))
+        if trained.warning is not None:
+            Console().warn(trained.warning)
+        return trained.model
     seed_initial_weights(subject.config.loop.seed)
     return build_model(subject.config.optim.model)
 

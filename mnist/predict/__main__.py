@@ -104,6 +104,8 @@ def main(options: Options) -> int:
         raise UserError("PICTURE: name at least one file, folder or pattern")
     drawings = _drawings(files, options.save)
     trained = load_model(find_export(options.run))
+    if trained.warning is not None:
+        Console().warn(trained.warning)
     class_names = SOURCES[trained.config.data.dataset].class_names
     console = _stdout_console()
     printed, num_errors = [], 0

@@ -1,27 +1,32 @@
 """Exported models: plain weights and the configuration that they were trained with, in a folder of two files.
 
 In: weights and configuration, or a path. Out: `export/best/{model.safetensors, config.json}`, or a `TrainedModel` that
-predicts. Nothing is unpickled.
+predicts. Nothing is unpickled. config.json is written last and holds the sha256 of the weights, so that an export that
+was only half written is never loaded.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from mnist.config import RUNS, TrainConfig, from_flat
+from mnist.config import RUNS, TrainConfig
 from mnist.data.transforms import BatchTransform
 from mnist.errors import RunError, UserError
 from mnist.models import build_model
-from mnist.system.files import write_atomically, write_json
+from mnist.runs.records import WEIGHTS_CHECKSUM, read_config
+from mnist.system.files import read_json, read_regular, refuse_symlink, remove_leftovers, write_atomically, write_json
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+MAX_HEADER_BYTES = 1_000_000  # of a safetensors file, beside the weights
 
 
 @dataclass(frozen=True)
@@ -33,27 +38,47 @@ class TrainedModel:
         config: what it was trained with, as resolved then (data set, precision, threads included).
         model: images (B, 1, S, S) float32 -> logits (B, 10).
         transform: pixels (B, 28, 28) uint8 -> images.
+        warning: that the weights could not be checked, because an older version wrote no checksum; or None.
     """
 
     folder: Path
     config: TrainConfig
     model: nn.Sequential
     transform: BatchTransform
+    warning: str | None = None
 
 
 def export_model(folder: Path, weights: dict[str, Tensor], config: dict[str, Any]) -> None:
-    """Writes plain weights (on the CPU) and a flat configuration.
+    """Writes plain weights (on the CPU) and a flat configuration, and removes what a killed writer left there.
 
     Raises:
         RunError: the folder cannot be written.
+        UserError: it is a symbolic link, or in one: that would change files elsewhere.
     """
     try:
+        refuse_symlink(folder.parent)
+        refuse_symlink(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        contiguous = {name: tensor.contiguous() for name, tensor in weights.items()}
-        write_atomically(folder / WEIGHTS, safetensors.torch.save(contiguous))
-        write_json(folder / CONFIG, config)
+        remove_leftovers(folder)
+        content = safetensors.torch.save({name: tensor.contiguous() for name, tensor in weights.items()})
+        write_atomically(folder / WEIGHTS, content)
+        write_json(folder / CONFIG, {**config, WEIGHTS_CHECKSUM: hashlib.sha256(content).hexdigest()})
     except (OSError, SafetensorError) as error:
         raise RunError(f"{folder}: export not written ({error})") from error
+
+
+def runs_with(file: str) -> list[Path]:
+    """The run directories below runs/ that hold `file`, newest first by the time of that file.
+
+    Whatever else is in runs/ is passed over: folders of other users, pipes, files.
+    """
+    found = []
+    with contextlib.suppress(OSError):  # no runs/, or not ours to read
+        for run in RUNS.iterdir():
+            with contextlib.suppress(OSError):
+                if (run / file).is_file():
+                    found.append(((run / file).stat().st_mtime, run))
+    return [run for _, run in sorted(found, reverse=True)]
 
 
 def find_export(run: str | None) -> Path:
@@ -61,18 +86,16 @@ def find_export(run: str | None) -> Path:
 
     Args:
         run: a run directory (its best model is meant) or a folder with an exported model; None = the newest run below
-            runs/ that has exported one.
+            runs/ with an export that can be loaded.
 
     Raises:
         UserError: there is none. Says what to do.
     """
     if run is None:
-        exports = sorted(RUNS.glob("*/export/best/" + WEIGHTS), key=lambda path: path.stat().st_mtime)
-        if not exports:
-            raise UserError(
-                "--run: no finished run below runs/; train one (python train_ddp.py), or name its directory"
-            )
-        return exports[-1].parent
+        for newest in runs_with(f"export/best/{WEIGHTS}"):
+            with contextlib.suppress(UserError):
+                return load_model(newest / "export" / "best").folder
+        raise UserError("--run: no finished run below runs/; train one (python train_ddp.py), or name its directory")
     if not Path(run).is_dir():
         raise UserError(f"--run {run}: no such folder")
     for folder in (Path(run), Path(run, "export", "best"), Path(run, "export", "last")):
@@ -85,14 +108,23 @@ def load_model(folder: Path) -> TrainedModel:
     """Reads an exported model.
 
     Raises:
-        UserError: a file is missing, broken, or does not fit the other one.
+        UserError: a file is missing, damaged, or does not fit the other one.
     """
     try:
-        config = from_flat(json.loads((folder / CONFIG).read_bytes()))
-        weights = safetensors.torch.load((folder / WEIGHTS).read_bytes())
+        config = read_config(folder / CONFIG)
+        checksum = read_json(folder / CONFIG).get(WEIGHTS_CHECKSUM)
         model = build_model(config.optim.model)
+        num_bytes = sum(tensor.nbytes for tensor in model.state_dict().values())
+        content = read_regular(folder / WEIGHTS, num_bytes + MAX_HEADER_BYTES)
+        weights = safetensors.torch.load(content)
         model.load_state_dict(weights)
-    except (OSError, UserError, ValueError, TypeError, AttributeError, SafetensorError, RuntimeError) as error:
+    except (OSError, UserError, SafetensorError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"--run {folder}: not readable as an exported model ({reason})") from error
-    return TrainedModel(folder, config, model.eval(), BatchTransform(config.image))
+    if checksum not in (None, hashlib.sha256(content).hexdigest()):
+        raise UserError(f"--run {folder}: {WEIGHTS} has changed since it was written ({CONFIG} has another sha256)")
+    damaged = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
+    if damaged:
+        raise UserError(f"--run {folder}: {damaged[0]} in {WEIGHTS} has weights of nan or inf; train it again")
+    warning = None if checksum else f"{folder / CONFIG}: no {WEIGHTS_CHECKSUM}, the weights cannot be checked"
+    return TrainedModel(folder, config, model.eval(), BatchTransform(config.image), warning)

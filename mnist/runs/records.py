@@ -17,6 +17,7 @@ from mnist.config import TrainConfig, from_flat
 from mnist.errors import UserError
 from mnist.system.files import RecordError, read_json
 
+WEIGHTS_CHECKSUM = "weights_sha256"  # in the config.json of an exported model, beside the configuration
 Status = Literal["running", "finished", "preempted", "failed", "diverged"]
 _WORDS = {bool: "true or false", int: "a whole number", str: "text"}
 
@@ -88,6 +89,7 @@ def read_config(path: Path) -> TrainConfig:
     content = read_json(path)
     if not content:
         raise RecordError(f"{path}: missing or empty")
+    content.pop(WEIGHTS_CHECKSUM, None)
     try:
         return from_flat(content)
     except (UserError, TypeError, RecursionError) as error:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import pickle
 from pathlib import Path
@@ -64,6 +65,98 @@ def test_a_broken_export_is_one_line(tmp_path: Path, file: str, content: bytes) 
     with pytest.raises(UserError, match=r"not readable as an exported model") as caught:
         load_model(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_one_flipped_bit_in_the_weights_is_refused(tmp_path: Path) -> None:
+    exported(tmp_path)
+    content = bytearray((tmp_path / "model.safetensors").read_bytes())
+    content[-3] ^= 1
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match=r"has changed since it was written"):
+        load_model(tmp_path)
+
+
+def test_an_export_without_a_checksum_loads_with_a_warning(tmp_path: Path) -> None:
+    exported(tmp_path)
+    assert load_model(tmp_path).warning is None
+    (tmp_path / "config.json").write_text(json.dumps(to_flat(RECIPES["smoke"]())))
+    assert "no weights_sha256" in str(load_model(tmp_path).warning)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path, value: float) -> None:
+    weights = module_tensors(build_model("tinynet"))
+    weights["linear2.bias"][3] = value
+    export_model(tmp_path, weights, to_flat(RECIPES["smoke"]()))
+    with pytest.raises(UserError, match=r"linear2\.bias in model\.safetensors has weights of nan or inf"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_fifo_and_a_huge_file_are_refused_without_reading_them(tmp_path: Path, name: str) -> None:
+    exported(tmp_path)
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError, match="not a regular file"):
+        load_model(tmp_path)
+    (tmp_path / name).unlink()
+    with (tmp_path / name).open("wb") as file:
+        file.truncate(1 << 40)  # bytes, none of them on the disk
+    with pytest.raises(UserError, match="1,099,511,627,776 bytes, expected at most"):
+        load_model(tmp_path)
+
+
+def test_bad_neighbours_in_runs_do_not_hide_an_older_whole_export(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = ["whole", "half", "flipped", "fifo", "brackets"]
+    for age, name in enumerate(names):
+        folder = tmp_path / "runs" / name / "export" / "best"
+        exported(folder)
+        os.utime(folder / "model.safetensors", (1e9 + age, 1e9 + age))
+    (tmp_path / "runs" / "half" / "export" / "best" / "config.json").unlink()
+    flipped = tmp_path / "runs" / "flipped" / "export" / "best" / "model.safetensors"
+    flipped.write_bytes(flipped.read_bytes()[:-1] + b"\x00")
+    os.utime(flipped, (2e9, 2e9))
+    (tmp_path / "runs" / "fifo" / "export" / "best" / "config.json").unlink()
+    os.mkfifo(tmp_path / "runs" / "fifo" / "export" / "best" / "config.json")
+    (tmp_path / "runs" / "brackets" / "export" / "best" / "config.json").write_text("[" * 100_000)
+    os.mkfifo(tmp_path / "runs" / "pipe")
+    (tmp_path / "runs" / "file").touch()
+    assert find_export(None) == Path("runs/whole/export/best")
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="only root can become another user")
+def test_a_run_of_another_user_is_passed_over(tmp_path: Path) -> None:
+    for name in ("mine", "theirs"):
+        exported(tmp_path / "runs" / name / "export" / "best")
+    (tmp_path / "runs" / "theirs").chmod(0o700)
+    for folder in (tmp_path, *tmp_path.parents[:-2]):
+        folder.chmod(0o755)
+    process_id = os.fork()
+    if process_id == 0:  # another user, until it exits
+        os.chdir(tmp_path)
+        os.setuid(65534)
+        os._exit(0 if find_export(None) == Path("runs/mine/export/best") else 1)
+    assert os.waitpid(process_id, 0)[1] == 0
+
+
+@pytest.mark.parametrize("link", ["export", "export/best"])
+def test_an_export_is_not_written_through_a_symbolic_link(tmp_path: Path, link: str) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run" / link).parent.mkdir(parents=True)
+    (tmp_path / "run" / link).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="symbolic link"):
+        exported(tmp_path / "run" / "export" / "best")
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_what_a_killed_writer_left_is_removed_by_the_next_one(tmp_path: Path) -> None:
+    for name in (".tmp-model.safetensors", ".tmp-config.json"):
+        (tmp_path / name).write_bytes(b"half")
+    exported(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
