@@ -26,7 +26,6 @@ from mnist.config import DataConfig, TrainConfig, check_choice, choices_of, sect
 from mnist.errors import RunError, UserError, print_error
 from mnist.recipes import RECIPES
 from mnist.system import process
-from mnist.system.signals import fill_standard_streams
 
 _DESCRIPTION = """Trains an MNIST digit recogniser with Accelerate: on a CPU, a GPU, or many.
 
@@ -112,7 +111,7 @@ def parse_options(options: type[T], command: str, description: str) -> T:
 @contextlib.contextmanager
 def _words_from(is_main: bool) -> Iterator[None]:
     """Lets rank 0 alone explain mistakes; whoever has read enough of --help may close the pipe (`| head`)."""
-    fill_standard_streams()
+    process.fill_standard_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):  # as standard error does with what its encoding lacks
         sys.stdout.reconfigure(errors="backslashreplace")
     try:

@@ -20,13 +20,11 @@ import os
 import signal
 import socket
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -166,39 +164,31 @@ def examine(options: Options) -> Iterator[Finding]:
         UserError, RuntimeError, OSError: ranks do not find one another, or one is lost on the way.
     """
     config = options.config()
-    watchdog = Watchdog(options.timeout_s + 4)
-    patience = partial(_patience, watchdog, options.timeout_s + 2)
+    doing = ["starting"]
+    watchdog = Watchdog(options.timeout_s + 2, at_stall=lambda reason: _say_stalled(doing[-1], reason))
+
+    def begin(name: str) -> None:
+        doing.append(name)
+        watchdog.sign_of_life()
+
     with ExitStack() as stack:
         stack.callback(watchdog.rest)
-        with patience("reaching rank 0"):
-            reach_rank_0(options.timeout_s)
-        with patience("meeting the other ranks"):
-            try:
-                accelerator = stack.enter_context(open_accelerator(config.runtime))
-            except RuntimeError as error:
-                raise RunError(
-                    f"the ranks have not met ({error}): is each of them started, and let through?"
-                ) from error
+        begin("reaching rank 0")
+        reach_rank_0(options.timeout_s)
+        begin("meeting the other ranks")
+        try:
+            accelerator = stack.enter_context(open_accelerator(config.runtime))
+        except RuntimeError as error:
+            raise RunError(f"the ranks have not met ({error}): is each of them started, and let through?") from error
         patient = Patient(accelerator, config)
         for check in CHECKS:
-            with patience(check.name):
-                finding = run_check(check, patient)
-            yield finding
+            begin(check.name)
+            yield run_check(check, patient)
 
 
-@contextmanager
-def _patience(watchdog: Watchdog, seconds: float, doing: str) -> Iterator[None]:
-    """Says what this process is doing when it takes too long, before the watchdog ends it."""
-    rank = os.environ.get("RANK", "0")
-    line = f"error: {doing}: rank {rank} on {socket.gethostname()} has done nothing else for {seconds} s\n"
-    timer = threading.Timer(seconds, os.write, (2, line.encode()))
-    timer.daemon = True
-    watchdog.sign_of_life()
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
+def _say_stalled(doing: str, reason: str) -> None:
+    rank, host = os.environ.get("RANK", "0"), socket.gethostname()
+    os.write(2, f"error: {doing}: rank {rank} on {host}: {reason}\n".encode())
 
 
 def reach_rank_0(timeout_s: float) -> None:

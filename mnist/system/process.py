@@ -11,10 +11,12 @@ import math
 import os
 import platform
 import sys
+import time
 from pathlib import Path
 from typing import NoReturn
 
 _CPUINFO, _CPU_QUOTA = Path("/proc/cpuinfo"), Path("/sys/fs/cgroup/cpu.max")
+TICK_S = 1.0
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # names of glibc's malloc.h
 
 
@@ -52,6 +54,23 @@ def keep_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, 1 << 30)
 
 
+def fill_standard_streams() -> None:
+    """Opens /dev/null in the place of each standard stream that is closed.
+
+    Otherwise a file of the run would get the stream's number, and its text. Python has None for such a stream.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+    for descriptor, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        if getattr(sys, name) is None:
+            stream = open(descriptor, mode, encoding="utf-8", closefd=False)  # noqa: SIM115 - as long as the process
+            setattr(sys, name, stream)
+            setattr(sys, f"__{name}__", stream)
+
+
 def usable_cores() -> list[int]:
     """Cores that this process may run on: its affinity mask, where the platform has one."""
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
@@ -80,6 +99,24 @@ def cpu_name() -> str:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+class RunningClock:
+    """Counts the seconds in which this process could run; to be read about every `TICK_S`.
+
+    A longer gap counts as two ticks: the process was stopped (Ctrl-Z, `docker pause`, SLURM's suspend).
+    """
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+        self._last = time.monotonic()
+
+    def read(self) -> float:
+        """Seconds since the clock was made."""
+        now = time.monotonic()
+        self._seconds += min(now - self._last, 2 * TICK_S)
+        self._last = now
+        return self._seconds
 
 
 def leave(code: int) -> NoReturn:

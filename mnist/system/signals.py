@@ -1,7 +1,7 @@
-"""Signals that ask a run to end: noted here, acted upon by the loop at a step that all ranks agree on.
+"""Signals that ask a run to end: noted here; the loop acts on them at a step that all ranks agree on.
 
-In: SIGTERM, SIGUSR1 (SLURM, Kubernetes, launchers) and SIGINT (Ctrl-C). Out: `stop_requested()`. Standard library only,
-because it runs before torch is imported, which takes a second in which a signal may come.
+In: SIGTERM, SIGUSR1 (SLURM, Kubernetes, launchers), SIGINT (Ctrl-C), SIGHUP (the terminal is gone), SIGXCPU (a soft
+limit on CPU time). Out: `stop_requested()`. Standard library only, because it runs before torch is imported.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ import threading
 import time
 from types import FrameType
 
+from mnist.system.process import TICK_S, RunningClock, fill_standard_streams
+
+NAMES = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP", "SIGXCPU")
 FORCE_AFTER_S = 2.0
 START_GRACE_S = 5.0  # before training there is nothing to save
 GRACE_S = 27.0  # launchers kill after 30
@@ -24,8 +27,9 @@ EXIT_FORCED = 130
 EXIT_PREEMPTED = 75
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
+_handled: list[int] = []  # the signals that have our handler
 _received: list[int] = []  # the signals that have come
-_training = threading.Event()
+_training, _is_watched = threading.Event(), threading.Event()
 
 
 def install() -> None:
@@ -35,31 +39,18 @@ def install() -> None:
     """
     fill_standard_streams()
     _received.clear()
+    _handled.clear()
     _training.clear()
-    _watch_over_the_end()
-    for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
+    for name in NAMES:
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _note)
+            _handled.append(number)
+    if os.name == "posix":
+        _start_watching()
+        os.register_at_fork(after_in_child=_reset_in_child)
     if _was_launched() and sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def fill_standard_streams() -> None:
-    """Puts /dev/null where a standard stream is closed; a file of the run would get its number, and its text.
-
-    Python has None for such a stream, which nobody who writes to it expects.
-    """
-    for descriptor in range(3):
-        try:
-            os.fstat(descriptor)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
-    for descriptor, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
-        if getattr(sys, name) is None:
-            stream = open(descriptor, mode, encoding="utf-8", closefd=False)  # noqa: SIM115 - as long as the process
-            setattr(sys, name, stream)
-            setattr(sys, f"__{name}__", stream)
 
 
 def training_begins() -> None:
@@ -67,35 +58,55 @@ def training_begins() -> None:
     _training.set()
 
 
-def _watch_over_the_end() -> None:
-    """Ends a process at a later second Ctrl-C, and one that does not obey: in a collective whose other ranks are gone.
+def _start_watching() -> None:
+    """Starts a thread that ends this process when it does not obey, or at a later second Ctrl-C.
 
-    The interpreter writes each signal's number to the wake-up descriptor at once, also where the main thread is in C++
-    and no Python runs; a thread waits for that, and answers at once, in the longest step too. Signals arrive twice:
-    SLURM tells every process and the launcher forwards; so a second one means nothing, except a second Ctrl-C
-    of a person who has had time to read that the first one is being obeyed.
+    The main thread may be in C++, in a collective whose other ranks are gone, where no Python runs. The interpreter
+    writes the number of *every* signal that has a Python handler to the wake-up descriptor, at once and also then;
+    the thread reads it there. Where no thread can be started, signals are still noted.
     """
-    if os.name != "posix":
-        return
     reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    with contextlib.suppress(RuntimeError):  # a limit on threads
+        threading.Thread(target=_watch, args=(reader,), daemon=True, name="signal-watch").start()
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        _is_watched.set()
 
-    def watch() -> None:
-        _announce(os.read(reader, 1)[0])
-        first, is_training = time.monotonic(), _training.is_set()
-        end = first + (GRACE_S if is_training else START_GRACE_S)
-        while (left := end - time.monotonic()) > 0:
-            has_come = select.select([reader], [], [], left)[0]
-            if has_come and os.read(reader, 1)[0] == signal.SIGINT and time.monotonic() - first >= FORCE_AFTER_S:
-                _say("ended without saving")
-                os._exit(EXIT_FORCED)
-        _say("the signal was not obeyed in time; this process was here:")
-        with contextlib.suppress(OSError):
-            faulthandler.dump_traceback(file=2)
-        os._exit(1 if is_training else EXIT_PREEMPTED)
 
-    threading.Thread(target=watch, daemon=True, name="signal-watch").start()
+def _watch(reader: int) -> None:
+    """Waits for the first of our signals, then for the end of the time that the process has to obey it.
+
+    Signals arrive twice: SLURM tells every process and the launcher forwards. So a second one means nothing, except a
+    second Ctrl-C of a person who has had time to read that the first one is being obeyed.
+    """
+    while (number := os.read(reader, 1)[0]) not in _handled:
+        pass
+    _announce(number)
+    first, is_training, clock = time.monotonic(), _training.is_set(), RunningClock()
+    grace_s = GRACE_S if is_training else START_GRACE_S
+    while clock.read() < grace_s:
+        has_come = select.select([reader], [], [], min(TICK_S, grace_s))[0]
+        if has_come and os.read(reader, 1)[0] == signal.SIGINT and time.monotonic() - first >= FORCE_AFTER_S:
+            _say("ended without saving")
+            os._exit(EXIT_FORCED)
+    _say("the signal was not obeyed in time; this process was here:")
+    with contextlib.suppress(OSError):
+        faulthandler.dump_traceback(file=2)
+    os._exit(1 if is_training else EXIT_PREEMPTED)
+
+
+def _reset_in_child() -> None:
+    """Takes the handlers from a forked process, such as a DataLoader's worker, which its parent ends by SIGTERM.
+
+    It has inherited the wake-up descriptor: a signal to it would read as one to its parent. What a terminal sends to
+    all processes is left to the parent.
+    """
+    if _handled:
+        signal.set_wakeup_fd(-1)
+    for number in _handled:
+        from_terminal = signal.Signals(number).name in ("SIGINT", "SIGHUP")
+        signal.signal(number, signal.SIG_IGN if from_terminal else signal.SIG_DFL)
+    _handled.clear()
 
 
 def stop_requested() -> bool:
@@ -114,7 +125,7 @@ def _was_launched() -> bool:
 
 def _note(number: int, _frame: FrameType | None) -> None:
     _received.append(number)
-    if len(_received) == 1 and os.name != "posix":
+    if len(_received) == 1 and not _is_watched.is_set():
         _announce(number)
 
 

@@ -1,33 +1,88 @@
-"""Ends a process that has stalled, after printing where its threads are.
+"""Ends a process that makes no progress, after printing where its threads are.
 
-In: time. Out: the stacks of a stalled process and its end. Standard library only.
+In: signs of life. Out: the stacks of a stalled process and its end. Standard library only.
 """
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
-import time
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from mnist.system.process import TICK_S, RunningClock
+
+END_S = 20.0  # for what is done at a stall, before the stacks are printed and the process ends
 
 
 class Watchdog:
-    """Ends a process that shows no sign of life, after printing where all its threads are.
+    """Ends a process that gives no sign of life, after printing where all its threads are.
+
+    It watches from the first sign of life on, in a thread of its own. That is Python: a thread that waits in C++ with
+    the global lock held stops it too, but a timer in C could not tell a stalled process from one that was stopped.
 
     Args:
-        timeout_s: seconds without a sign of life.
+        timeout_s: seconds without a sign of life, not counting those in which the process was stopped.
+        each_tick: called about once a second; what it returns, if not None, is a reason to end now.
+        at_stall: called once, with the reason, before the stacks are printed and the process ends with exit code 1.
     """
 
-    def __init__(self, timeout_s: float) -> None:
-        self._timeout_s = timeout_s
-        self._armed_at = -1.0
+    def __init__(
+        self,
+        timeout_s: float,
+        each_tick: Callable[[float], str | None] = lambda _: None,
+        at_stall: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self.timeout_s = timeout_s
+        self._each_tick = each_tick
+        self._at_stall = at_stall
+        self._now = self._last_sign = 0.0  # of the running clock
+        self._thread: threading.Thread | None = None
+        self._resting = threading.Event()
 
     def sign_of_life(self) -> None:
-        """Starts the time-out anew, at most once a second, because it costs 40 microseconds."""
-        now = time.monotonic()
-        if self._armed_at < 0 or now - self._armed_at >= 1.0:
-            self._armed_at = now
-            faulthandler.dump_traceback_later(self._timeout_s, exit=True, file=2)
+        """Starts the time-out anew; costs nothing, and may be called in every step."""
+        self._last_sign = self._now
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
+            with contextlib.suppress(RuntimeError):  # a limit on threads: the run is not watched
+                self._thread.start()
 
     def rest(self) -> None:
-        """Stops watching."""
-        self._armed_at = -1.0
+        """Stops watching, for good."""
+        self._resting.set()
+
+    def _watch(self) -> None:
+        clock, tick_s = RunningClock(), min(TICK_S, self.timeout_s / 4)
+        while not self._resting.wait(tick_s):
+            self._now = clock.read()
+            silent_s = self._now - self._last_sign
+            with _ended_after(self.timeout_s):  # it may talk to another machine
+                reason = self._each_tick(silent_s)
+            if reason is None and silent_s >= self.timeout_s:
+                reason = f"no progress for {self.timeout_s:.0f} s"
+            if reason is not None and not self._resting.is_set():
+                self._end(reason)
+
+    def _end(self, reason: str) -> None:
+        with _ended_after(END_S), contextlib.suppress(Exception):  # the stacks are printed in any case
+            self._at_stall(reason)
+        with contextlib.suppress(OSError):  # nobody reads them
+            faulthandler.dump_traceback(file=2)
+        os._exit(1)
+
+
+@contextmanager
+def _ended_after(seconds: float) -> Iterator[None]:
+    """Ends the process with its stacks where the body takes longer, also where no Python can run."""
+    try:
+        faulthandler.dump_traceback_later(seconds, exit=True, file=2)
+    except RuntimeError:  # a limit on threads
+        yield
+        return
+    try:
+        yield
+    finally:
         faulthandler.cancel_dump_traceback_later()

@@ -160,7 +160,7 @@ def test_a_rank_that_hangs_ends_the_doctor_and_says_where(tmp_path: Path, capfd:
     verdict, message = report(captured.out)["data"]
     assert verdict == "fail"
     assert re.match(r"rank 0 on \S+ has lost another rank, which has died or does not answer", message)
-    assert re.search(r"error: data: rank 1 on \S+ has done nothing else for 7 s", captured.err)
+    assert re.search(r"error: data: rank 1 on \S+: no progress for 7 s", captured.err)
     assert "in measure_data" in captured.err
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pty
 import re
+import select
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -12,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.processes import ACCELERATE, CONFIGURED, PYTHON, TORCHRUN, finish, left_behind, members, started, train
+from tests.processes import ACCELERATE, CONFIGURED, PYTHON, ROOT, TORCHRUN, finish, left_behind, members, started, train
 
 pytestmark = pytest.mark.launch
 
@@ -108,7 +112,7 @@ def has_records(folder: Path) -> bool:
 
 
 @pytest.mark.parametrize("launcher", [PYTHON, [*TORCHRUN, "--nproc-per-node", "2"]], ids=["python", "torchrun"])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_to_the_launcher_saves_and_is_resumable(tmp_path: Path, launcher: list[str], number: int) -> None:
     with started(train(*LONG, "--run-dir", "run", launcher=launcher), tmp_path) as process:
         wait_until(lambda: has_records(tmp_path / "run"))
@@ -120,6 +124,60 @@ def test_a_signal_to_the_launcher_saves_and_is_resumable(tmp_path: Path, launche
     assert process.returncode == (75 if launcher is PYTHON else 1)
     checkpoints = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert checkpoints[-1] == f"step-{found['steps']:08d}"
+
+
+@pytest.mark.parametrize("launcher", [PYTHON, [*TORCHRUN, "--nproc-per-node", "2"]], ids=["python", "torchrun"])
+def test_a_terminal_that_closes_leaves_a_checkpoint(tmp_path: Path, launcher: list[str]) -> None:
+    child, terminal = pty.fork()
+    if child == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        command = train(*LONG, "--run-dir", "run", "--wandb", "disabled", launcher=launcher)
+        os.chdir(tmp_path)
+        os.execve(command[0], command, {**os.environ, "PYTHONPATH": str(ROOT)})
+    try:
+        deadline = time.monotonic() + 100
+        while not has_records(tmp_path / "run"):
+            assert time.monotonic() < deadline
+            if select.select([terminal], [], [], 0.05)[0]:
+                os.read(terminal, 10_000)  # or the command waits for a reader
+        os.close(terminal)  # the kernel sends SIGHUP; from now on writing to the terminal fails
+        wait_until(lambda: os.waitpid(child, os.WNOHANG)[0] != 0)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+    found = result(tmp_path / "run")
+    assert (found["status"], found["signal"]) == ("preempted", "SIGHUP")
+    assert (tmp_path / "run" / "checkpoints" / f"step-{found['steps']:08d}").is_dir()
+
+
+def test_a_soft_limit_on_cpu_time_ends_a_run_with_a_checkpoint(tmp_path: Path) -> None:
+    command = " ".join(train(*LONG, "--run-dir", "run"))
+    done = finish(["sh", "-c", f"ulimit -St 20; exec {command}"], tmp_path)
+    assert done.code == 75, done.err
+    found = result(tmp_path / "run")
+    assert (found["status"], found["signal"]) == ("preempted", "SIGXCPU")
+
+
+def test_a_run_that_was_stopped_for_longer_than_its_time_out_continues(tmp_path: Path) -> None:
+    with started(train(*LONG, "--run-dir", "run", "--timeout-s", "4"), tmp_path) as process:
+        wait_until(lambda: has_records(tmp_path / "run"))
+        os.kill(process.pid, signal.SIGSTOP)
+        time.sleep(8)
+        size = (tmp_path / "run" / "metrics.jsonl").stat().st_size
+        os.kill(process.pid, signal.SIGCONT)
+        wait_until(lambda: (tmp_path / "run" / "metrics.jsonl").stat().st_size > size)
+        process.terminate()
+        assert process.wait(timeout=60) == 75
+
+
+@pytest.mark.skipif(os.getuid() != 0 or shutil.which("setpriv") is None, reason="limits bind root only with setpriv")
+def test_a_run_without_room_for_another_thread_finishes(tmp_path: Path) -> None:
+    limited = ["setpriv", "--ruid", "65534", "--bounding-set", "-sys_admin,-sys_resource", "prlimit", "--nproc=1"]
+    probe = [*limited, *PYTHON, "-c", "import threading; threading.Thread(target=print).start()"]
+    assert "can't start new thread" in finish(probe, tmp_path).err
+    done = finish([*limited, *train(*SMOKE, "--num-threads", "1", "--run-dir", "run")], tmp_path)
+    assert done.code == 0, done.err
+    assert result(tmp_path / "run")["status"] == "finished"
 
 
 def test_a_killed_launcher_leaves_no_orphan(tmp_path: Path) -> None:

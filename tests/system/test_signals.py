@@ -12,8 +12,12 @@ import pytest
 from mnist.system import signals
 
 ROOT = Path(__file__).parents[2]
-# A test runner in the background has SIGINT ignored, and its children inherit that.
-DEFAULTS = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+# A test runner in the background, or under nohup, has signals ignored, and its children inherit that.
+DEFAULTS = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+"""
 WAITING = """
 import sys, time
 from mnist.system import signals
@@ -40,7 +44,7 @@ def start(program: str, **environment: str) -> subprocess.Popen[str]:
     return process
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+@pytest.mark.parametrize("name", signals.NAMES)
 def test_a_signal_is_noted_and_named_once_by_rank_0(name: str) -> None:
     for rank, expected in (("0", 1), ("1", 0)):
         with start(DEFAULTS + WAITING, RANK=rank) as process:
@@ -67,14 +71,125 @@ def test_only_a_later_second_ctrl_c_ends_at_once() -> None:
         assert process.wait(timeout=15) == signals.EXIT_FORCED
 
 
-def test_what_was_ignored_stays_ignored() -> None:
-    program = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n" + WAITING
+@pytest.mark.parametrize("name", ["SIGINT", "SIGHUP"])
+def test_a_signal_that_is_ignored_stays_ignored(name: str) -> None:
+    program = f"import signal; signal.signal(signal.{name}, signal.SIG_IGN)\n" + WAITING
     with start(program) as process:
-        process.send_signal(signal.SIGINT)
+        process.send_signal(getattr(signal, name))
         process.send_signal(signal.SIGTERM)
         assert process.stdout is not None
         assert process.stdout.readline() == "SIGTERM\n"
         process.kill()
+
+
+LOADING = """
+import os, sys, time
+from mnist.system import signals
+signals.START_GRACE_S = 1.0
+signals.install()
+import torch
+from torch.utils.data import DataLoader
+for _ in range(2):  # the workers of the first loader end, which is a SIGCHLD each
+    loader = DataLoader(torch.arange(64), batch_size=8, num_workers=2)
+    assert sum(int(batch.sum()) for batch in loader) == 64 * 63 // 2
+workers = iter(DataLoader(torch.arange(64), batch_size=1, num_workers=2, persistent_workers=True))
+next(workers)
+for worker in workers._workers:
+    for number in (signals.signal.SIGINT, signals.signal.SIGHUP):  # what a terminal sends to all
+        os.kill(worker.pid, number)
+time.sleep(3 * signals.START_GRACE_S)
+assert all(worker.is_alive() for worker in workers._workers)
+os.kill(workers._workers[0].pid, signals.signal.SIGUSR1)
+workers._workers[0].join(20)
+print("ready", signals.stop_requested(), workers._workers[0].is_alive())
+"""
+
+
+def test_workers_of_a_data_loader_that_end_or_get_signals_do_not_end_the_run() -> None:
+    command = [sys.executable, "-c", DEFAULTS + LOADING]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+    assert (done.stdout, done.returncode) == ("ready False False\n", 0), done.stderr
+    assert "saving and ending" not in done.stderr
+
+
+def stop_for(process: subprocess.Popen[str], seconds: float) -> None:
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGCONT)
+
+
+def test_time_in_which_the_process_was_stopped_is_no_part_of_the_grace() -> None:
+    with start(DEFAULTS + STUCK.format(grace_s=4, is_training=True)) as process:
+        process.send_signal(signal.SIGTERM)
+        assert process.stderr is not None
+        assert [process.stderr.readline() for _ in range(2)][1].startswith("SIGTERM: saving")
+        stop_for(process, 5)
+        time.sleep(0.5)
+        assert process.poll() is None
+        assert process.wait(timeout=25) == 1
+
+
+WATCHED = """
+import ctypes, sys, time
+from mnist.system.watchdog import Watchdog
+watchdog = Watchdog(4, at_stall=lambda reason: print(reason, flush=True))
+watchdog.sign_of_life()
+print("ready", flush=True)
+ctypes.CDLL(None).sleep(60)
+"""
+
+
+def test_the_watchdog_does_not_count_time_in_which_the_process_was_stopped() -> None:
+    with start(WATCHED) as process:
+        stop_for(process, 5)
+        time.sleep(0.5)
+        assert process.poll() is None
+        assert process.wait(timeout=25) == 1
+        assert process.stdout is not None
+        assert process.stdout.read() == "no progress for 4 s\n"
+        assert process.stderr is not None
+        assert "in <module>" in process.stderr.read()
+
+
+def test_a_stall_ends_the_process_also_where_its_report_hangs_or_fails() -> None:
+    for at_stall in ("lambda _: time.sleep(60)", "lambda _: 1 / 0"):
+        program = WATCHED.replace("lambda reason: print(reason, flush=True)", at_stall)
+        program = program.replace("watchdog.sign", "sys.modules[Watchdog.__module__].END_S = 1; watchdog.sign")
+        with start(program) as process:
+            assert process.wait(timeout=25) == 1
+            assert process.stderr is not None
+            assert "in <module>" in process.stderr.read()
+
+
+def test_signs_of_life_keep_a_process_alive_and_rest_ends_the_watch() -> None:
+    program = WATCHED.replace("Watchdog(4", "Watchdog(1.5").replace(
+        "ctypes.CDLL(None).sleep(60)",
+        "for _ in range(30):\n    time.sleep(0.1); watchdog.sign_of_life()\nwatchdog.rest(); time.sleep(3)",
+    )
+    with start(program) as process:
+        assert process.wait(timeout=25) == 0
+
+
+def test_without_room_for_a_thread_signals_are_noted_and_nothing_is_watched() -> None:
+    refuse = """
+import threading
+def start(thread):
+    raise RuntimeError("can't start new thread")
+threading.Thread.start = start
+"""
+    with start(DEFAULTS + refuse + WAITING.replace("signals.install()", "signals.install()" + SHORT_WATCH)) as process:
+        process.send_signal(signal.SIGTERM)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "SIGTERM\n"
+        process.kill()
+        assert process.stderr is not None
+        assert process.stderr.read().count("saving and ending") == 1
+
+
+SHORT_WATCH = """
+from mnist.system.watchdog import Watchdog
+Watchdog(0.1).sign_of_life()
+"""
 
 
 def test_a_rank_gets_sigterm_when_its_launcher_dies() -> None:
