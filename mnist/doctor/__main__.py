@@ -165,7 +165,7 @@ def examine(options: Options) -> Iterator[Finding]:
     """
     config = options.config()
     doing = ["starting"]
-    watchdog = Watchdog(options.timeout_s + 2, at_stall=lambda reason: _say_stalled(doing[-1], reason))
+    watchdog = Watchdog(options.timeout_s + 4, at_stall=lambda reason: _say_stalled(doing[-1], reason))
 
     def begin(name: str) -> None:
         doing.append(name)
