@@ -32,21 +32,16 @@ from accelerate import Accelerator
 from mnist.config import TrainConfig, evolve
 from mnist.data import datasets
 from mnist.data.batches import TrainLoader
-from mnist.data.transforms import Augmentation, BatchTransform
 from mnist.errors import RunError, UserError, print_error
-from mnist.models import build_model, seed_initial_weights
 from mnist.plots.gallery import write_run_pictures
 from mnist.runs.console import Console
 from mnist.runs.run import Run
 from mnist.runs.tracking.tracker import tracker_names
 from mnist.system import drills, ranks
-from mnist.system.accelerator import open_accelerator, prepare_optimizer, resolve_accumulation_steps
-from mnist.training.cuda_graph import why_not
+from mnist.system.accelerator import open_accelerator, resolve_accumulation_steps
+from mnist.training.build import build_train_step
 from mnist.training.loop import train_one_epoch
-from mnist.training.losses import build_loss
-from mnist.training.optim import LearningRate, WeightAverage, build_optimizer
-from mnist.training.plan import Plan, build_plan
-from mnist.training.step import TrainStep
+from mnist.training.plan import build_plan
 
 
 def main(config: TrainConfig, console: Console | None = None) -> int:
@@ -83,7 +78,13 @@ def train(config: TrainConfig, accelerator: Accelerator, console: Console) -> in
         accumulation_steps=plan.accumulation_steps,
     )
 
-    train_step = build_train_step(config, plan, accelerator)
+    train_step = build_train_step(
+        config,
+        accelerator,
+        num_steps=plan.num_steps,
+        epoch_steps=plan.epoch_steps,
+        accumulation_steps=plan.accumulation_steps,
+    )
     with Run(config, plan, dataset, choice, accelerator, console, train_step, STARTED, write_run_pictures) as run:
         if run.is_finished():
             return run.exit_code()
@@ -101,28 +102,6 @@ def train(config: TrainConfig, accelerator: Accelerator, console: Console) -> in
                 if run.should_save():
                     run.save()
         return run.finish()
-
-
-def build_train_step(config: TrainConfig, plan: Plan, accelerator: Accelerator) -> TrainStep:
-    """Network, optimizer and schedule in one step, and the moving average of the weights, where there is one."""
-    seed_initial_weights(config.loop.seed)
-    bare_model = build_model(config.optim.model).to(accelerator.device)
-    capturable = why_not(accelerator, plan.accumulation_steps) is None
-    optimizer = build_optimizer(bare_model.parameters(), config.optim, capturable=capturable)
-    optimizer = prepare_optimizer(accelerator, optimizer)
-    model = accelerator.prepare(bare_model)  # wraps it, and gives it, in place, the precision of the run
-    return TrainStep(
-        accelerator=accelerator,
-        model=model,
-        optimizer=optimizer,
-        learning_rate=LearningRate(optimizer, config.optim, plan.num_steps, plan.epoch_steps),
-        loss_fn=build_loss(config.optim.loss, config.optim.label_smoothing),
-        transform=BatchTransform(config.image),
-        augment=Augmentation(config.image, config.loop.seed, accelerator.device),
-        grad_clip=config.optim.grad_clip,
-        average=WeightAverage(bare_model, config.optim.ema) if config.optim.ema else None,
-        seed=config.loop.seed,
-    )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""The results table of the README: recipes over seeds, each run by the command that a person would type.
+"""Time and accuracy of recipes over seeds, each run by the command that a person would type.
 
-    python -m mnist.reproduce                                           every recipe but `accurate`, three seeds each
     python -m mnist.reproduce --recipe fast --seeds 20
+    python -m mnist.reproduce --publish                                every recipe but `accurate`, for the README
     python -m mnist.reproduce --recipe accurate --sample-steps 200     not to the end: for its time alone
 
-In: names of recipes, a number of seeds. Out: docs/results.json and the table in README.md. Finished runs are not run
-again, so that an interrupted call goes on where it was; rows of other recipes and of the other kind of device stay.
+In: names of recipes, a number of seeds. Out: a table of mean, deviation, minimum and times; with --publish also
+docs/results.json and the table in README.md, where rows of other recipes and of the other kind of device stay. Finished
+runs are kept and not run again: an interrupted call, started again, continues where it was.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import statistics
 import subprocess
 import sys
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ RESULTS = ROOT / "docs" / "results.json"
 README = ROOT / "README.md"
 _BEGIN, _END = "<!-- results -->", "<!-- /results -->"
 _DEFAULT = tuple(name for name in RECIPES if name != "accurate")  # which takes hours on a CPU
+EXIT_INTERRUPTED = 130
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,10 @@ class Options:
     """CPU threads of a run; 0 = all cores."""
     runs_dir: str = "runs/reproduce"
     """Where the runs are kept."""
-    table: bool = False
-    """Run nothing: write the README's table from docs/results.json."""
+    publish: bool = False
+    """Write docs/results.json and the README's table."""
+    json: bool = False
+    """Print one JSON document instead of the table."""
 
     def __post_init__(self) -> None:
         for name in self.recipe:
@@ -62,21 +67,43 @@ class Options:
 
 
 def main(options: Options) -> int:
-    """Runs what is missing, then writes the results and the table."""
+    """Runs what is missing and prints a row per recipe; after Ctrl-C of what is finished."""
+    rows: list[dict[str, Any]] = []
+    code = 0
+    for recipe in options.recipe:
+        runs: list[dict[str, Any]] = []
+        try:
+            for seed in range(options.seeds):
+                runs.append(_run(recipe, seed, options))
+                _report_seed(recipe, seed, runs[-1])
+        except KeyboardInterrupt:
+            code = EXIT_INTERRUPTED
+        if runs:
+            rows.append(summarise(recipe, runs, is_sample=options.sample_steps > 0))
+        if code:
+            break
+        if options.publish:
+            _publish(rows[-1])
+    sys.stdout.write(json.dumps({"rows": rows}, indent=2) + "\n" if options.json else render({"rows": rows}))
+    return code
+
+
+def _report_seed(recipe: str, seed: int, run: dict[str, Any]) -> None:
+    times = f"{run['train_time_s']:.2f} s training, {run['total_time_s']:.1f} s in all"
+    sys.stderr.write(f"{recipe}, seed {seed}: {run['test']['accuracy']:.2%}, {times}\n")
+
+
+def _publish(row: dict[str, Any]) -> None:
+    """Replaces the row of this recipe and kind of device in docs/results.json, and the README's table."""
     results = json.loads(RESULTS.read_bytes()) if RESULTS.exists() else {"rows": []}
-    if not options.table:
-        for recipe in options.recipe:
-            runs = [_run(recipe, seed, options) for seed in range(options.seeds)]
-            row = summarise(recipe, runs, is_sample=options.sample_steps > 0)
-            key = (row["recipe"], row["device"])
-            others = [old for old in results["rows"] if (old["recipe"], old["device"]) != key]
-            results["rows"] = sorted([*others, row], key=lambda row: list(RECIPES).index(row["recipe"]))
-            write_json(RESULTS, results)
+    key = (row["recipe"], row["device"])
+    others = [old for old in results["rows"] if (old["recipe"], old["device"]) != key]
+    results["rows"] = sorted([*others, row], key=lambda row: list(RECIPES).index(row["recipe"]))
+    write_json(RESULTS, results)
     text = README.read_text(encoding="utf-8")
     begin, end = text.index(_BEGIN) + len(_BEGIN), text.index(_END)
-    write_atomically(README, f"{text[:begin]}\n{render(results)}{text[end:]}".encode())
-    sys.stdout.write(render(results))
-    return 0
+    table = render(results, RECIPES)
+    write_atomically(README, f"{text[:begin]}\n{table}{text[end:]}".encode())
 
 
 def _run(recipe: str, seed: int, options: Options) -> dict[str, Any]:
@@ -85,7 +112,6 @@ def _run(recipe: str, seed: int, options: Options) -> dict[str, Any]:
     folder = Path(options.runs_dir, f"{recipe}-seed{seed}" + ("-sample" if steps else ""))
     command = [sys.executable, str(ROOT / "train_ddp.py"), "--recipe", recipe, "--seed", str(seed), *steps]
     if not _is_finished(folder):
-        sys.stderr.write(f"{recipe}, seed {seed} ...\n")
         threads = ["--num-threads", str(options.num_threads)] if options.num_threads else []
         quiet = ["--wandb", "disabled", "--no-pictures", "--quiet", *threads, "--run-dir", str(folder)]
         code = _wait_for(subprocess.Popen([*command, *quiet], stdout=sys.stderr))  # noqa: S603 - our own
@@ -97,7 +123,7 @@ def _run(recipe: str, seed: int, options: Options) -> dict[str, Any]:
 
 
 def _wait_for(training: subprocess.Popen[bytes]) -> int:
-    """Its exit code. Ctrl-C reaches it as well, and it gets the time to save."""
+    """Its exit code. Ctrl-C reaches it too, and it gets the time to save."""
     try:
         return training.wait()
     except KeyboardInterrupt:
@@ -116,7 +142,7 @@ def summarise(recipe: str, runs: list[dict[str, Any]], *, is_sample: bool = Fals
     Args:
         recipe: its name.
         runs: contents of result.json, each with its "environment".
-        is_sample: the runs were cut short; only their time per step says something.
+        is_sample: the runs were cut short: their times are extrapolated, their accuracies not used.
     """
     first, config = runs[0], RECIPES[recipe]()
     environment = first["environment"]
@@ -146,23 +172,28 @@ def summarise(recipe: str, runs: list[dict[str, Any]], *, is_sample: bool = Fals
 
 
 def _require_one_origin(runs: list[dict[str, Any]]) -> None:
-    """A row is about one program on one machine."""
+    """Checks that all runs of a row are of one program on one machine and data set."""
     for name in ("git_commit", "threads_per_process", "packages", "platform"):
         found = {json.dumps(run["environment"].get(name)) for run in runs}
         if len(found) > 1:
             raise RunError(f"--runs-dir: runs with different {name.replace('_', ' ')} ({', '.join(sorted(found))})")
     if len({run["dataset"] for run in runs}) > 1:
-        raise RunError("--runs-dir: runs on different data sets; remove those that are not meant")
+        raise RunError("--runs-dir: runs on different data sets; remove those of the other one")
 
 
-def render(results: dict[str, Any]) -> str:
-    """The README's table, a row per recipe, and a line that says where it was measured."""
+def render(results: dict[str, Any], recipes: Iterable[str] = ()) -> str:
+    """A table with a row per recipe, and a line that says where it was measured.
+
+    Args:
+        results: {"rows": rows of `summarise`}.
+        recipes: those that get a row; default: those with results.
+    """
     rows = {(row["recipe"], row["device"]): row for row in results["rows"]}
     lines = [
         "| recipe | source | parameters | epochs | source states | test accuracy, % | min | n | CPU | GPU |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for recipe in RECIPES:
+    for recipe in recipes or dict.fromkeys(row["recipe"] for row in results["rows"]):
         cpu, gpu = rows.get((recipe, "cpu")), rows.get((recipe, "gpu"))
         source, stated = describe(recipe)
         known = gpu if cpu is None or not cpu["accuracies"] else cpu

@@ -78,7 +78,7 @@ def test_what_was_measured_elsewhere_than_most_is_named() -> None:
 
 def test_finished_runs_are_taken_as_they_are_and_the_table_is_replaced(documents: Path, smoke_run: Path) -> None:
     shutil.copytree(smoke_run, documents / "runs" / "smoke-seed0")
-    assert main(Options(recipe=("smoke",), seeds=1, runs_dir=str(documents / "runs"))) == 0
+    assert main(Options(recipe=("smoke",), seeds=1, publish=True, runs_dir=str(documents / "runs"))) == 0
     (row,) = json.loads((documents / "results.json").read_text())["rows"]
     assert row["accuracies"] == [json.loads((smoke_run / "result.json").read_text())["test"]["accuracy"]]
     text = (documents / "README.md").read_text()
@@ -88,9 +88,39 @@ def test_finished_runs_are_taken_as_they_are_and_the_table_is_replaced(documents
     assert f"{row['accuracy_mean']:.2%}"[:-1] + " (of digits)" in text
 
 
+def test_without_publish_no_document_changes_and_seeds_are_printed(
+    documents: Path, smoke_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(smoke_run, documents / "runs" / "smoke-seed0")
+    assert main(Options(recipe=("smoke",), seeds=1, json=True, runs_dir=str(documents / "runs"))) == 0
+    printed = capsys.readouterr()
+    (row,) = json.loads(printed.out)["rows"]
+    assert f"smoke, seed 0: {row['accuracy_mean']:.2%}, " in printed.err
+    assert "old" in (documents / "README.md").read_text()
+    assert not (documents / "results.json").exists()
+
+
+@pytest.mark.parametrize("num_finished", [0, 2])
+def test_ctrl_c_keeps_the_seeds_that_are_finished(
+    documents: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], num_finished: int
+) -> None:
+    def run(_recipe: str, seed: int, _options: Options) -> dict[str, Any]:
+        if seed == num_finished:
+            raise KeyboardInterrupt
+        return made(seed, 0.99)
+
+    monkeypatch.setattr(reproduce, "_run", run)
+    assert main(Options(recipe=("fast", "mlp"), seeds=5, json=True, publish=True)) == 130
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [(row["recipe"], row["accuracies"]) for row in rows] == [("fast", [0.99, 0.99])] * (num_finished > 0)
+    assert not (documents / "results.json").exists(), "a row of fewer seeds is not published"
+
+
 @pytest.mark.launch
 def test_what_is_missing_is_run(documents: Path) -> None:
-    options = Options(recipe=("smoke",), seeds=1, sample_steps=2, num_threads=1, runs_dir=str(documents / "runs"))
+    options = Options(
+        recipe=("smoke",), seeds=1, sample_steps=2, num_threads=1, publish=True, runs_dir=str(documents / "runs")
+    )
     (documents / "runs").touch()
     with pytest.raises(reproduce.RunError, match="smoke, seed 0"):
         main(options)

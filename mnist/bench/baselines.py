@@ -1,4 +1,4 @@
-"""The contestants of `mnist.bench`: this project's loop, and the loops that others write.
+"""The loops of `mnist.bench`: this project's, and the usual ones.
 
 In: a `Job` (configuration and images). Out: a `Pass`: its index -> the sum of the losses of all images seen, and how
 many they were. All train the same network from the same weights with the same update rule and batch size, at a
@@ -24,16 +24,17 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from mnist.config import OptimConfig, TrainConfig
 from mnist.data.batches import Split, TrainLoader
 from mnist.data.datasets import FILES, SOURCES
-from mnist.data.transforms import Augmentation, BatchTransform
+from mnist.data.transforms import BatchTransform
 from mnist.errors import RunError
 from mnist.models import build_model, seed_initial_weights
-from mnist.system.accelerator import build_accelerator, prepare_optimizer
+from mnist.system.accelerator import build_accelerator
 from mnist.system.torchvision_compat import import_torchvision
-from mnist.training.cuda_graph import record_cuda_graph, settle_step_mode, why_not
+from mnist.training.build import build_train_step
+from mnist.training.cuda_graph import choose_step_mode, record_cuda_graph
 from mnist.training.loop import TrainState, train_one_epoch
 from mnist.training.losses import build_loss
-from mnist.training.optim import LearningRate, build_optimizer
-from mnist.training.step import TrainStep, warm_up
+from mnist.training.optim import build_optimizer
+from mnist.training.step import warm_up
 
 Sums = tuple[float, int]  # sum of the losses of all images of a pass, and their number
 Pass = Callable[[int], Sums]
@@ -41,7 +42,7 @@ Pass = Callable[[int], Sums]
 
 @dataclass(frozen=True)
 class Job:
-    """What all contestants are given.
+    """What each loop trains on.
 
     Attributes:
         config: data set, threads and precision settled; no augmentation, averaging, clipping or schedule.
@@ -55,7 +56,7 @@ class Job:
 
 
 class PILImages(Dataset[tuple[Any, int]]):
-    """Images in memory, handed out one by one as PIL images, which is what torchvision's MNIST class does."""
+    """Images in memory, returned one by one as PIL images, as torchvision's MNIST class does."""
 
     def __init__(self, split: Split, transform: Callable[[Image.Image], Tensor]) -> None:
         self.split = split
@@ -77,7 +78,7 @@ def has_torchvision_files(name: str, data_dir: str) -> bool:
 
 
 def usual_loader(job: Job) -> DataLoader[Any]:
-    """The data set of torchvision, one Python call per image and transform, shuffled; workers live on."""
+    """The data set of torchvision, one Python call per image and transform, shuffled; workers are kept."""
     transforms = import_torchvision("transforms")
     image = job.config.image
     resize = [transforms.Resize((image.image_size, image.image_size))] if image.image_size != 28 else []
@@ -94,7 +95,7 @@ def usual_loader(job: Job) -> DataLoader[Any]:
         shuffle=True,
         num_workers=job.num_workers,
         persistent_workers=job.num_workers > 0,
-        multiprocessing_context="fork" if job.num_workers else None,  # Linux's default, which contest.py has changed
+        multiprocessing_context="fork" if job.num_workers else None,  # Linux's default, which comparison.py has changed
     )
 
 
@@ -209,12 +210,12 @@ def project(job: Job) -> Pass:
     """This project's loop, put together as in train_ddp.py, a record every `log_every` steps included."""
     accelerator = build_accelerator(job.config.runtime)
     loader = train_loader(job, job.split.to(accelerator.device))
-    train_step = build_step(accelerator, job.config)
+    train_step = build_train_step(job.config, accelerator, num_steps=1, epoch_steps=1)
     side = job.config.image.image_size
     batch = min(len(job.split), job.config.loop.global_batch_size)
     warm_up(train_step.model, torch.zeros(batch, 1, side, side, device=accelerator.device))
     wanted = job.config.runtime.step_mode
-    mode, remark = settle_step_mode(train_step, wanted, 1, lambda: loader.steps(0, loader.pass_steps))
+    mode, remark = choose_step_mode(train_step, wanted, 1, lambda: loader.steps(0, loader.pass_steps))
     if wanted == "captured" and mode != wanted:
         raise RunError(f"--step-mode {wanted}: {remark}")
     state = TrainState()
@@ -228,30 +229,6 @@ def project(job: Job) -> Pass:
         return sum(r.sums.totals["loss"] for r in records), sum(r.sums.num_samples for r in records)
 
     return train_pass
-
-
-def build_step(accelerator: Accelerator, config: TrainConfig, *, communicates: bool = True) -> TrainStep:
-    """The training step of train_ddp.py, without averaging and clipping.
-
-    Args:
-        accelerator: over any number of ranks.
-        config: the recipe.
-        communicates: false = no DDP around the model: every rank trains its own.
-    """
-    bare_model = fresh_model(config).to(accelerator.device)
-    capturable = why_not(accelerator, accumulation_steps=1) is None
-    optimizer = build_optimizer(bare_model.parameters(), config.optim, capturable=capturable)
-    optimizer = prepare_optimizer(accelerator, optimizer)
-    return TrainStep(
-        accelerator=accelerator,
-        model=accelerator.prepare_model(bare_model, evaluation_mode=not communicates),
-        optimizer=optimizer,
-        learning_rate=LearningRate(optimizer, config.optim, num_steps=1, epoch_steps=1),
-        loss_fn=build_loss(config.optim.loss, config.optim.label_smoothing),
-        transform=BatchTransform(config.image),
-        augment=Augmentation(config.image, config.loop.seed, accelerator.device),
-        seed=config.loop.seed,
-    )
 
 
 LOOPS: dict[str, Callable[[Job], Pass]] = {loop.__name__: loop for loop in (pipeline, prepared, bare, project)}

@@ -1,9 +1,8 @@
-"""Measures loops side by side: each in a process of its own, one after the other, round after round.
+"""Measures loops side by side: each in its own process, one after the other, round after round.
 
-In: contestants and a configuration. Out: an `Entry` (images/s, losses, memory) and a row of a table for each.
-Contestants take turns pass by pass, so that whatever else happens on the machine happens to all of them, and ratios are
-taken within a round. Processes of their own give each its own memory, threads and precision (Accelerate has one per
-process). Linux and macOS.
+In: loops and a configuration. Out: a `LoopResult` (images/s, losses, memory) and a row of a table for each. Loops take
+turns pass by pass, so that other work on the machine slows all of them alike, and ratios are taken within a round. A
+process each gives them their own memory, threads and precision (Accelerate has one per process). Linux and macOS.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from typing import NamedTuple
 import torch
 
 from mnist.bench.baselines import LOOPS, Job, Pass, find_device
-from mnist.bench.scoreboard import Row
+from mnist.bench.report import Row
 from mnist.config import Precision, StepMode, TrainConfig, evolve
 from mnist.data.batches import Split
 from mnist.data.datasets import read
@@ -41,18 +40,18 @@ NAMES = {
 
 
 @dataclass(frozen=True)
-class Contestant:
-    """A loop and the mode that it runs in.
+class Loop:
+    """A loop and the mode in which it runs.
 
     Attributes:
-        loop: a name in `rivals.LOOPS`.
+        name: a key of `baselines.LOOPS`.
         precision: fp32 ("no") or bf16.
         num_workers: of its DataLoader, where it has one.
         dynamo: the backend of torch.compile, or "no".
         step_mode: eager, or captured as one CUDA graph; for this project and the bare loop.
     """
 
-    loop: str
+    name: str
     precision: Precision = "no"
     num_workers: int = 0
     dynamo: str = "no"
@@ -60,18 +59,17 @@ class Contestant:
 
 
 @dataclass(frozen=True)
-class Entry:
-    """What was measured of a contestant.
+class LoopResult:
+    """Attributes:
 
-    Attributes:
-        contestant: whose.
-        images_per_s: a value per counted round.
-        losses: mean training loss of each pass, the uncounted first one included.
-        num_images: images seen, the first pass included.
-        peak_memory_mb: as `runtime.peak_memory_mb` has it; of the process, libraries included, workers not.
+    loop: which one.
+    images_per_s: a value per counted round.
+    losses: mean training loss of each pass, the uncounted first one included.
+    num_images: images seen, the first pass included.
+    peak_memory_mb: of its process, libraries included, workers not; on a GPU what torch has allocated there.
     """
 
-    contestant: Contestant
+    loop: Loop
     images_per_s: list[float]
     losses: list[float]
     num_images: int
@@ -79,7 +77,7 @@ class Entry:
 
 
 class Measurement(NamedTuple):
-    """One pass of one contestant."""
+    """One pass of one loop."""
 
     seconds: float
     loss_sum: float
@@ -87,23 +85,22 @@ class Measurement(NamedTuple):
     peak_memory_mb: float
 
 
-def hold_contest(contestants: Sequence[Contestant], config: TrainConfig, num_images: int, repeats: int) -> list[Entry]:
-    """Lets all contestants train `repeats` + 1 passes over `num_images` images, in turns; the first is not counted.
+def measure_loops(loops: Sequence[Loop], config: TrainConfig, num_images: int, repeats: int) -> list[LoopResult]:
+    """Each loop trains `repeats` + 1 passes over `num_images` images, in turns; the first is not counted.
 
     Raises:
-        RunError: a contestant's process has died; its own error is on standard error.
+        RunError: a loop's process has died; its error is on standard error.
     """
-    with _start(contestants, config, num_images) as pipes:
+    with _start(loops, config, num_images) as pipes:
         rounds = [
-            [_ask(pipe, contestant, index) for pipe, contestant in zip(pipes, contestants, strict=True)]
-            for index in range(repeats + 1)
+            [_ask(pipe, loop, index) for pipe, loop in zip(pipes, loops, strict=True)] for index in range(repeats + 1)
         ]
-    return [_entry(*pair) for pair in zip(contestants, zip(*rounds, strict=True), strict=True)]
+    return [_result(*pair) for pair in zip(loops, zip(*rounds, strict=True), strict=True)]
 
 
-def _entry(contestant: Contestant, passes: Sequence[Measurement]) -> Entry:
-    return Entry(
-        contestant=contestant,
+def _result(loop: Loop, passes: Sequence[Measurement]) -> LoopResult:
+    return LoopResult(
+        loop=loop,
         images_per_s=[one.num_images / one.seconds for one in passes[1:]],
         losses=[one.loss_sum / one.num_images for one in passes],
         num_images=sum(one.num_images for one in passes),
@@ -112,16 +109,16 @@ def _entry(contestant: Contestant, passes: Sequence[Measurement]) -> Entry:
 
 
 @contextmanager
-def _start(contestants: Sequence[Contestant], config: TrainConfig, num_images: int) -> Iterator[list[Connection]]:
-    """A process per contestant; each ends when its pipe closes, with the block or with this process."""
-    context = multiprocessing.get_context("forkserver")  # copies of a process that has imported torch and no more
+def _start(loops: Sequence[Loop], config: TrainConfig, num_images: int) -> Iterator[list[Connection]]:
+    """Starts a process per loop; each ends when its pipe closes, at the end of the block or of this process."""
+    context = multiprocessing.get_context("forkserver")  # copies of a process that has only imported torch
     context.set_forkserver_preload([__name__])
     pipes: list[Connection] = []
     processes = []
     try:
-        for contestant in contestants:
+        for loop in loops:
             ours, theirs = context.Pipe()
-            process = context.Process(target=_compete, args=(contestant, config, num_images, theirs))
+            process = context.Process(target=_train_passes, args=(loop, config, num_images, theirs))
             process.start()
             theirs.close()
             pipes.append(ours)
@@ -134,35 +131,35 @@ def _start(contestants: Sequence[Contestant], config: TrainConfig, num_images: i
             process.join()
 
 
-def _ask(pipe: Connection, contestant: Contestant, index: int) -> Measurement:
-    """What a contestant's process has measured of a pass."""
+def _ask(pipe: Connection, loop: Loop, index: int) -> Measurement:
+    """Asks a loop's process to train pass `index`."""
     try:
         pipe.send(index)
         measured: Measurement = pipe.recv()
     except (EOFError, OSError) as error:
-        raise RunError(f"the process of {contestant} has died; its error stands above") from error
+        raise RunError(f"the process of {loop} has died; its error stands above") from error
     return measured
 
 
-def _compete(contestant: Contestant, config: TrainConfig, num_images: int, pipe: Connection) -> None:
-    """A contestant's process: builds its loop, then trains a pass for each index that it is sent."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks
-    if contestant.dynamo == "no":
+def _train_passes(loop: Loop, config: TrainConfig, num_images: int, pipe: Connection) -> None:
+    """The process of a loop: builds it, then trains a pass for each index that it receives."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the parent
+    if loop.dynamo == "no":
         os.environ.pop("ACCELERATE_DYNAMO_BACKEND", None)
-    if contestant.loop in ("bare", "project"):
+    if loop.name in ("bare", "project"):
         keep_memory()  # as every command of this project does; the usual loops do not
     torch.set_num_threads(config.runtime.num_threads)
     device = find_device(config)
-    mode = {"mixed_precision": contestant.precision, "step_mode": contestant.step_mode}
+    mode = {"mixed_precision": loop.precision, "step_mode": loop.step_mode}
     config = evolve(config, **mode, cpu=device.type == "cpu")
     train = read(config.data.dataset, config.data).train
     split = Split(train.images[:num_images].clone(), train.labels[:num_images].clone())
-    del train  # or every row would show the whole data set
-    train_pass = LOOPS[contestant.loop](Job(config, split, contestant.num_workers))
+    del train  # else each loop's memory would contain the whole data set
+    train_pass = LOOPS[loop.name](Job(config, split, loop.num_workers))
     try:
         while True:
             pipe.send(_measure(train_pass, pipe.recv(), device))
-    except (EOFError, BrokenPipeError):  # the contest is over, or was stopped
+    except (EOFError, BrokenPipeError):  # the comparison has ended
         pass
 
 
@@ -174,48 +171,48 @@ def _measure(train_pass: Pass, index: int, device: torch.device) -> Measurement:
     return Measurement(seconds, loss_sum, num_images, peak_memory_mb(device))
 
 
-def compare(recipe: str, entries: Sequence[Entry]) -> list[Row]:
-    """A row per contestant: speed, its ratio to the usual pipeline, and what it costs over the bare loop."""
-    usual = entries[0]
+def compare(recipe: str, results: Sequence[LoopResult]) -> list[Row]:
+    """A row per loop: speed, ratio to the usual pipeline, and time over the bare loop."""
+    usual = results[0]
     rows = []
-    for entry in entries:
-        who = entry.contestant
-        is_ours = who.loop == "project"
-        limit = _find(entries, Contestant("bare", who.precision, step_mode=who.step_mode))
-        twin = _find(entries, Contestant("bare", who.precision))
+    for result in results:
+        loop = result.loop
+        is_ours = loop.name == "project"
+        limit = _find(results, Loop("bare", loop.precision, step_mode=loop.step_mode))
+        twin = _find(results, Loop("bare", loop.precision))
         rows.append(
             {
                 "recipe": recipe,
-                "loop": NAMES[who.loop],
-                "mode": describe(who),
-                "images/s": statistics.median(entry.images_per_s),
-                "min": min(entry.images_per_s),
-                "max": max(entry.images_per_s),
-                "x usual": paired_ratio(entry.images_per_s, usual.images_per_s),
-                "over bare": paired_ratio(limit.images_per_s, entry.images_per_s) - 1 if limit and is_ours else None,
-                "memory MB": entry.peak_memory_mb,
-                "loss difference": relative_difference(entry, twin) if twin and is_ours else None,
-                "loss": entry.losses[-1],
-                "passes": len(entry.losses),
-                "images seen": entry.num_images,
+                "loop": NAMES[loop.name],
+                "mode": describe(loop),
+                "images/s": statistics.median(result.images_per_s),
+                "min": min(result.images_per_s),
+                "max": max(result.images_per_s),
+                "x usual": paired_ratio(result.images_per_s, usual.images_per_s),
+                "over bare": paired_ratio(limit.images_per_s, result.images_per_s) - 1 if limit and is_ours else None,
+                "memory MB": result.peak_memory_mb,
+                "loss difference": relative_difference(result, twin) if twin and is_ours else None,
+                "loss": result.losses[-1],
+                "passes": len(result.losses),
+                "images seen": result.num_images,
             }
         )
     return rows
 
 
-def _find(entries: Sequence[Entry], contestant: Contestant) -> Entry | None:
-    return next((entry for entry in entries if entry.contestant == contestant), None)
+def _find(results: Sequence[LoopResult], loop: Loop) -> LoopResult | None:
+    return next((result for result in results if result.loop == loop), None)
 
 
-def describe(contestant: Contestant) -> str:
+def describe(loop: Loop) -> str:
     """Precision, workers and compiler in words."""
-    parts: list[str] = ["fp32" if contestant.precision == "no" else contestant.precision]
-    if contestant.loop in ("pipeline", "prepared"):
-        parts.append(f"{contestant.num_workers} workers")
-    if contestant.dynamo != "no":
-        parts.append(contestant.dynamo)
-    if contestant.step_mode != "eager":
-        parts.append(contestant.step_mode)
+    parts: list[str] = ["fp32" if loop.precision == "no" else loop.precision]
+    if loop.name in ("pipeline", "prepared"):
+        parts.append(f"{loop.num_workers} workers")
+    if loop.dynamo != "no":
+        parts.append(loop.dynamo)
+    if loop.step_mode != "eager":
+        parts.append(loop.step_mode)
     return ", ".join(parts)
 
 
@@ -224,23 +221,23 @@ def paired_ratio(rates: Sequence[float], base: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(rates, base, strict=True))
 
 
-def relative_difference(entry: Entry, limit: Entry) -> float:
-    """How far the mean loss of the first pass is from the other's, in parts of it."""
-    return abs(entry.losses[0] - limit.losses[0]) / limit.losses[0]
+def relative_difference(result: LoopResult, limit: LoopResult) -> float:
+    """Relative difference of the mean losses of the first pass."""
+    return abs(result.losses[0] - limit.losses[0]) / limit.losses[0]
 
 
-def check_losses(entries: Sequence[Entry]) -> None:
-    """The project and the bare loop, captured or not, compute the same as the eager bare loop of their precision.
+def check_losses(results: Sequence[LoopResult]) -> None:
+    """Checks that the project and the bare loop compute the same as the eager bare loop of their precision.
 
     Raises:
-        RunError: they do not, and a comparison of their speed would mean nothing.
+        RunError: they do not, so a comparison of their speed would mean nothing.
     """
-    for entry in entries:
-        for limit in entries:
-            who = entry.contestant
-            is_pair = who.loop in ("project", "bare") and limit.contestant == Contestant("bare", who.precision)
-            if is_pair and not relative_difference(entry, limit) <= LOSS_TOLERANCE:
+    for result in results:
+        for limit in results:
+            loop = result.loop
+            is_pair = loop.name in ("project", "bare") and limit.loop == Loop("bare", loop.precision)
+            if is_pair and not relative_difference(result, limit) <= LOSS_TOLERANCE:
                 raise RunError(
-                    f"{NAMES[who.loop]}, {describe(who)}: the first pass has a loss of {entry.losses[0]:.4f}, and of "
+                    f"{NAMES[loop.name]}, {describe(loop)}: the loss of the first pass is {result.losses[0]:.4f}, but "
                     f"{limit.losses[0]:.4f} in the eager bare loop: they do not compute the same"
                 )

@@ -1,35 +1,27 @@
-"""What communication costs: processes under DDP against the same processes that never speak to one another.
+"""The cost of communication: processes under DDP, and the same processes without communication.
 
 In: an accelerator over several ranks and a configuration. Out: images/s and CPU time of all ranks together, per way and
-round; all ways take turns in one run. Letters: P ranks. Every rank must call the functions here.
+round; the ways take turns. Letters: P ranks. Every rank must call the functions here.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
 
-from mnist.bench.baselines import build_step
 from mnist.config import TrainConfig
 from mnist.data.batches import Split, TrainLoader
+from mnist.training.build import build_train_step
 from mnist.training.step import wait_for_device, warm_up
 
 ALONE = "no communication"
-LOCKSTEP = "one number a step"  # what waiting for the slower one costs, before any gradient is sent
+LOCKSTEP = "one number a step"  # the cost of waiting for the slowest rank, without gradients
 PROJECT = "this project"
-# Settings of DistributedDataParallel, to see whether the project has the best one.
-SETTINGS: dict[str, dict[str, Any]] = {
-    "DDP's defaults": {},
-    "static graph": {"gradient_as_bucket_view": True, "static_graph": True},
-    "buckets of 1 MB": {"gradient_as_bucket_view": True, "bucket_cap_mb": 1},
-    "one bucket": {"gradient_as_bucket_view": True, "bucket_cap_mb": 1000},
-}
-WAYS = (ALONE, LOCKSTEP, PROJECT, *SETTINGS)
+WAYS = (ALONE, LOCKSTEP, PROJECT)
 
 
 class Turn(NamedTuple):
@@ -59,7 +51,7 @@ def measure_scaling(
         train()
     turns: dict[str, list[Turn]] = {way: [] for way in WAYS}
     for repeat in range(repeats):
-        first = repeat % len(WAYS)  # nobody always follows the same one
+        first = repeat % len(WAYS)  # no way always follows the same one
         for way in WAYS[first:] + WAYS[:first]:
             accelerator.wait_for_everyone()
             started, cpu_started = time.perf_counter(), time.process_time()
@@ -72,11 +64,7 @@ def measure_scaling(
 
 def _build(accelerator: Accelerator, config: TrainConfig, split: Split, num_steps: int, way: str) -> Callable[[], int]:
     """A function that trains `num_steps` steps in this way, and returns how many images this rank has taken."""
-    of_project: Any = accelerator.ddp_handler
-    if way in SETTINGS:
-        accelerator.ddp_handler = DistributedDataParallelKwargs(**SETTINGS[way])  # type: ignore[assignment]
-    train_step = build_step(accelerator, config, communicates=way not in (ALONE, LOCKSTEP))
-    accelerator.ddp_handler = of_project
+    train_step = build_train_step(config, accelerator, num_steps=1, epoch_steps=1, communicates=way == PROJECT)
     batch, side = config.loop.global_batch_size, config.image.image_size
     warm_up(train_step.model, torch.zeros(batch, 1, side, side, device=accelerator.device))
     ranks = accelerator.num_processes
@@ -91,7 +79,7 @@ def _build(accelerator: Accelerator, config: TrainConfig, split: Split, num_step
         for micro_batches in loader.steps(step, step + num_steps):
             train_step(micro_batches, step)
             if way == LOCKSTEP:
-                torch.distributed.all_reduce(train_step.sums[2:])
+                torch.distributed.all_reduce(train_step.sums[-1:])
             step += 1
             num_images += sum(micro_batch.num_samples for micro_batch in micro_batches)
         wait_for_device(accelerator.device)

@@ -47,7 +47,7 @@ from mnist.system.accelerator import is_out_of_memory
 from mnist.system.environment import describe_environment, peak_memory_mb
 from mnist.system.files import write_json
 from mnist.system.watchdog import Watchdog
-from mnist.training.cuda_graph import settle_step_mode
+from mnist.training.cuda_graph import choose_step_mode
 from mnist.training.evaluation import evaluate
 from mnist.training.loop import TrainRecord, TrainState
 from mnist.training.losses import build_loss
@@ -203,7 +203,7 @@ class Run:
         zeros = self.dataset.train.images.new_zeros((self.plan.micro_batch_size, 28, 28))
         warm_up(self.train_step.model, self.train_step.transform(zeros))
         if self.goes_on():
-            self._settle_step_mode(train_loader)
+            self._choose_step_mode(train_loader)
         self.warmup_time_s = time.perf_counter() - started
         self.console.start_progress(
             self.plan.num_steps,
@@ -213,8 +213,8 @@ class Run:
             loss="smoothed loss" if self.config.optim.label_smoothing else "train loss",
         )
 
-    def _settle_step_mode(self, train_loader: TrainLoader) -> None:
-        mode, remark = settle_step_mode(
+    def _choose_step_mode(self, train_loader: TrainLoader) -> None:
+        mode, remark = choose_step_mode(
             self.train_step,
             self.config.runtime.step_mode,
             self.plan.accumulation_steps,

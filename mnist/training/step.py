@@ -1,8 +1,8 @@
-"""A training step: forward, loss, backward, update, on this rank's micro-batches of one global batch.
+"""A training step: forward, loss, backward and update on this rank's micro-batches of one global batch.
 
-In: a prepared model and optimizer, micro-batches (uint8 images (B, 28, 28), labels int64 (B,)), a loss. Out: moved
-weights, and sums on the device; the host waits for nothing here. Letters: B images of a rank's micro-batch, G of the
-global batch, S side in pixels, P ranks.
+In: a prepared model and optimizer, and micro-batches (images uint8 (B, 28, 28), labels int64 (B,)). Out: new weights,
+and sums of metrics on the device. Nothing here waits for the device. Letters: B images in a rank's micro-batch, G in
+the global batch, S side in pixels, P ranks.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Protocol
 
 import torch
 from accelerate import Accelerator
@@ -24,25 +23,6 @@ from mnist.errors import RunError
 from mnist.seeding import derive_seed
 from mnist.training.metrics import TRAIN_METRICS
 from mnist.training.optim import LearningRate, WeightAverage
-
-
-class DivergedError(RunError):
-    """A number is not finite any more: the loss, or what `what` says."""
-
-    def __init__(self, step: int, rank: int, what: str = "the loss is") -> None:
-        super().__init__(f"{what} nan or inf at step {step} on rank {rank}; try a smaller --lr, or --grad-clip 1")
-        self.step = step
-        self.rank = rank
-
-
-class Captured(Protocol):
-    """A recording of a step's work on the device, for batches of one size."""
-
-    def fits(self, micro_batches: Sequence[MicroBatch]) -> bool:
-        """Whether it can stand in for `TrainStep.compute` on these."""
-
-    def __call__(self, batch: MicroBatch, measure_grad_norm: bool) -> None:
-        """Replays."""
 
 
 class TrainStep:
@@ -59,6 +39,12 @@ class TrainStep:
         grad_clip: largest total gradient norm; 0 = no clipping.
         average: of the weights, moved after each update.
         seed: fixes dropout together with step, micro-batch and rank.
+
+    Attributes:
+        lr, grad_norm: of the last step; the norm only where it was measured.
+        sums, num_samples: since the last `reset_sums`: on the device, the sum of each metric and the number of steps
+            with a finite loss; and the images seen.
+        replay: takes the step if it can and returns whether it did; None = every step runs eagerly.
     """
 
     def __init__(
@@ -86,32 +72,29 @@ class TrainStep:
         self.grad_clip = grad_clip
         self.average = average
         self.seed = seed
-        # Accelerate's is for the scaler of fp16; besides, it divides by its accumulation count, which is 1 here: two
-        # operations for nothing, 2 % of LeNet-5's step on a CPU.
-        self._backward = Tensor.backward if accelerator.scaler is None else accelerator.backward
-        self._seed_dropout = dropout_seeder(accelerator.device)
         self.rank: int = accelerator.process_index
+        self.replay: Callable[[Sequence[MicroBatch], int], bool] | None = None
         self.lr = math.nan
         self.grad_norm: float | Tensor = math.nan
-        # Sums since the last `reset_sums`, on the device: the metrics, and the steps with a finite loss.
-        self.sums = torch.zeros(len(TRAIN_METRICS) + 1, dtype=sum_dtype(accelerator.device), device=accelerator.device)
+        self.num_samples = 0
+        device = accelerator.device
+        self.sums = torch.zeros(len(TRAIN_METRICS) + 1, dtype=sum_dtype(device), device=device)
         *totals, self._finite_steps = self.sums.unbind()
         self._totals = dict(zip(TRAIN_METRICS, totals, strict=True))
-        self.num_samples = 0
-        self.captured: Captured | None = None  # replays `compute` for batches that fit
+        self._seed_dropout = _dropout_seeder(device)
+        # accelerator.backward is needed for the scaler of fp16 only. It also divides by its accumulation count, which
+        # is 1 here: two operations for nothing, 2 % of LeNet-5's step on a CPU.
+        self._backward = Tensor.backward if accelerator.scaler is None else accelerator.backward
 
     def __call__(self, micro_batches: Sequence[MicroBatch], step: int, measure_grad_norm: bool = False) -> None:
         """Trains on one global batch; `step` counts the steps done before it."""
         self.lr = self.learning_rate.set_step(step)
-        if self.captured is not None and self.captured.fits(micro_batches):
-            self.set_step(step, 0)
-            self.captured(micro_batches[0], measure_grad_norm)
-        else:
+        if self.replay is None or not self.replay(micro_batches, step):
             self.compute(micro_batches, step, measure_grad_norm)
         self.num_samples += sum(batch.num_samples for batch in micro_batches)
 
     def compute(self, micro_batches: Sequence[MicroBatch], step: int, measure_grad_norm: bool = False) -> None:
-        """The device's share of a step: gradients of all micro-batches, then one update."""
+        """The work on the device: gradients of all micro-batches, then one update."""
         for index, batch in enumerate(micro_batches):
             self.set_step(step, index)
             is_last = index == len(micro_batches) - 1
@@ -120,7 +103,7 @@ class TrainStep:
         self.update(measure_grad_norm)
 
     def set_step(self, step: int, micro_step: int) -> None:
-        """Tells the device what depends on the step: what augmentation and dropout draw next, how averages move."""
+        """Writes what depends on the step to the device: seeds of augmentation and dropout, weight of the average."""
         self.augment.reseed(step)
         self._seed_dropout(derive_seed(self.seed, "dropout", step, micro_step, self.rank))
         if self.average is not None:
@@ -136,7 +119,7 @@ class TrainStep:
             for name, total in self._totals.items():
                 total.add_(TRAIN_METRICS[name](loss_sum.detach(), logits.detach(), labels))
         # DDP averages gradients over the P ranks: P / G turns that into the mean over the G images of the global batch,
-        # however unevenly they are spread. A stand-in for an empty share weighs nothing.
+        # however unevenly they are spread. The stand-in of a rank without images has weight 0.
         weight = self.accelerator.num_processes / batch.global_batch_size if batch.num_samples else 0.0
         self._backward(loss_sum, gradient=loss_sum.new_full((), weight))
 
@@ -159,25 +142,17 @@ class TrainStep:
         self.num_samples = 0
 
 
-def wait_for_device(device: torch.device) -> None:
-    """Waits until all that is queued on `device` is done."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
+class DivergedError(RunError):
+    """The loss, or what `what` names, is not finite any more."""
 
-
-def dropout_seeder(device: torch.device) -> Callable[[int], object]:
-    """What seeds the global generator of `device` alone: `torch.manual_seed` visits every device and costs 0.1 ms."""
-    seeders = {"cpu": torch.default_generator.manual_seed, "cuda": torch.cuda.manual_seed}
-    return seeders.get(device.type, torch.manual_seed)
-
-
-def sum_dtype(device: torch.device) -> torch.dtype:
-    """float64 for sums, except on Apple's MPS, which has none."""
-    return torch.float32 if device.type == "mps" else torch.float64
+    def __init__(self, step: int, rank: int, what: str = "the loss is") -> None:
+        super().__init__(f"{what} nan or inf at step {step} on rank {rank}; try a smaller --lr, or --grad-clip 1")
+        self.step = step
+        self.rank = rank
 
 
 def warm_up(model: nn.Module, inputs: Tensor) -> None:
-    """Two forward and backward passes on zeros that leave no trace. Every rank must call this before its first step.
+    """Two forward and backward passes on zeros that change nothing. Every rank must call this before its first step.
 
     With three ranks or more DDP sorts its gradient buckets anew after the first backward pass, which changes the order
     of sums: without this a resumed run would differ from the uninterrupted one in the last bits. It also takes the
@@ -194,3 +169,20 @@ def warm_up(model: nn.Module, inputs: Tensor) -> None:
     model.zero_grad()
     for buffer, saved in zip(model.buffers(), buffers, strict=True):
         buffer.copy_(saved)
+
+
+def wait_for_device(device: torch.device) -> None:
+    """Waits until all work queued on `device` is done."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """float64 for sums, except on Apple's MPS, which has none."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def _dropout_seeder(device: torch.device) -> Callable[[int], object]:
+    """Seeds the global generator of `device` alone: `torch.manual_seed` visits every device and costs 0.1 ms."""
+    seeders = {"cpu": torch.default_generator.manual_seed, "cuda": torch.cuda.manual_seed}
+    return seeders.get(device.type, torch.manual_seed)

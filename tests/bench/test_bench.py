@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from mnist.bench import baselines
-from mnist.bench.__main__ import Options, compare_turns, contestants, main, settle, summarise
+from mnist.bench.__main__ import Options, compare_turns, loops, main, settle
 from mnist.bench.baselines import LOOPS, Job, PILImages, has_torchvision_files, usual_loader
-from mnist.bench.comparison import Contestant, Entry, check_losses, compare, hold_contest, paired_ratio
+from mnist.bench.comparison import Loop, LoopResult, check_losses, compare, measure_loops, paired_ratio
+from mnist.bench.report import Report, print_report
 from mnist.bench.scaling import ALONE, WAYS, Turn, measure_scaling
-from mnist.bench.scoreboard import Report, publish
 from mnist.config import DataConfig, TrainConfig, evolve
 from mnist.data.datasets import read
 from mnist.data.transforms import BatchTransform
@@ -111,13 +111,13 @@ def test_the_stand_in_hands_out_what_torchvision_would(tmp_path: Path) -> None:
     torch.testing.assert_close(image, DIGITS.images[7:8].float() / 255)
 
 
-def entry(loop: str, rates: list[float], loss: float = 2.0, **mode: Any) -> Entry:
-    return Entry(Contestant(loop, **mode), rates, [loss, 1.0], 30, 10**8)
+def result(loop: str, rates: list[float], loss: float = 2.0, **mode: Any) -> LoopResult:
+    return LoopResult(Loop(loop, **mode), rates, [loss, 1.0], 30, 10**8)
 
 
 def test_ratios_are_taken_within_each_round() -> None:
     """The machine was twice as slow in the second round: it was so for all."""
-    rows = compare("smoke", [entry("pipeline", [100, 50]), entry("bare", [400, 200]), entry("project", [320, 160])])
+    rows = compare("smoke", [result("pipeline", [100, 50]), result("bare", [400, 200]), result("project", [320, 160])])
     assert [row["x usual"] for row in rows] == [1.0, 4.0, 3.2]
     assert [row["over bare"] for row in rows] == [None, None, pytest.approx(0.25)]
     assert paired_ratio([1, 2, 30], [1, 1, 10]) == 2
@@ -125,36 +125,36 @@ def test_ratios_are_taken_within_each_round() -> None:
 
 
 def test_each_precision_has_its_own_limit() -> None:
-    entries = [entry("pipeline", [1]), entry("bare", [8]), entry("project", [4], precision="bf16")]
-    assert [row["over bare"] for row in compare("smoke", entries)] == [None, None, None]
-    entries.append(entry("bare", [6], precision="bf16"))
-    assert compare("smoke", entries)[2]["over bare"] == pytest.approx(0.5)
+    results = [result("pipeline", [1]), result("bare", [8]), result("project", [4], precision="bf16")]
+    assert [row["over bare"] for row in compare("smoke", results)] == [None, None, None]
+    results.append(result("bare", [6], precision="bf16"))
+    assert compare("smoke", results)[2]["over bare"] == pytest.approx(0.5)
 
 
 def test_each_step_mode_has_its_own_limit() -> None:
     modes: list[dict[str, Any]] = [{}, {"step_mode": "captured"}]
-    entries = [entry("pipeline", [1]), *(entry("bare", [8 * k], **mode) for k, mode in enumerate(modes, start=1))]
-    entries += [entry("project", [8], **mode) for mode in modes]
-    assert [row["over bare"] for row in compare("smoke", entries)] == [None, None, None, 0, 1]
+    results = [result("pipeline", [1]), *(result("bare", [8 * k], **mode) for k, mode in enumerate(modes, start=1))]
+    results += [result("project", [8], **mode) for mode in modes]
+    assert [row["over bare"] for row in compare("smoke", results)] == [None, None, None, 0, 1]
 
 
 @pytest.mark.parametrize("loss", [2.2, float("nan")])
 def test_loops_that_compute_something_else_are_not_compared(loss: float) -> None:
-    check_losses([entry("bare", [1]), entry("project", [1], loss=2.05)])
-    check_losses([entry("bare", [1], precision="bf16"), entry("project", [1], loss=loss)])
+    check_losses([result("bare", [1]), result("project", [1], loss=2.05)])
+    check_losses([result("bare", [1], precision="bf16"), result("project", [1], loss=loss)])
     with pytest.raises(RunError, match="bare loop, fp32, captured"):
-        check_losses([entry("bare", [1]), entry("bare", [1], loss=loss, step_mode="captured")])
+        check_losses([result("bare", [1]), result("bare", [1], loss=loss, step_mode="captured")])
     with pytest.raises(RunError, match="do not compute the same"):
-        check_losses([entry("bare", [1]), entry("project", [1], loss=loss)])
+        check_losses([result("bare", [1]), result("project", [1], loss=loss)])
 
 
-def test_who_takes_part(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_which_loops_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     options = Options(precisions=("bf16",), workers=3)
-    usual = [Contestant("pipeline"), Contestant("pipeline", num_workers=3), Contestant("prepared")]
-    ours = [Contestant("bare", "bf16"), Contestant("project", "bf16")]
-    assert contestants(options) == [*usual, *ours]
+    usual = [Loop("pipeline"), Loop("pipeline", num_workers=3), Loop("prepared")]
+    ours = [Loop("bare", "bf16"), Loop("project", "bf16")]
+    assert loops(options) == [*usual, *ours]
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
-    assert contestants(options) == [*usual, *ours, Contestant("project", "bf16", dynamo="inductor")]
+    assert loops(options) == [*usual, *ours, Loop("project", "bf16", dynamo="inductor")]
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,6 @@ def test_who_takes_part(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({"images": 0}, "--images 0: must be 1 or more"),
         ({"repeats": 0}, "--repeats 0: must be"),
-        ({"seeds": 0}, "--seeds 0: must be"),
         ({"processes": 1}, "--processes 1: must be 2 or more"),
         ({"workers": -1}, "--workers -1: must be 0 or more"),
         ({"num_threads": -1}, "--num-threads -1: must be 0 or more"),
@@ -187,30 +186,18 @@ def test_a_recipe_with_augmentation_is_refused(recipe: str) -> None:
         settle(recipe, Options(dataset="digits"))
 
 
-def test_seeds_are_summarised() -> None:
-    results = [
-        {"test": {"accuracy": accuracy}, "train_time_s": seconds, "command_time_s": 2 * seconds}
-        for accuracy, seconds in ((0.99, 1.0), (0.98, 2.0), (1.0, 9.0))
-    ]
-    row = summarise("fast", results)
-    assert (row["runs"], row["training s"], row["command s"]) == (3, 2.0, 4.0)
-    assert [row[name] for name in ("accuracy %", "deviation", "min")] == pytest.approx([99, 1, 98])
-    assert summarise("fast", results[:1])["deviation"] is None
-
-
 REPORT = Report("loops", {"torch": "2"}, [{"loop": "a", "images/s": 1234.5, "over bare": None, "loss": 1}], ["so"])
 
 
-def test_a_report_is_a_table_or_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    publish(dataclasses.replace(REPORT, hidden=["loss"]), str(tmp_path / "report.json"))
+def test_a_report_is_a_table_or_one_json_document(capsys: pytest.CaptureFixture[str]) -> None:
+    report = dataclasses.replace(REPORT, hidden=["loss"])
+    print_report(report, as_json=False)
     table = capsys.readouterr().out
     assert "images/s" in table
     assert "1,234" in table
     assert "loss" not in table
-    publish(REPORT, "-")
-    assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "report.json").read_text()) | {"hidden": []}
-    with pytest.raises(UserError, match=r"--json .*: cannot be written"):
-        publish(REPORT, str(tmp_path))
+    print_report(report, as_json=True)
+    assert json.loads(capsys.readouterr().out) == dataclasses.asdict(report)
 
 
 def test_processes_are_measured_against_processes_that_do_not_communicate() -> None:
@@ -233,16 +220,16 @@ def test_scaling_is_a_ratio_within_each_round() -> None:
 
 
 @pytest.mark.launch
-def test_a_contest_in_processes_of_their_own() -> None:
-    both = [Contestant("bare"), Contestant("project"), Contestant("project", "bf16")]
-    entries = hold_contest(both, config(), num_images=100, repeats=2)
-    for found, contestant in zip(entries, both, strict=True):
-        assert (found.contestant, found.num_images, len(found.images_per_s)) == (contestant, 300, 2)
+def test_loops_are_measured_each_in_its_own_process() -> None:
+    both = [Loop("bare"), Loop("project"), Loop("project", "bf16")]
+    results = measure_loops(both, config(), num_images=100, repeats=2)
+    for found, loop in zip(results, both, strict=True):
+        assert (found.loop, found.num_images, len(found.images_per_s)) == (loop, 300, 2)
         assert found.losses[2] < found.losses[0]
         assert found.peak_memory_mb > 50
-    assert entries[1].losses == [pytest.approx(loss, rel=1e-4) for loss in entries[0].losses]
+    assert results[1].losses == [pytest.approx(loss, rel=1e-4) for loss in results[0].losses]
     with pytest.raises(RunError, match=r"the process of .* has died"):
-        hold_contest([Contestant("project", "fp16")], config(), num_images=100, repeats=1)
+        measure_loops([Loop("project", "fp16")], config(), num_images=100, repeats=1)
 
 
 @pytest.mark.launch
@@ -258,21 +245,14 @@ def test_the_command_compares_loops(tmp_path: Path) -> None:
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize("measure", ["recipe", "scaling", "startup"])
-def test_the_other_measurements_give_json(tmp_path: Path, measure: str) -> None:
-    flags = ["--recipe", "smoke", "--seeds", "1", "--repeats", "1", "--images", "64", "--json", "-"]
-    done = finish([*BENCH, measure, *QUICK, *flags], tmp_path)
+def test_scaling_prints_json(tmp_path: Path) -> None:
+    done = finish(
+        [*BENCH, "scaling", *QUICK, "--recipe", "smoke", "--repeats", "1", "--images", "64", "--json"], tmp_path
+    )
     assert done.code == 0, done.err
     rows = json.loads(done.out)["rows"]
-    if measure == "recipe":
-        assert rows[0]["runs"] == 1
-        assert rows[0]["min"] > 92
-    elif measure == "scaling":
-        assert [row["ranks"] for row in rows] == list(WAYS)
-        assert [row["ratio"] for row in rows if row["ranks"] == ALONE] == [1.0]
-    else:
-        assert {"import torch", "first step", "--help", "--max-steps 1"} <= {row["stage"] for row in rows}
-        assert all(row["seconds"] >= 0 for row in rows)
+    assert [row["ranks"] for row in rows] == list(WAYS)
+    assert [row["ratio"] for row in rows if row["ranks"] == ALONE] == [1.0]
 
 
 @pytest.mark.launch

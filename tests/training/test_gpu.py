@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mnist.training.cuda_graph import settle_step_mode
+from mnist.training.cuda_graph import choose_step_mode
 from tests.processes import finish, train
 from tests.training.test_cuda_graph import OPTIMIZERS, network, weights
 from tests.training.test_cuda_graph import train as train_steps
@@ -19,14 +19,13 @@ from tests.training.test_step import make_step
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
 
-@pytest.mark.parametrize("mode", ["auto", "captured"])
 @pytest.mark.parametrize("optim", OPTIMIZERS, ids=lambda optim: optim["optimizer"])
-def test_a_cuda_graph_gives_the_same_weights(optim: dict[str, Any], mode: str) -> None:
+def test_a_cuda_graph_gives_the_same_weights(optim: dict[str, Any]) -> None:
     """Twenty steps, two of them of a short batch; batch norm, dropout, augmentation and an average are in them."""
     options = {"batch": 100, "cpu": False, "capturable": True, "average": 0.9, **optim}
     eager, loader = make_step(model=network(), **options)
     replayed, _ = make_step(model=network(), **options)
-    assert settle_step_mode(replayed, mode, 1, lambda: loader.steps(0, 5)) == ("captured", None)
+    assert choose_step_mode(replayed, "captured", 1, lambda: loader.steps(0, 5)) == ("captured", None)
     assert train_steps(replayed, loader, 20) == train_steps(eager, loader, 20)
     assert torch.equal(weights(replayed), weights(eager))
 
@@ -42,7 +41,7 @@ def test_where_recording_breaks_off_steps_are_eager_and_the_same() -> None:
     eager, loader = make_step(model=network(), **options)
     broken, _ = make_step(model=network(), **options)
     stream = torch.cuda.current_stream()
-    mode, remark = settle_step_mode(broken, "auto", 1, lambda: loader.steps(0, 5))
+    mode, remark = choose_step_mode(broken, "captured", 1, lambda: loader.steps(0, 5))
     assert mode == "eager"
     assert "capturing failed" in (remark or "")
     assert torch.cuda.current_stream() == stream

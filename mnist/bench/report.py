@@ -1,6 +1,6 @@
-"""What a benchmark has found: a table for people, JSON for programs.
+"""The report of a benchmark: a table for people, JSON for programs.
 
-In: rows of figures. Out: text on standard output, plain where that is no terminal; JSON there or in a file.
+In: rows of figures. Out: text or one JSON document on standard output.
 """
 
 from __future__ import annotations
@@ -13,14 +13,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from mnist.errors import UserError
 from mnist.system.process import cpu_name, num_usable_cores
 
 Row = dict[str, Any]
@@ -45,7 +43,7 @@ class Report:
 
 
 def environment(num_threads: int, device_name: str) -> dict[str, Any]:
-    """What a figure needs beside it: hardware, threads, versions, and how busy the machine was."""
+    """What figures depend on: hardware, threads, versions, and the load of the machine."""
     return {
         "device": device_name,
         "cpu": cpu_name(),
@@ -57,22 +55,12 @@ def environment(num_threads: int, device_name: str) -> dict[str, Any]:
     }
 
 
-def publish(report: Report, json_path: str | None) -> None:
-    """The table on standard output, or JSON there; and JSON in a file, if one is named.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    text = json.dumps(dataclasses.asdict(report), indent=2) + "\n"
-    if json_path == "-":
-        sys.stdout.write(text)
-        return
-    if json_path is not None:
-        try:
-            Path(json_path).write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"--json {json_path}: cannot be written ({error.strerror})") from error
-    print_table(report)
+def print_report(report: Report, *, as_json: bool) -> None:
+    """A table, or one JSON document, on standard output."""
+    if as_json:
+        sys.stdout.write(json.dumps(dataclasses.asdict(report), indent=2) + "\n")
+    else:
+        print_table(report)
 
 
 def print_table(report: Report) -> None:
@@ -93,7 +81,7 @@ def print_table(report: Report) -> None:
 
 
 def show(column: str, value: Any) -> str:
-    """A cell: as many digits as its column deserves."""
+    """A cell: with as many digits as are useful in its column."""
     if value is None or isinstance(value, str):
         return value or ""
     if column == "over bare":

@@ -1,0 +1,57 @@
+"""The training step of a configuration: for training, benchmarks and the doctor alike.
+
+In: a configuration, an accelerator and the length of the run. Out: a `TrainStep`.
+"""
+
+from __future__ import annotations
+
+from accelerate import Accelerator
+
+from mnist.config import TrainConfig
+from mnist.data.transforms import Augmentation, BatchTransform
+from mnist.models import build_model, seed_initial_weights
+from mnist.system.accelerator import prepare_optimizer
+from mnist.training.cuda_graph import should_capture
+from mnist.training.losses import build_loss
+from mnist.training.optim import LearningRate, WeightAverage, build_optimizer
+from mnist.training.step import TrainStep
+
+
+def build_train_step(
+    config: TrainConfig,
+    accelerator: Accelerator,
+    *,
+    num_steps: int,
+    epoch_steps: int,
+    accumulation_steps: int = 1,
+    communicates: bool = True,
+) -> TrainStep:
+    """The recipe's network with its initial weights, optimizer, schedule and average. Every rank must call this.
+
+    Args:
+        config: the recipe.
+        accelerator: prepares model and optimizer.
+        num_steps: length of the run, for the schedule.
+        epoch_steps: length of an epoch, likewise.
+        accumulation_steps: micro-batches per step.
+        communicates: false = no DDP around the model: each rank trains a model of its own.
+    """
+    seed_initial_weights(config.loop.seed)
+    bare_model = build_model(config.optim.model).to(accelerator.device)
+    capturable = should_capture(accelerator, config.runtime.step_mode, accumulation_steps)
+    optimizer = build_optimizer(bare_model.parameters(), config.optim, capturable=capturable)
+    optimizer = prepare_optimizer(accelerator, optimizer)
+    # Wraps the model, and gives it, in place, the precision of the run. `evaluation_mode` means: without DDP.
+    model = accelerator.prepare_model(bare_model, evaluation_mode=not communicates)
+    return TrainStep(
+        accelerator=accelerator,
+        model=model,
+        optimizer=optimizer,
+        learning_rate=LearningRate(optimizer, config.optim, num_steps, epoch_steps),
+        loss_fn=build_loss(config.optim.loss, config.optim.label_smoothing),
+        transform=BatchTransform(config.image),
+        augment=Augmentation(config.image, config.loop.seed, accelerator.device),
+        grad_clip=config.optim.grad_clip,
+        average=WeightAverage(bare_model, config.optim.ema) if config.optim.ema else None,
+        seed=config.loop.seed,
+    )
