@@ -1,8 +1,8 @@
 """The command line: argv -> `TrainConfig`.
 
 In: tokens. Out: a checked configuration, or an exit: 0 after `--help`, `--list-recipes`, `--print-config`, and 2 after
-a mistake, which rank 0 alone explains. Precedence: recipe < `--config` file < command line. A file is turned into
-tokens and parsed by the same rules, because YAML reads 1e-3 as a string and would slip it past the checks.
+a mistake, which rank 0 explains in one line. Precedence: recipe < `--config` file < command line. Both are read as text
+and converted by the types of `TrainConfig`, so that a value means the same in both, and never becomes a flag.
 """
 
 from __future__ import annotations
@@ -14,17 +14,16 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar, get_args, get_type_hints
 
 import tyro
 import yaml
 
-from mnist.config import DataConfig, TrainConfig, check_choice, choices_of, sections, to_flat
-from mnist.errors import RunError, UserError, print_error
-from mnist.recipes import RECIPES
+from mnist.config import DataConfig, TrainConfig, check_choice, evolve, sections, to_flat, user_path
+from mnist.errors import RANK_VARIABLES, RunError, UserError, is_first_rank, print_error
+from mnist.recipes import RECIPES, list_recipes
 from mnist.system import process
 
 _DESCRIPTION = """Trains an MNIST digit recogniser with Accelerate: on a CPU, a GPU, or many.
@@ -32,6 +31,27 @@ _DESCRIPTION = """Trains an MNIST digit recogniser with Accelerate: on a CPU, a 
   accelerate launch train_ddp.py                                  the default recipe
   accelerate launch train_ddp.py --recipe lenet5 --epochs 3       another recipe, shorter
   torchrun --nproc-per-node 2 train_ddp.py --wandb offline        two processes"""
+
+# What other training scripts call flags -> what they are here.
+_PROCESSES = "accelerate launch --num_processes, or torchrun --nproc-per-node"
+_FOREIGN = {
+    **dict.fromkeys(("batch_size", "train_batch_size", "per_device_train_batch_size"), "--global-batch-size"),
+    **dict.fromkeys(("num_epochs", "num_train_epochs", "max_epochs"), "--epochs"),
+    **dict.fromkeys(("output_dir", "project_dir", "logging_dir", "save_dir"), "--run-dir"),
+    **dict.fromkeys(("checkpointing_steps", "save_steps"), "--checkpoint-every"),
+    **dict.fromkeys(("logging_steps", "log_interval"), "--log-every"),
+    **dict.fromkeys(("no_cuda", "no_accel", "device"), "--cpu (without it, a GPU is used where there is one)"),
+    **dict.fromkeys(("amp", "precision"), "--mixed-precision"),
+    **dict.fromkeys(("with_tracking", "report_to"), "--wandb"),
+    **dict.fromkeys(("world_size", "gpus", "num_processes"), _PROCESSES),
+    **dict.fromkeys(("num_workers", "workers"), "not needed: all images are held in memory"),
+    **{name: f"--mixed-precision {name}" for name in ("bf16", "fp16")},
+    "learning_rate": "--lr",
+    "max_train_steps": "--max-steps",
+    "resume_from_checkpoint": "--resume",
+    "max_grad_norm": "--grad-clip",
+}
+_LARGEST_FILE = 1_000_000  # bytes of a --config file
 
 T = TypeVar("T")
 RunOption = Annotated[str | None, tyro.conf.arg(aliases=("--run-dir",))]  # torchrun takes --run for one of its own
@@ -55,183 +75,244 @@ def parse_command_line(argv: Sequence[str] | None = None) -> TrainConfig:
     Raises:
         SystemExit: 0 when something was asked to be printed, 2 at a mistake.
     """
-    is_main = os.environ.get("RANK", "0") == "0"
-    try:
-        typed = _normalise(sys.argv[1:] if argv is None else argv)
-        file = _last_value(typed, "--config")
-        from_file = _file_tokens(Path(file)) if file is not None else []
-        tokens = [*_count_passes(from_file), *_count_passes(typed)]
-        _check_choices(tokens)
-        _check_recipe(typed, file, from_file)
-        default = RECIPES[_last_value(tokens, "--recipe") or "fast"]()
-    except UserError as error:
-        raise SystemExit(print_error(error)) from None
-    with _words_from(is_main):
-        parsed = tyro.cli(
-            _CommandLine,
-            prog="train_ddp.py",
-            description=_DESCRIPTION,
-            args=tokens,
-            default=_CommandLine(default),
-            config=(tyro.conf.OmitArgPrefixes,),
-            console_outputs=is_main,
-        )
-    if parsed.list_recipes or parsed.print_config:
-        if is_main:
-            with _words_from(is_main):
-                sys.stdout.write(_recipe_table() if parsed.list_recipes else to_yaml(parsed.train))
-        raise SystemExit(0)
-    return parsed.train
+    with _errors_in_one_line():
+        process.check_surroundings()
+        typed = _read_tokens(sys.argv[1:] if argv is None else argv)
+        file = typed.pop("config", None)
+        asked = {name for name in ("help", "list_recipes", "print_config") if typed.pop(name, False)}
+        from_file = _read_file(Path(file)) if file is not None else {}
+        recipe = typed.get("recipe", from_file.get("recipe", "fast"))
+        check_choice("--recipe", recipe, list(RECIPES))
+        if recipe != from_file.get("recipe", recipe) and "model" in from_file:
+            raise UserError(f"--recipe {recipe}: --config {file} holds all of recipe {from_file['recipe']}; omit one")
+        config = evolve(RECIPES[recipe](), **{**from_file, **typed})
+        if not asked:
+            return config
+        if is_first_rank():
+            _print(asked, config)
+    raise SystemExit(0)
 
 
-def parse_options(options: type[T], command: str, description: str) -> T:
+def _print(asked: set[str], config: TrainConfig) -> None:
+    if "help" in asked:
+        with contextlib.suppress(SystemExit):
+            tyro.cli(
+                _CommandLine,
+                prog="train_ddp.py",
+                description=_DESCRIPTION,
+                args=["--help"],
+                default=_CommandLine(config),
+                config=(tyro.conf.OmitArgPrefixes,),
+            )
+    else:
+        sys.stdout.write(list_recipes() if "list_recipes" in asked else to_yaml(config))
+
+
+def parse_options(options: type[T], command: str, description: str | None, *, has_ranks: bool = False) -> T:
     """Parses the process's command line for one of the commands beside training, into its own dataclass.
 
     Args:
         options: a frozen dataclass; each field is a flag, its docstring the help text.
         command: as in `python -m mnist.<command>`.
         description: what --help says first.
+        has_ranks: the command may run as several ranks. Other commands ignore the variables of launchers.
 
     Raises:
         SystemExit: 0 after --help, 2 at a mistake, which rank 0 alone explains.
     """
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends at once, and silently, until `run_command` takes over
     process.tune()
-    is_main = os.environ.get("RANK", "0") == "0"
-    with _words_from(is_main):
-        return tyro.cli(
-            options,
-            prog=f"python -m mnist.{command}",
-            description=description,
-            config=(tyro.conf.FlagCreatePairsOff,),
-            console_outputs=is_main,
-        )
+    if not has_ranks:
+        for name in RANK_VARIABLES:
+            os.environ.pop(name, None)
+    with _errors_in_one_line():
+        process.check_surroundings()
+        with contextlib.nullcontext() if is_first_rank() else contextlib.redirect_stderr(io.StringIO()):
+            return tyro.cli(
+                options,
+                prog=f"python -m mnist.{command}",
+                description=description,
+                args=[_expand_home(token) for token in sys.argv[1:]],
+                config=(tyro.conf.FlagCreatePairsOff,),
+                console_outputs=is_first_rank(),
+            )
+
+
+def _expand_home(token: str) -> str:
+    flag, equals, value = token.partition("=")
+    return f"{flag}={user_path(value)}" if equals and flag.startswith("--") else user_path(token)
+
+
+class _Output(io.TextIOWrapper):
+    """Standard output that names itself in its errors: Python names only files that it cannot open."""
+
+    def write(self, text: str) -> int:
+        with self._named_errors():
+            return super().write(text)
+
+    def flush(self) -> None:
+        with self._named_errors():
+            super().flush()
+
+    @contextlib.contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            error.filename = "standard output"
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still buffered must not fail again at exit
+            raise
 
 
 @contextlib.contextmanager
-def _words_from(is_main: bool) -> Iterator[None]:
-    """Lets rank 0 alone explain mistakes; whoever has read enough of --help may close the pipe (`| head`)."""
+def _errors_in_one_line() -> Iterator[None]:
+    """Turns errors that need no traceback into one line and an exit code; `| head` is not an error."""
     process.fill_standard_streams()
-    if isinstance(sys.stdout, io.TextIOWrapper):  # as standard error does with what its encoding lacks
-        sys.stdout.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout is sys.__stdout__:
+        is_terminal = sys.stdout.isatty()  # what an encoding lacks is escaped, as on standard error
+        sys.stdout = _Output(sys.stdout.buffer, sys.stdout.encoding, "backslashreplace", line_buffering=is_terminal)
     try:
-        with contextlib.nullcontext() if is_main else contextlib.redirect_stderr(io.StringIO()):
-            yield
+        yield
         sys.stdout.flush()
-    except UserError as error:  # a value out of its range
+    except (UserError, RunError) as error:
         raise SystemExit(print_error(error)) from None
     except OSError as error:
-        _discard_output()
-        is_pipe = isinstance(error, BrokenPipeError)
-        raise SystemExit(0 if is_pipe else print_error(RunError(f"standard output: {error.strerror}"))) from None
-
-
-def _discard_output() -> None:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError) and error.filename:
+            raise SystemExit(0) from None
+        hint = " (a shorter TMPDIR helps)" if "AF_UNIX path too long" in str(error) else ""
+        place = f"{error.filename}: " if error.filename else ""
+        raise SystemExit(print_error(RunError(f"{place}{error.strerror or error}{hint}"))) from None
+    except SystemExit as error:  # rich takes a closed pipe for a failure
+        raise (SystemExit(0) if isinstance(error.__context__, BrokenPipeError) else error) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
 
 
 def run_command(command: Callable[[T], int], options: T) -> NoReturn:
     """Runs a command and exits with its code: a mistake of its user is one line (2), Ctrl-C 130, `| head` no error."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        code = command(options)
-        sys.stdout.flush()
-    except (UserError, RunError) as error:
-        code = print_error(error)
-    except KeyboardInterrupt:
-        code = 130
-    except BrokenPipeError:
-        _discard_output()
-        code = 0
+        with _errors_in_one_line():
+            code = command(options)
     except SystemExit as error:
-        if not isinstance(error.__context__, BrokenPipeError):
+        if not isinstance(error.code, int):
             raise
-        _discard_output()  # rich takes a closed pipe for a failure
-        code = 0
-    except OSError as error:
-        code = print_error(RunError(f"{error.filename or 'standard output'}: {error.strerror or error}"))
-        _discard_output()
+        code = error.code
     process.leave(code)
 
 
-def _flag_types() -> dict[str, Any]:
-    """Every flag of `TrainConfig` with its type."""
-    types = {"--recipe": str}
+def _hints() -> dict[str, Any]:
+    """Every field that the command line may set, with its type."""
+    hints: dict[str, Any] = {"recipe": str, "config": str, "help": bool, "list_recipes": bool, "print_config": bool}
     for section in sections().values():
-        types |= {"--" + name.replace("_", "-"): hint for name, hint in get_type_hints(section).items()}
-    return types
+        hints |= get_type_hints(section)
+    return hints
 
 
-def _normalise(argv: Sequence[str]) -> list[str]:
-    """Splits `--flag=value`, hyphenates flags, and takes `--flag=True`, which W&B sweeps write, for `--flag`."""
-    types = _flag_types()
-    tokens: list[str] = []
-    for token in argv:
-        flag, equals, value = token.partition("=")
-        if not flag.startswith("--"):
-            tokens.append(token)
-            continue
-        flag = flag.replace("_", "-")
-        if types.get(flag) is bool and value.lower() in ("true", "false"):
-            tokens.append(flag if value.lower() == "true" else "--no-" + flag[2:])
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _read_tokens(tokens: Sequence[str]) -> dict[str, Any]:
+    """The fields that `tokens` set: `--flag value`, `--flag=value`, `--flag`, `--no-flag`; hyphens or underscores."""
+    hints, found = _hints(), dict[str, Any]()
+    groups: list[tuple[str, list[str]]] = []
+    for token in tokens:
+        if token.startswith("--"):
+            flag, equals, value = token.partition("=")
+            groups.append((flag[2:].replace("-", "_"), [value] if equals else []))
+        elif token in ("-h",):
+            groups.append(("help", []))
+        elif groups:
+            groups[-1][1].append(token)
         else:
-            tokens += [flag, value] if equals else [flag]
-    return tokens
+            raise UserError(f"{token}: unknown; flags begin with --")
+    for name, values in groups:
+        if name == "local_rank":  # python -m torch.distributed.launch adds it; LOCAL_RANK tells the same
+            continue
+        positive = name.removeprefix("no_")
+        if name != positive and name not in hints and hints.get(positive) is bool and not values:
+            name, values = positive, ["false"]  # noqa: PLW2901
+        if name not in hints:
+            raise UserError(f"{_flag(name)}: unknown{_suggest(name, hints, _flag)}")
+        found[name] = _convert(_flag(name), values, hints[name])
+    return _count_passes(found)
 
 
-def _count_passes(tokens: list[str]) -> list[str]:
-    """Whoever counts epochs means passes over the data set at hand, unless the same place says otherwise."""
-    says_otherwise = {"--stretch-epochs", "--no-stretch-epochs"} & set(tokens)
-    return [*tokens, "--no-stretch-epochs"] if "--epochs" in tokens and not says_otherwise else tokens
+def _suggest(name: str, known: Sequence[str] | dict[str, Any], spell: Callable[[str], str]) -> str:
+    if name in _FOREIGN:
+        return f"; here it is {_FOREIGN[name]}"
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+    return f"; did you mean {spell(near[0])}?" if near else "; --help lists all flags"
 
 
-def _last_value(tokens: Sequence[str], flag: str) -> str | None:
-    values = [value for name, value in pairwise(tokens) if name == flag]
-    return values[-1] if values else None
-
-
-def _check_choices(tokens: Sequence[str]) -> None:
-    """Names the flag, the valid values and the likely meant one, which tyro does for flags but not for values."""
-    choices = {flag: choices_of(hint) for flag, hint in _flag_types().items()} | {"--recipe": list(RECIPES)}
-    for flag, value in pairwise(tokens):
-        valid = choices.get(flag)
-        is_none = value == "None" and type(None) in get_args(_flag_types()[flag]) if valid else False
-        if valid and not is_none:
-            check_choice(flag, value, valid)
-
-
-def _check_recipe(typed: Sequence[str], file: str | None, from_file: Sequence[str]) -> None:
-    """A file of --print-config holds a whole recipe: another one beside it would give the run its name, and no more."""
-    wanted, found = _last_value(typed, "--recipe"), _last_value(from_file, "--recipe")
-    if wanted and found and wanted != found and "--model" in from_file:
-        raise UserError(f"--recipe {wanted}: --config {file} holds all of recipe {found}; leave out one of the two")
-
-
-def _file_tokens(path: Path) -> list[str]:
+def _convert(flag: str, values: Sequence[str], hint: Any) -> Any:
+    """Text -> a value of the field's type; whether it is valid, the configuration itself checks."""
+    if hint == tuple[str, ...]:
+        return tuple(values)
+    if hint is bool:
+        word = values[0].lower() if len(values) == 1 else "true" if not values else ""
+        if word not in ("true", "false"):
+            raise UserError(f"{flag} {' '.join(values)}: must be true or false")
+        return word == "true"
+    if len(values) != 1:
+        raise UserError(f"{flag}: needs one value, not {len(values)}")
+    text, kinds = values[0], (hint, *get_args(hint))
+    if type(None) in kinds and text == "None":
+        return None
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return int(text) if int in kinds else float(text) if float in kinds else _expand_path(flag, text)
+    except ValueError:
+        raise UserError(f"{flag} {text}: must be a {'whole ' if int in kinds else ''}number") from None
+
+
+def _expand_path(flag: str, text: str) -> str:
+    paths = {f.name for section in sections().values() for f in fields(section) if f.metadata["is_path"]}
+    return user_path(text) if flag[2:].replace("-", "_") in {*paths, "config"} else text
+
+
+def _count_passes(found: dict[str, Any]) -> dict[str, Any]:
+    """Whoever counts epochs means passes over the data set at hand, unless the same place says otherwise."""
+    return {"stretch_epochs": False, **found} if "epochs" in found else found
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    """The fields that a YAML file sets, as their text was written: YAML 1.1 would read 010 as 8 and 1:30 as 90."""
+    hints, place, found = _hints(), f"--config {path}", dict[str, Any]()
+    for key, node in _read_mapping(path):
+        name = key.replace("-", "_")
+        if name not in hints or name in ("config", "help", "list_recipes", "print_config"):
+            raise UserError(f"{place}: {key}: unknown{_suggest(name, hints, str)}")
+        if name in found:
+            raise UserError(f"{place}: {key}: given twice")
+        is_list = isinstance(node, yaml.SequenceNode)
+        nodes = node.value if is_list else [node]
+        if not all(isinstance(item, yaml.ScalarNode) for item in nodes) or (is_list and hints[name] != tuple[str, ...]):
+            raise UserError(f"{place}: {key}: must be one value" + (", or a list of texts" if is_list else ""))
+        is_null = (
+            isinstance(node, yaml.ScalarNode) and node.style is None and node.value in ("", "~", "null", "Null", "NULL")
+        )
+        try:
+            found[name] = _convert(_flag(name), ["None" if is_null else item.value for item in nodes], hints[name])
+        except UserError as error:
+            raise UserError(f"{place}: {error}") from None
+    return _count_passes(found)
+
+
+def _read_mapping(path: Path) -> list[tuple[str, yaml.Node]]:
+    try:
+        with path.open("rb") as file:
+            content = file.read(_LARGEST_FILE + 1)
+        root = yaml.compose(content, Loader=yaml.SafeLoader) if len(content) <= _LARGEST_FILE else None
     except OSError as error:
         raise UserError(f"--config {path}: cannot be read ({error.strerror})") from error
+    except RecursionError as error:
+        raise UserError(f"--config {path}: cannot be read as YAML (nested too deeply)") from error
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"--config {path}: cannot be read as YAML ({' '.join(str(error).split())})") from error
-    if not isinstance(content, dict):
+    if not isinstance(root, yaml.MappingNode):
         raise UserError(f"--config {path}: expected lines like 'lr: 0.001'")
-    types = _flag_types()
-    tokens: list[str] = []
-    for name, value in content.items():
-        flag = "--" + str(name).replace("_", "-")
-        if flag not in types:
-            near = difflib.get_close_matches(str(name), [f[2:].replace("-", "_") for f in types], n=1, cutoff=0.7)
-            raise UserError(f"--config {path}: {name}: unknown" + (f"; did you mean {near[0]}?" if near else ""))
-        if isinstance(value, bool) and types.get(flag) is bool:
-            tokens.append(flag if value else "--no-" + flag[2:])
-        elif isinstance(value, bool):
-            tokens += [flag, "yes" if value else "no"]  # as it was written: YAML takes a bare no for false
-        elif isinstance(value, list):
-            tokens += [flag, *map(str, value)]
-        else:
-            tokens += [flag, str(value)]
-    return tokens
+    return [(str(key.value), value) for key, value in root.value]
 
 
 def to_yaml(config: TrainConfig) -> str:
@@ -240,12 +321,3 @@ def to_yaml(config: TrainConfig) -> str:
     if config.data.data_dir == DataConfig().data_dir:
         del flat["data_dir"]
     return yaml.safe_dump(flat, sort_keys=False, allow_unicode=True)
-
-
-def _recipe_table() -> str:
-    lines = []
-    for name, recipe in RECIPES.items():
-        summary, *details = (line.strip() for line in (recipe.__doc__ or "").strip().splitlines())
-        expect = next((line for line in details if line.startswith("Expect:")), "")
-        lines += [f"{name:16} {summary}", f"{'':16} {expect}"]
-    return "\n".join(lines) + "\n"

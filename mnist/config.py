@@ -229,7 +229,7 @@ class OptimConfig:
 
     model: Model = setting("fastnet", "The network.", "fixed")
     optimizer: Optimizer = setting("adam", "The update rule.", "fixed")
-    lr: float = setting(1e-3, "Learning rate; the peak where the schedule rises first.", "course", "(0, 1e4]")
+    lr: float = setting(1e-3, "Learning rate; the peak where the schedule rises first.", "course", "(0, 1e38]")
     momentum: float = setting(0.0, "Momentum (SGD).", "fixed", "[0, 1)")
     nesterov: bool = setting(False, "Nesterov's form of momentum (SGD).", "fixed")
     beta1: float = setting(0.9, "Decay of the gradient's mean (Adam, AdamW).", "fixed", "[0, 1)")

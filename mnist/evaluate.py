@@ -47,7 +47,9 @@ class Options:
 
 
 if __name__ == "__main__":
-    OPTIONS = parse_options(Options, "evaluate", __doc__)  # before torch is imported: --help answers at once
+    OPTIONS = parse_options(
+        Options, "evaluate", __doc__, has_ranks=True
+    )  # before torch is imported: --help answers at once
 
 import torch
 from rich.box import SIMPLE_HEAD

@@ -22,7 +22,7 @@ import tyro
 
 from mnist.cli import parse_options, run_command
 from mnist.config import DataConfig, DatasetName, TrainConfig, check_choice, evolve
-from mnist.errors import UserError
+from mnist.errors import UserError, is_first_rank, is_one_of_several
 from mnist.recipes import RECIPES
 
 MINIMUM = {"images": 1, "repeats": 1, "processes": 2, "workers": 0, "num_threads": 0}
@@ -69,7 +69,9 @@ class Options:
 
 
 if __name__ == "__main__":
-    OPTIONS = parse_options(Options, "bench", str(__doc__))  # before torch is imported: --help answers at once
+    OPTIONS = parse_options(
+        Options, "bench", __doc__, has_ranks=True
+    )  # before torch is imported: --help answers at once
 
 import torch
 
@@ -92,13 +94,13 @@ def main(options: Options) -> int:
     Raises:
         UserError: several processes were started for what one measures.
     """
-    is_launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    is_launched = is_one_of_several()
     if is_launched and options.measure != "scaling":
         raise UserError(f"{options.measure}: is measured by one process; start it without a launcher")
     if not is_launched and options.measure == "scaling":
         return launch_ranks(options)
     report = bench_loops(options) if options.measure == "loops" else bench_scaling(options)
-    if os.environ.get("RANK", "0") == "0":
+    if is_first_rank():
         print_report(report, as_json=options.json)
     return 0
 

@@ -82,7 +82,7 @@ class Options:
 
 
 if __name__ == "__main__":
-    OPTIONS = parse_options(Options, "doctor", __doc__ or "")
+    OPTIONS = parse_options(Options, "doctor", __doc__, has_ranks=True)
 
 from rich.console import Console
 from rich.table import Table

@@ -42,7 +42,7 @@ class Options:
 
 
 if __name__ == "__main__":
-    OPTIONS = parse_options(Options, "predict", __doc__ or "")  # before torch is imported: --help answers at once
+    OPTIONS = parse_options(Options, "predict", __doc__)  # before torch is imported: --help answers at once
 
 import numpy as np
 import torch

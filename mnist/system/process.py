@@ -5,17 +5,38 @@ In: what the system says. Out: cores; settings of OpenMP, of the C library and o
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import math
 import os
 import platform
+import shutil
 import sys
 import time
 from pathlib import Path
 from typing import NoReturn
 
-_CPUINFO, _CPU_QUOTA = Path("/proc/cpuinfo"), Path("/sys/fs/cgroup/cpu.max")
+from mnist.errors import UserError
+
+with contextlib.suppress(ImportError):  # Windows has none
+    import resource
+
+MIN_COLUMNS = 40
+MIN_OPEN_FILES = 256  # torch, W&B and matplotlib together open some 60; W&B waits for ever where it gets none
+# Variables of launchers and schedulers that are read here -> the least valid value.
+WHOLE_NUMBERS = {
+    "RANK": 0,
+    "LOCAL_RANK": 0,
+    "WORLD_SIZE": 1,
+    "LOCAL_WORLD_SIZE": 1,
+    "MASTER_PORT": 0,
+    "TORCHELASTIC_RESTART_COUNT": 0,
+    "SLURM_RESTART_COUNT": 0,
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": 1,
+}
+_CPUINFO, _CGROUPS = Path("/proc/cpuinfo"), Path("/sys/fs/cgroup")
+_V1_NAMES = ("quota", "period")
 TICK_S = 1.0
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # names of glibc's malloc.h
 
@@ -24,9 +45,44 @@ def tune() -> None:
     """Sets what every command is better off with; to be called before torch is imported."""
     wait_briefly()
     keep_memory()
-    if os.environ.get("COLUMNS") == "0":  # rich would print nothing at all, in no columns
-        del os.environ["COLUMNS"]
+    columns = shutil.get_terminal_size().columns
+    if "COLUMNS" in os.environ or columns < MIN_COLUMNS:
+        os.environ["COLUMNS"] = str(max(columns, MIN_COLUMNS))  # in 0 to 5 columns rich prints nothing, or for ever
     gc.set_threshold(100_000)  # imports make many objects that stay; looking for garbage among them takes 0.2 s
+
+
+def check_surroundings() -> None:
+    """Checks what a process inherits: variables of launchers, the working directory, the limit on open files.
+
+    An empty variable counts as unset, and is removed, so that everybody who reads it later agrees.
+
+    Raises:
+        UserError: names what is wrong and the way out.
+    """
+    for name, least in WHOLE_NUMBERS.items():
+        text = os.environ.get(name)
+        if text == "":
+            del os.environ[name]
+        elif text is not None and not (text.isdecimal() and int(text) >= least):
+            raise UserError(f"{name}={text}: must be a whole number of {least} or more; unset it")
+    for rank, size in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
+        if size in os.environ and int(os.environ.get(rank, "0")) >= int(os.environ[size]):
+            raise UserError(f"{rank}={os.environ[rank]}: must be below {size}={os.environ[size]}; unset both")
+    try:
+        Path.cwd()
+    except OSError as error:
+        raise UserError("the working directory was deleted; change to another one") from error
+    _raise_open_files_limit()
+
+
+def _raise_open_files_limit() -> None:
+    if os.name != "posix":
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= soft < MIN_OPEN_FILES:
+        if 0 <= hard < MIN_OPEN_FILES:
+            raise UserError(f"ulimit -n {hard}: too few open files; {MIN_OPEN_FILES} are needed")
+        resource.setrlimit(resource.RLIMIT_NOFILE, (MIN_OPEN_FILES, hard))
 
 
 def wait_briefly() -> None:
@@ -77,10 +133,13 @@ def usable_cores() -> list[int]:
 
 
 def cpu_quota() -> float | None:
-    """How many cores' time this process's container may use (Linux control groups, version 2); None = no limit."""
+    """How many cores' time this process's container may use (Linux control groups, version 2 or 1); None = no limit."""
     try:
-        limit, period = _CPU_QUOTA.read_text(encoding="ascii").split()
-        return int(limit) / int(period) or None
+        if (_CGROUPS / "cpu.max").exists():
+            limit, period = (_CGROUPS / "cpu.max").read_text(encoding="ascii").split()
+        else:
+            limit, period = ((_CGROUPS / f"cpu/cpu.cfs_{name}_us").read_text(encoding="ascii") for name in _V1_NAMES)
+        return max(int(limit), 0) / int(period) or None  # version 1 says -1 for no limit
     except (OSError, ValueError, ZeroDivisionError):  # no such file; "max 100000"
         return None
 

@@ -17,6 +17,7 @@ import threading
 import time
 from types import FrameType
 
+from mnist.errors import is_first_rank
 from mnist.system.process import TICK_S, RunningClock, fill_standard_streams
 
 NAMES = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP", "SIGXCPU")
@@ -130,7 +131,7 @@ def _note(number: int, _frame: FrameType | None) -> None:
 
 
 def _announce(number: int) -> None:
-    if os.environ.get("RANK", "0") == "0":
+    if is_first_rank():
         _say(f"\n{signal.Signals(number).name}: saving and ending at the next step")
 
 

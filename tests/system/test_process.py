@@ -51,13 +51,28 @@ def test_a_containers_quota_counts_as_cores_do(
     content: str, quota: float | None, num_cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "cpu.max").write_text(content)
-    monkeypatch.setattr(process, "_CPU_QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr(process, "_CGROUPS", tmp_path)
     monkeypatch.setattr(process, "usable_cores", lambda: list(range(8)))
     assert (process.cpu_quota(), process.num_usable_cores()) == (quota, num_cores)
 
 
+@pytest.mark.parametrize(
+    ("quota", "period", "expected"),
+    [("250000", "100000", 2.5), ("-1", "100000", None), ("100000", "0", None), ("x", "1", None), ("50000", None, None)],
+)
+def test_a_quota_of_control_groups_version_1_counts_too(
+    quota: str, period: str | None, expected: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text(quota + "\n")
+    if period is not None:
+        (tmp_path / "cpu" / "cpu.cfs_period_us").write_text(period + "\n")
+    monkeypatch.setattr(process, "_CGROUPS", tmp_path)
+    assert process.cpu_quota() == expected
+
+
 def test_without_control_groups_there_is_no_quota(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process, "_CPU_QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr(process, "_CGROUPS", tmp_path)
     assert process.cpu_quota() is None
     assert process.num_usable_cores() == len(process.usable_cores())
 
