@@ -22,7 +22,7 @@ import tyro
 import yaml
 
 from mnist.config import DataConfig, TrainConfig, check_choice, evolve, sections, to_flat, user_path
-from mnist.errors import RANK_VARIABLES, RunError, UserError, is_first_rank, print_error
+from mnist.errors import RunError, UserError, is_first_rank, print_error
 from mnist.recipes import RECIPES, list_recipes
 from mnist.system import process
 
@@ -123,7 +123,7 @@ def parse_options(options: type[T], command: str, description: str | None, *, ha
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends at once, and silently, until `run_command` takes over
     process.tune()
     if not has_ranks:
-        for name in RANK_VARIABLES:
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             os.environ.pop(name, None)
     with _errors_in_one_line():
         process.check_surroundings()

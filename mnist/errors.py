@@ -9,8 +9,6 @@ import contextlib
 import os
 import sys
 
-RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what every launcher sets
-
 
 class UserError(Exception):
     """A mistake that the user can correct: one line that names the flag, shown without a traceback."""
@@ -30,7 +28,8 @@ class RankError(RunError):
 
 def is_one_of_several() -> bool:
     """Whether a launcher has started this process as one of several ranks. RANK alone may be left from another job."""
-    return all(os.environ.get(name) for name in RANK_VARIABLES) and os.environ["WORLD_SIZE"] != "1"
+    variables = [os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR")]
+    return all(variables) and variables[1] != "1"
 
 
 def is_first_rank() -> bool:

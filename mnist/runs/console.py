@@ -19,6 +19,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.spinner import Spinner
 from rich.text import Text
 
+from mnist.errors import is_first_rank
+
 Rows = Sequence[tuple[str, str]]
 Numbers = tuple[float, float]  # loss and accuracy
 
@@ -42,7 +44,7 @@ class Console:
     """
 
     def __init__(self, is_main: bool | None = None, quiet: bool = False) -> None:
-        is_main = os.environ.get("RANK", "0") == "0" if is_main is None else is_main
+        is_main = is_first_rank() if is_main is None else is_main
         self._quiet = quiet
         self._err, err_is_terminal = _open_stream(sys.stderr, is_main)
         self._out, out_is_terminal = _open_stream(sys.stdout, is_main)

@@ -86,7 +86,7 @@ def test_missing_mnist_is_one_message_on_every_launcher(tmp_path: Path, launcher
         (["--recipe", "lenet"], ["--recipe lenet", "did you mean lenet5?", "convnet"]),
         (["--dataset", "mnits"], ["--dataset mnits", "did you mean mnist?", "digits"]),
         (["--epoch", "3"], ["--epoch", "--epochs"]),
-        (["--lr", "fast"], ["--lr", "could not convert string to float"]),
+        (["--lr", "fast"], ["--lr fast: must be a number"]),
         (["--epochs", "0"], ["--epochs 0: must lie in [1, 1e6]"]),
     ],
 )

@@ -150,7 +150,8 @@ def test_an_error_is_one_line_from_rank_0(
 ) -> None:
     assert print_error(error) == code
     assert capsys.readouterr().err == f"error: {' '.join(str(error).split())}\n"
-    monkeypatch.setenv("RANK", "1")
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}.items():
+        monkeypatch.setenv(name, value)
     assert print_error(error) == code
     assert capsys.readouterr().err == ""
     monkeypatch.setenv("LOCAL_RANK", "0")

@@ -47,7 +47,7 @@ def start(program: str, **environment: str) -> subprocess.Popen[str]:
 @pytest.mark.parametrize("name", signals.NAMES)
 def test_a_signal_is_noted_and_named_once_by_rank_0(name: str) -> None:
     for rank, expected in (("0", 1), ("1", 0)):
-        with start(DEFAULTS + WAITING, RANK=rank) as process:
+        with start(DEFAULTS + WAITING, RANK=rank, WORLD_SIZE="2", MASTER_ADDR="localhost") as process:
             process.send_signal(getattr(signal, name))
             assert process.stdout is not None
             assert process.stdout.readline() == f"{name}\n"
