@@ -4,17 +4,17 @@ In: a run directory, or a recipe. Out: a picture, in the run's pictures/; its pa
 
   python -m mnist.plots curves                       the newest run, while it runs or afterwards
   python -m mnist.plots curves --run runs/a runs/b   two runs in one picture
-  python -m mnist.plots features --image 7           what a test image becomes, layer by layer
+  python -m mnist.plots features --image 7 8         what test images become, layer by layer
 """
 
 from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -24,11 +24,15 @@ from mnist.errors import UserError
 from mnist.recipes import RECIPES
 
 _Flag = tyro.conf.FlagCreatePairsOff[bool]
+_File = Annotated[str | None, tyro.conf.arg(metavar="FILE.png")]
 # Lists of lists, so that both `--run A B` and `--run A --run B` mean two runs.
 _Runs = Annotated[tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]], tyro.conf.arg(metavar="DIR [DIR ...]")]
 _Dir = Annotated[str | None, tyro.conf.arg(metavar="DIR")]
-_Recipe = Annotated[str | None, tyro.conf.arg(metavar="NAME")]
-_File = Annotated[str | None, tyro.conf.arg(metavar="FILE.png")]
+_DATA_DIR_HELP = "Where the data are; default: $MNIST_DATA_DIR, else what the run was given."
+_DataDir = Annotated[str | None, tyro.conf.arg(metavar="DIR", help=_DATA_DIR_HELP)]
+_Recipe = Annotated[str | None, tyro.conf.arg(metavar="NAME", help="A recipe instead of a run; untrained.")]
+_Images = Annotated[tuple[int, ...], tyro.conf.arg(metavar="N [N ...]", help="Places of images in the test set.")]
+_Untrained = Annotated[_Flag, tyro.conf.arg(help="With the random weights with which the run began.")]
 
 
 @dataclass(frozen=True)
@@ -47,16 +51,24 @@ class Samples:
 
     place: Place = field(default_factory=Place)
     recipe: _Recipe = None
-    """A recipe instead of a run."""
     augmented: _Flag = False
     """Below each image what augmentation makes of it."""
-    data_dir: _Dir = None
-    """Where the data are; default: $MNIST_DATA_DIR, else what the run was given."""
+    data_dir: _DataDir = None
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """The numbers of one test image, printed too: 0 = paper, 255 = ink."""
+
+    place: Place = field(default_factory=Place)
+    recipe: _Recipe = None
+    image: Annotated[int, tyro.conf.arg(help="Place of the image in the test set.")] = 0
+    data_dir: _DataDir = None
 
 
 @dataclass(frozen=True)
 class Curves:
-    """Loss and accuracy over the steps of one run or of several, finished or not."""
+    """Loss, accuracy, learning rate and gradient norm over the steps of one run or of several, finished or not."""
 
     run: _Runs = ()
     """Run directories; default: the newest one below runs/."""
@@ -66,17 +78,15 @@ class Curves:
 
 @dataclass(frozen=True)
 class Features:
-    """What one test image becomes from layer to layer, up to the logits."""
+    """What test images become from layer to layer, up to the logits."""
 
     place: Place = field(default_factory=Place)
-    image: int = 0
-    """Place of the image in the test set."""
-    untrained: _Flag = False
-    """Through the random weights with which the run began."""
     recipe: _Recipe = None
-    """A recipe instead of a run: its network before training."""
-    data_dir: _Dir = None
-    """Where the data are; default: $MNIST_DATA_DIR, else what the run was given."""
+    image: _Images = (0,)
+    every_layer: _Flag = False
+    """Also the layers between a convolution and the ReLU that follows it, such as batch norm."""
+    untrained: _Untrained = False
+    data_dir: _DataDir = None
 
 
 @dataclass(frozen=True)
@@ -84,10 +94,8 @@ class Filters:
     """The weights of the first layer, and of small convolutions after it, as images."""
 
     place: Place = field(default_factory=Place)
-    untrained: _Flag = False
-    """The random weights with which the run began."""
     recipe: _Recipe = None
-    """A recipe instead of a run: its network before training."""
+    untrained: _Untrained = False
 
 
 @dataclass(frozen=True)
@@ -102,17 +110,15 @@ class Mistakes:
     """The test images that the model gets wrong with the greatest confidence."""
 
     place: Place = field(default_factory=Place)
-    data_dir: _Dir = None
-    """Where the data are; default: $MNIST_DATA_DIR, else what the run was given."""
+    data_dir: _DataDir = None
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """The table of layers, printed too: output shapes, parameters, multiply-accumulates."""
+    """A diagram and the table of layers, printed too: output shapes, neurons, parameters, connections, costs."""
 
     place: Place = field(default_factory=Place)
     recipe: _Recipe = None
-    """A recipe instead of a run."""
     model: Model | None = None
     """A network instead of a run."""
 
@@ -122,7 +128,7 @@ class Architecture:
 class Options:
     """One picture."""
 
-    picture: Samples | Curves | Features | Filters | Confusion | Mistakes | Architecture
+    picture: Samples | Pixels | Curves | Features | Filters | Confusion | Mistakes | Architecture
 
 
 if __name__ == "__main__":
@@ -147,21 +153,17 @@ if TYPE_CHECKING:
 
 def main(options: Options) -> int:
     """Draws one picture, writes it, prints where."""
-    match options.picture:
-        case Samples() as picture:
-            path = _samples(picture)
-        case Curves() as picture:
-            path = _curves(picture)
-        case Features() as picture:
-            path = _features(picture)
-        case Filters() as picture:
-            path = _filters(picture)
-        case Confusion() as picture:
-            path = _confusion(picture)
-        case Mistakes() as picture:
-            path = _mistakes(picture)
-        case Architecture() as picture:
-            path = _architecture(picture)
+    drawings: dict[type, Callable[[Any], Path]] = {
+        Samples: _samples,
+        Pixels: _pixels,
+        Curves: _curves,
+        Features: _features,
+        Filters: _filters,
+        Confusion: _confusion,
+        Mistakes: _mistakes,
+        Architecture: _architecture,
+    }
+    path = drawings[type(options.picture)](options.picture)
     sys.stdout.write(f"{path}\n")
     return 0
 
@@ -175,6 +177,26 @@ def _samples(options: Samples) -> Path:
         raise UserError(f"--augmented: {config.recipe} trains on its images as they are; another recipe may not")
     dataset = _read_data(config, options.data_dir)
     return _save(gallery.sample_figure(config, dataset, augment if options.augmented else None), path)
+
+
+def _pixels(options: Pixels) -> Path:
+    subject = _find_subject(options.place.run, options.recipe)
+    path = subject.path(f"pixels-{options.image}", options.place.out)
+    dataset = _read_data(subject.config, options.data_dir)
+    _check_images([options.image], dataset)
+    image, label = dataset.test.images[options.image], int(dataset.test.labels[options.image])
+    for row in image.flatten(0, -2).tolist():
+        sys.stdout.write("".join(f"{pixel:4}" for pixel in row) + "\n")
+    title = f"{dataset.name}, test image {options.image}: {dataset.class_names[label]}"
+    return _save(pictures.draw_pixels(image, title, "0 = paper, 255 = ink"), path)
+
+
+def _check_images(indices: Sequence[int], dataset: datasets.Dataset) -> None:
+    if not indices:
+        raise UserError("--image: name an image of the test set, or several")
+    for index in indices:
+        if not 0 <= index < len(dataset.test):
+            raise UserError(f"--image {index}: must lie in 0..{len(dataset.test) - 1}")
 
 
 def _curves(options: Curves) -> Path:
@@ -193,22 +215,28 @@ def _newest_run() -> list[Path]:
 def _features(options: Features) -> Path:
     subject = _find_subject(options.place.run, options.recipe)
     untrained = options.untrained or subject.folder is None
-    name = "features" if options.image == 0 else f"features-{options.image}"
+    places = "-".join(map(str, options.image)) if len(options.image) <= 8 else f"{len(options.image)}-images"
+    name = "features" if options.image == (0,) else f"features-{places}"
     path = subject.path(f"{name}-untrained" if untrained else name, options.place.out)
-    model = _build(subject, untrained)
     dataset = _read_data(subject.config, options.data_dir)
-    if not 0 <= options.image < len(dataset.test):
-        raise UserError(f"--image {options.image}: must lie in 0..{len(dataset.test) - 1}")
-    transform, title = BatchTransform(subject.config.image), subject.title(dataset.name, untrained)
-    return _save(gallery.feature_figure(dataset, model, transform, title, options.image), path)
+    _check_images(options.image, dataset)
+    figure = gallery.feature_figure(
+        dataset,
+        _build(subject, untrained),
+        BatchTransform(subject.config.image),
+        subject.title(dataset.name, untrained),
+        options.image,
+        every_layer=options.every_layer,
+    )
+    return _save(figure, path)
 
 
 def _filters(options: Filters) -> Path:
     subject = _find_subject(options.place.run, options.recipe)
     untrained = options.untrained or subject.folder is None
     path = subject.path("filters-untrained" if untrained else "filters", options.place.out)
-    model = _build(subject, untrained)
-    return _save(gallery.filter_figure(model, subject.config.image.image_size, subject.title(None, untrained)), path)
+    title = subject.title(None, untrained)
+    return _save(gallery.filter_figure(_build(subject, untrained), subject.image_shape, title), path)
 
 
 def _confusion(options: Confusion) -> Path:
@@ -247,15 +275,15 @@ def _architecture(options: Architecture) -> Path:
         subject = Subject(evolve(TrainConfig(), recipe=options.model, model=options.model, image_size=size), None)
     path = subject.path("architecture", options.place.out)
     name = subject.config.optim.model
-    layers = layer_costs(build_model(name), subject.config.image.image_size)
+    layers = layer_costs(build_model(name), subject.image_shape)
     sys.stdout.write(_align(as_table(layers)))
     return _save(pictures.draw_architecture(layers, name), path)
 
 
 def _align(rows: Sequence[Sequence[str]]) -> str:
-    """Lines with columns of equal width, the last two, which hold numbers, flush right."""
+    """Lines with columns of equal width, those after the third, which hold numbers, flush right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    forms = [f"{{:{'<' if i < len(widths) - 2 else '>'}{width}}}" for i, width in enumerate(widths)]
+    forms = [f"{{:{'<' if i < 3 else '>'}{width}}}" for i, width in enumerate(widths)]
     return "".join("  ".join(forms).format(*row).rstrip() + "\n" for row in rows)
 
 
@@ -275,6 +303,12 @@ class Subject:
     config: TrainConfig
     folder: Path | None
     export: str = "best"
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, S, S) of what the network sees."""
+        size = self.config.image.image_size
+        return 1, size, size
 
     def title(self, dataset: str | None, untrained: bool = False) -> str:
         """Recipe, data set, seed, and at which step the weights are."""

@@ -69,9 +69,13 @@ def add_axes(figure: Figure, left: float, top: float, width: float, height: floa
     return axes
 
 
-def on_paper(pixels: Tensor) -> Tensor:
-    """Pixels 0..255 (N, H, W) -> RGB (N, H, W, 3) in [0, 1], ink black on white."""
-    return (1 - pixels.detach().cpu().float() / 255).clamp(0, 1).unsqueeze(-1).expand(-1, -1, -1, 3)
+def as_rgb(pixels: Tensor) -> Tensor:
+    """Pixels 0..255 (N, H, W) or (N, C, H, W) -> RGB (N, H, W, 3) in [0, 1]; one channel is black ink on white."""
+    shares = (pixels.detach().cpu().float() / 255).clamp(0, 1)
+    if shares.ndim == 4 and shares.shape[1] == 3:
+        return shares.permute(0, 2, 3, 1)
+    grey = shares.mean(dim=1) if shares.ndim == 4 else shares
+    return (1 - grey).unsqueeze(-1).expand(-1, -1, -1, 3)
 
 
 def signed(values: Tensor, limit: float) -> Tensor:
@@ -92,11 +96,14 @@ def draw_tiles(
         top: likewise.
         columns: tiles in a row.
         pitch: from tile to tile, across and down.
-        size: width of a tile at most, unless it has more pixels.
+        size: width of a tile at most; tiles with more pixels are made smaller.
 
     Returns:
         Where the lower edge of each tile has its middle.
     """
+    if tiles.shape[2] > size:
+        scale = size / tiles.shape[2]
+        tiles = F.interpolate(tiles.permute(0, 3, 1, 2), scale_factor=scale, mode="area").permute(0, 2, 3, 1)
     zoom = max(1, size // tiles.shape[2])
     framed = F.pad(
         tiles.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2), (0, 0, 1, 1, 1, 1), value=0.72
@@ -114,5 +121,5 @@ def draw_tiles(
 
 def draw_label(axes: Axes, top: float, name: str, *lines: str) -> None:
     """The label at the left of a row: a name, and what there is to say about it."""
-    axes.text(MARGIN, top, name, size=9, weight="bold", color=INK, va="top")
+    axes.text(MARGIN, top, name, size=9 if len(name) <= 22 else 6.5, weight="bold", color=INK, va="top")
     axes.text(MARGIN, top + 17, "\n".join(lines), size=7.5, color=GREY, va="top", linespacing=1.3)

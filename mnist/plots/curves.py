@@ -1,6 +1,6 @@
 """Drawing the course of runs: loss and accuracy over steps, for ten records or ten thousand, one run or many.
 
-In: histories. Out: a figure. Matplotlib is imported where it is used, as in mnist/drawing/canvas.py.
+In: histories. Out: a figure. Matplotlib is imported where it is used, as in canvas.py.
 """
 
 from __future__ import annotations
@@ -27,10 +27,15 @@ Point = tuple[int, int, float, float]  # a stretch of steps, the step where it e
 
 
 def draw_curves(histories: Sequence[History], title: str, subtitle: str) -> Figure:
-    """Loss and accuracy over steps. One run has a colour per split; several have a colour each."""
+    """Loss, accuracy, learning rate and gradient norm over steps. One run has a colour per split, several one each."""
     is_single = len(histories) == 1
-    figure = new_figure(1180, 480, title, subtitle)
-    left, right = (add_axes(figure, MARGIN + 50 + side * 580, HEAD + 40, 490, 320) for side in (0, 1))
+    num_labels = sum(len(history.curves) for history in histories) if is_single else len(histories)
+    legend_rows = math.ceil(num_labels / 3)
+    height = HEAD + 620 + 18 * legend_rows
+    figure = new_figure(1180, height, title, subtitle)
+    columns = [MARGIN + 55, MARGIN + 635]
+    loss, accuracy = (add_axes(figure, left, HEAD + 40, 490, 320) for left in columns)
+    rate, norm = (add_axes(figure, left, HEAD + 400, 490, 150) for left in columns)
     for number, history in enumerate(histories):
         for split, recorded in history.curves.items():
             is_train, turn = split == "train", SPLITS.index(split) if is_single else number
@@ -43,10 +48,17 @@ def draw_curves(histories: Sequence[History], title: str, subtitle: str) -> Figu
                 "alpha": 0.4 if is_train and not is_single else 1.0,
                 "label": label if is_single or not is_train or len(history.curves) == 1 else None,
             }
-            _draw_curve(left, curve.steps, curve.losses, is_train, style)
-            _draw_curve(right, curve.steps, curve.accuracies, is_train, style)
-    _fit_curves(left, right, histories)
-    right.legend(loc="lower right", fontsize=8 if len(histories) <= 8 else 6, frameon=False)
+            _draw_curve(loss, curve.steps, curve.losses, is_train, style)
+            _draw_curve(accuracy, curve.steps, curve.accuracies, is_train, style)
+            if is_train:
+                style = {**style, "alpha": 1.0, "label": None}
+                for axes, values in ((rate, recorded.learning_rates), (norm, recorded.grad_norms)):
+                    _draw_curve(axes, recorded.steps[: len(values)], values, is_train, style)
+    _label_axes((loss, accuracy, rate, norm), histories)
+    _scale_axes(loss, accuracy, norm, histories)
+    place = (MARGIN / 1180, 10 / height)
+    handles, labels = accuracy.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower left", bbox_to_anchor=place, ncols=3, fontsize=8, frameon=False)
     return figure
 
 
@@ -94,25 +106,37 @@ def _add_epochs(axes: Axes, epoch_steps: int) -> None:
     axis.spines["top"].set_color(PALE)
 
 
-def _fit_curves(loss: Axes, accuracy: Axes, histories: Sequence[History]) -> None:
-    """Scales and labels: a logarithmic loss where it spans much, and a bad start below the edge of the accuracy."""
+def _label_axes(panels: Sequence[Axes], histories: Sequence[History]) -> None:
     ticker = importlib.import_module("matplotlib.ticker")
     epoch_steps = {round(history.epoch_steps) for history in histories if math.isfinite(history.epoch_steps)}
-    for axes, name in ((loss, "loss"), (accuracy, "accuracy")):
+    for number, (axes, name) in enumerate(
+        zip(panels, ("loss", "accuracy", "learning rate", "gradient norm"), strict=True)
+    ):
         axes.set_ylabel(name, size=9, color=INK)
-        axes.set_xlabel("optimizer steps", size=9, color=INK)
+        axes.yaxis.set_label_coords(-0.12, 0.5)
         axes.set_xlim(left=0)
         axes.xaxis.set_major_locator(ticker.MaxNLocator(8, integer=True, steps=[1, 2, 5, 10]))
         axes.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,.0f}"))
         axes.grid(color="#ececec", linewidth=0.7)
-        if len(epoch_steps) == 1:
+        if number < 2 and len(epoch_steps) == 1:
             _add_epochs(axes, next(iter(epoch_steps)))
+        elif number > 1:
+            axes.set_xlabel("optimizer steps", size=9, color=INK)
+
+
+def _scale_axes(loss: Axes, accuracy: Axes, norm: Axes, histories: Sequence[History]) -> None:
+    """Logarithmic scales where values span much; a bad start of the accuracy may lie below the edge."""
+    ticker = importlib.import_module("matplotlib.ticker")
     curves = [curve for history in histories for curve in history.curves.values()]
-    losses = [value for curve in curves for value in curve.losses if math.isfinite(value)]
-    if losses and min(losses) > 0 and max(losses) > 10 * min(losses):
-        loss.set_yscale("log")
-        loss.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
-        loss.yaxis.set_minor_formatter(ticker.NullFormatter())
+    for axes, columns, most in ((loss, [c.losses for c in curves], 2e4), (norm, [c.grad_norms for c in curves], 50)):
+        values = [value for column in columns for value in column if math.isfinite(value)]
+        if values and min(values) > 0 and max(values) > 5 * min(values):
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(
+                ticker.LogLocator(subs=(1, 2, 5) if max(values) < most * min(values) else (1,))
+            )
+            axes.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+            axes.yaxis.set_minor_formatter(ticker.NullFormatter())
     values = sorted(value for curve in curves for value in curve.accuracies if math.isfinite(value))
     if values:
         low = values[len(values) // 10]

@@ -20,7 +20,7 @@ from mnist.data.datasets import Dataset
 from mnist.data.transforms import Augmentation
 from mnist.plots import pictures
 from mnist.plots.curves import draw_curves
-from mnist.plots.features import activations, filters, find_mistakes
+from mnist.plots.features import activations, filters, find_mistakes, main_activations
 from mnist.plots.history import History, read_history
 
 if TYPE_CHECKING:
@@ -37,11 +37,12 @@ def write_run_pictures(
     *,
     config: TrainConfig,
     dataset: Dataset,
-    model: nn.Sequential,
+    model: nn.Module,
     transform: Transform,
     augment: Augmentation,
     confusion: Sequence[Sequence[int]],
     step: int,
+    warn: Callable[[str], None],
 ) -> dict[str, Path]:
     """Draws what a finished training has to show into `run_dir`/pictures; rank 0 alone calls it.
 
@@ -54,26 +55,35 @@ def write_run_pictures(
         augment: likewise.
         confusion: of the test set.
         step: at which the scored weights were.
+        warn: is told of each picture that could not be drawn or written; the others are.
 
     Returns:
         The files by name: samples, curves, features, filters, confusion, mistakes.
-
-    Raises:
-        RunError: a file cannot be written.
     """
     title = title_of(config, dataset.name, f"step {step:,}")
-    figures = {
-        "samples": sample_figure(config, dataset, None if augment.is_identity else augment),
-        "curves": curve_figure([read_history(run_dir)]),
-        "features": feature_figure(dataset, model, transform, title),
-        "filters": filter_figure(model, config.image.image_size, title),
-        "confusion": pictures.draw_confusion(confusion, dataset.class_names, title),
-        "mistakes": mistake_figure(dataset, model, transform, title),
+    drawings: dict[str, Callable[[], Figure]] = {
+        "samples": lambda: sample_figure(config, dataset, None if augment.is_identity else augment),
+        "curves": lambda: curve_figure([read_history(run_dir)]),
+        "features": lambda: feature_figure(dataset, model, transform, title),
+        "filters": lambda: filter_figure(model, input_shape(transform, dataset), title),
+        "confusion": lambda: pictures.draw_confusion(confusion, dataset.class_names, title),
+        "mistakes": lambda: mistake_figure(dataset, model, transform, title),
     }
-    paths = {name: run_dir / "pictures" / f"{name}.png" for name in figures}
-    for name, figure in figures.items():
-        pictures.save_picture(figure, paths[name])
+    paths = {}
+    for name, draw in drawings.items():
+        path = run_dir / "pictures" / f"{name}.png"
+        try:
+            pictures.save_picture(draw(), path)
+            paths[name] = path
+        except Exception as error:  # a full disk, a GPU without room, a network that cannot be drawn
+            warn(f"picture {name} not drawn: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
     return paths
+
+
+def input_shape(transform: Transform, dataset: Dataset) -> tuple[int, int, int]:
+    """(C, S, S) of what the network sees."""
+    channels, height, width = transform(dataset.test.images[:1]).shape[1:]
+    return channels, height, width
 
 
 def title_of(config: TrainConfig, dataset: str | None, *more: str) -> str:
@@ -99,31 +109,45 @@ def sample_figure(config: TrainConfig, dataset: Dataset, augment: Augmentation |
 
 def curve_figure(histories: Sequence[History]) -> Figure:
     """The curves of one run, or of several."""
-    training = "training as it was optimised, with the label smoothing and augmentation of its recipe"
     if len(histories) > 1:
         title = f"{len(histories)} runs on {', '.join(dict.fromkeys(history.dataset for history in histories))}"
-        return draw_curves(histories, title, f"strong: validation or test; pale: {training}")
+        return draw_curves(
+            histories, title, "strong: validation or test; pale: training, the mean since the last record"
+        )
     (history,) = histories
     status = history.result and history.result.status
     ending = f", {status}" if status in ENDINGS else ""
     title = f"{history.name} on {history.dataset}, step {history.last_step:,}{ending}"
-    return draw_curves(histories, title, training)
+    return draw_curves(histories, title, "training: the mean since the last record; validation and test: the whole set")
 
 
-def feature_figure(dataset: Dataset, model: nn.Sequential, transform: Transform, title: str, index: int = 0) -> Figure:
-    """What test image `index` becomes from layer to layer."""
-    outputs = activations(model, transform(dataset.test.images[index : index + 1]))
-    names, label = dataset.class_names, int(dataset.test.labels[index])
+def feature_figure(
+    dataset: Dataset,
+    model: nn.Module,
+    transform: Transform,
+    title: str,
+    indices: Sequence[int] = (0,),
+    *,
+    every_layer: bool = False,
+) -> Figure:
+    """What test images become from layer to layer."""
+    outputs = activations(model, transform(dataset.test.images[list(indices)]))
     *_, logits = outputs.values()
-    predicted = names[int(logits.argmax())]
-    subtitle = f"test image {index}: true {names[label]}, predicted {predicted}; red above zero, blue below"
-    return pictures.draw_features({name: output[0] for name, output in outputs.items()}, names, title, subtitle)
+    names = dataset.class_names
+    true, predicted = ([names[k] for k in ks.tolist()] for ks in (dataset.test.labels[list(indices)], logits.argmax(1)))
+    facts = zip(indices, true, predicted, strict=True)
+    said = [f"test image {index}: true {label}, predicted {guess}" for index, label, guess in facts]
+    subtitle = f"{said[0]}; red above zero, blue below"
+    if len(indices) > 1:
+        subtitle = f"{len(indices)} test images, a row each; red above zero, blue below"
+    shown = outputs if every_layer else main_activations(outputs)
+    return pictures.draw_features(shown, names, title, subtitle, said)
 
 
-def filter_figure(model: nn.Sequential, image_size: int, title: str) -> Figure:
+def filter_figure(model: nn.Module, image_shape: tuple[int, int, int], title: str) -> Figure:
     """The first layer's filters, and those of small convolutions after it."""
     subtitle = "weights of the first layer, and of small convolutions after it; red above zero, blue below"
-    return pictures.draw_filters(filters(model, image_size), title, subtitle)
+    return pictures.draw_filters(filters(model, image_shape), title, subtitle)
 
 
 def mistake_figure(dataset: Dataset, model: nn.Module, transform: Transform, title: str) -> Figure:

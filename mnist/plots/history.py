@@ -8,24 +8,39 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from mnist.errors import UserError
-from mnist.runs.records import Result, read_result
+from mnist.runs.records import Result, check_record, read_result
 
 SPLITS = ("train", "val", "test")
-_FIELDS = {"step", "epoch", "split", "dataset", "loss", "accuracy"}
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is read of a line of metrics.jsonl; None where a number was not finite."""
+
+    step: int
+    epoch: float
+    split: Literal["train", "val", "test"]
+    dataset: str
+    loss: float | None
+    accuracy: float | None
+    lr: float | None = None
+    grad_norm: float | None = None
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Values of one split in the order of their steps; nan where a value was not finite."""
+    """Values of one split in the order of their steps; nan where a value was not finite or was not recorded."""
 
     steps: list[int]
     losses: list[float]
     accuracies: list[float]
+    learning_rates: list[float] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -66,33 +81,28 @@ def read_history(run_dir: Path) -> History:
     except OSError as error:
         raise UserError(f"--run {run_dir}: no metrics.jsonl there ({error.strerror}); name a run directory") from error
     lines = content[: content.rfind(b"\n") + 1].splitlines()
-    records = [_parse(line, f"--run {run_dir}: line {number}") for number, line in enumerate(lines, start=1)]
+    records = [_parse(line, Path(f"{path}: line {number}")) for number, line in enumerate(lines, start=1)]
     if not records:
         raise UserError(f"--run {run_dir}: no record in metrics.jsonl yet; the first comes after --log-every steps")
-    curves = {split: _curve([r for r in records if r["split"] == split]) for split in SPLITS}
+    curves = {split: _curve([record for record in records if record.split == split]) for split in SPLITS}
     last = records[-1]
     return History(
         name=run_dir.resolve().name,
-        dataset=last["dataset"],
+        dataset=last.dataset,
         result=read_result(run_dir),
         curves={split: curve for split, curve in curves.items() if curve.steps},
-        epoch_steps=last["step"] / last["epoch"] if last["epoch"] else math.nan,
+        epoch_steps=last.step / last.epoch if last.epoch > 0 else math.nan,
     )
 
 
-def _parse(line: bytes, where: str) -> dict[str, Any]:
+def _parse(line: bytes, where: Path) -> Record:
     try:
-        record: dict[str, Any] = json.loads(line)
-        missing = _FIELDS - record.keys()
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{where} of metrics.jsonl is no record ({error})") from error
-    if missing:
-        raise UserError(f"{where} of metrics.jsonl is no record (no {', '.join(sorted(missing))})")
-    return record
+        content = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is no record ({error})") from error
+    return check_record(where, content, Record, complete=False)
 
 
-def _curve(records: list[dict[str, Any]]) -> Curve:
-    def column(name: str) -> list[float]:
-        return [math.nan if record[name] is None else record[name] for record in records]
-
-    return Curve([record["step"] for record in records], column("loss"), column("accuracy"))
+def _curve(records: list[Record]) -> Curve:
+    columns = [[getattr(record, name) for record in records] for name in ("loss", "accuracy", "lr", "grad_norm")]
+    return Curve([r.step for r in records], *([math.nan if v is None else v for v in column] for column in columns))

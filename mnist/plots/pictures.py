@@ -6,6 +6,7 @@ are red, negative ones blue, zero is white. Letters: N images.
 
 from __future__ import annotations
 
+import importlib
 import io
 import math
 from collections.abc import Mapping, Sequence
@@ -33,13 +34,12 @@ from mnist.plots.canvas import (
     PITCH,
     RED,
     ROW_GAP,
-    TILE,
     add_axes,
+    as_rgb,
     draw_label,
     draw_tiles,
     new_canvas,
     new_figure,
-    on_paper,
     signed,
 )
 from mnist.plots.features import INPUT, LayerCost, Mistakes, as_table, describe_shape
@@ -51,9 +51,9 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".png", ".pdf", ".svg")
 MOST_MAPS, MOST_FILTERS = 32, 64  # of one layer
-LEAST_PITCH = 28  # pixels from filter to filter
 COLUMNS = 16  # of maps
 MAPS_WIDTH = COLUMNS * PITCH - GAP  # in pixels
+SMALL_PITCH, LEAST_PITCH = 40, 28  # pixels from map to map of several images, and from filter to filter
 
 
 def save_picture(figure: Figure, path: Path) -> None:
@@ -65,6 +65,8 @@ def save_picture(figure: Figure, path: Path) -> None:
     buffer = io.BytesIO()
     kind = path.suffix[1:].lower()
     quick: dict[str, Any] = {"pil_kwargs": {"compress_level": 2}} if kind == "png" else {}  # a little larger
+    for text in figure.findobj(importlib.import_module("matplotlib.text").Text):
+        text.set(parse_math=False, usetex=False)  # names of runs and classes may hold any character
     figure.savefig(buffer, format=kind, dpi=DPI, **quick)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -85,70 +87,104 @@ def draw_samples(
     """Images in a labelled grid of ten columns.
 
     Args:
-        images: (N, 28, 28) pixels in 0..255.
+        images: (N, H, W) or (N, C, H, W) pixels in 0..255.
         labels: (N,) int64.
         class_names: by label.
         title: of the picture.
         subtitle: likewise.
         augmented: shown below `images`, if given: same shape.
     """
-    columns, tiles = 10, images.cpu().float()
+    columns, tiles, size = 10, as_rgb(images), 56
     if augmented is not None:
-        gap = tiles.new_full((len(tiles), 1, 28), 70)
-        tiles = torch.cat([tiles, gap, augmented.cpu().float()], dim=1)
-    pitch = (78, 2 * tiles.shape[1] + 24)
+        tiles = torch.cat([tiles, torch.full_like(tiles[:, :1], 0.73), as_rgb(augmented)], dim=1)
+    pitch = (size + 22, round(size / tiles.shape[2] * tiles.shape[1]) + 24)
     rows = math.ceil(len(tiles) / columns)
     width, height = 2 * MARGIN + columns * pitch[0] - 20, HEAD + rows * pitch[1] + MARGIN // 2
     figure, axes = new_canvas(width, height, title, subtitle)
-    places = draw_tiles(axes, on_paper(tiles), left=MARGIN, top=HEAD, columns=columns, pitch=pitch, size=56)
+    places = draw_tiles(axes, tiles, left=MARGIN, top=HEAD, columns=columns, pitch=pitch, size=size)
     for (x, y), label in zip(places, labels.tolist(), strict=True):
         axes.text(x, y + 13, class_names[label], size=7.5, color=INK, ha="center")
     return figure
 
 
-def draw_features(outputs: Mapping[str, Tensor], class_names: Sequence[str], title: str, subtitle: str) -> Figure:
-    """What one image becomes from layer to layer: maps as tiles, vectors as bars, the logits over the classes.
+@dataclass(frozen=True)
+class _Block:
+    """A layer's place in a picture: its label, RGB tiles (N, H, W, 3) in a grid or vectors (N, units) as bars."""
+
+    name: str
+    lines: list[str]
+    content: Tensor
+    columns: int = 1
+    pitch: int = PITCH
+
+    @property
+    def height(self) -> int:
+        """In pixels, the label included."""
+        return max(math.ceil(len(self.content) / self.columns) * self.pitch, 16 * (len(self.lines) + 1))
+
+
+def _draw_blocks(blocks: Sequence[_Block], gap: int, foot: int, title: str, subtitle: str) -> tuple[Figure, int]:
+    """A figure with one block below the other and `foot` pixels of room below them, and where that begins."""
+    left, top = MARGIN + LABEL, HEAD
+    height = top + sum(block.height + gap for block in blocks) + foot
+    figure, axes = new_canvas(left + MAPS_WIDTH + MARGIN, height, title, subtitle)
+    for block in blocks:
+        draw_label(axes, top, block.name, *block.lines)
+        pitch = (block.pitch, block.pitch)
+        if block.content.ndim == 4:
+            size = block.pitch - 4
+            draw_tiles(axes, block.content, left=left, top=top, columns=block.columns, pitch=pitch, size=size)
+        else:
+            for row, values in enumerate(block.content):
+                _draw_bars(axes, values, left=left, top=top + row * block.pitch, height=block.pitch - 2)
+        top += block.height + gap
+    return figure, top
+
+
+def draw_features(
+    outputs: Mapping[str, Tensor], class_names: Sequence[str], title: str, subtitle: str, said: Sequence[str]
+) -> Figure:
+    """What images become from layer to layer: maps as tiles, vectors as bars, the logits over the classes.
 
     Args:
-        outputs: of each layer for one image, by name: (channels, height, width) or (units,); first "input", last the
-            logits.
+        outputs: of each layer by name: (N, channels, height, width) or (N, units); first "input", last the logits.
         class_names: by label.
         title: of the picture.
         subtitle: likewise.
+        said: of each image, beside its logits where there are several.
     """
     *hidden, logits_name = outputs
-    heights = [_grid(min(len(outputs[n]), MOST_MAPS))[1] * PITCH if outputs[n].ndim == 3 else 48 for n in hidden]
-    last, left = 130, MARGIN + LABEL
-    height = HEAD + sum(heights) + ROW_GAP * len(outputs) + last
-    figure, axes = new_canvas(left + MAPS_WIDTH + MARGIN, height, title, subtitle)
-    top = HEAD
-    for name, row_height in zip(hidden, heights, strict=True):
-        values = outputs[name].detach().cpu().float()
-        lines = [describe_shape(values.shape), f"{float(values.min()):.2g} to {float(values.max()):.2g}"]
-        if values.ndim == 3:
-            shown = values[:MOST_MAPS]
-            lines += [f"first {len(shown)} of {len(values)} maps"] if len(shown) < len(values) else []
-            tiles = _input_tiles(shown) if name == INPUT else signed(shown, float(shown.abs().max()))
-            draw_tiles(axes, tiles, left=left, top=top, columns=_grid(len(shown))[0], pitch=(PITCH, PITCH), size=TILE)
-        else:
-            _draw_bars(axes, values, left=left, top=top, height=row_height)
-        draw_label(axes, top, name, *lines)
-        top += row_height + ROW_GAP
-    draw_label(axes, top, logits_name, "10 logits", "with their softmax")
-    _draw_logits(add_axes(figure, left, top, MAPS_WIDTH, last - 30), outputs[logits_name], class_names)
+    logits = outputs[logits_name].detach().cpu().float()
+    foot = 130 if len(logits) == 1 else 30 + 22 * len(logits)
+    blocks = [_feature_block(name, outputs[name].detach().cpu().float()) for name in hidden]
+    figure, top = _draw_blocks(blocks, ROW_GAP, foot + ROW_GAP, title, subtitle)
+    draw_label(figure.axes[0], top, logits_name, f"{logits.shape[1]} logits", "and probabilities" * (len(logits) == 1))
+    if len(logits) == 1:
+        axes = add_axes(figure, MARGIN + LABEL, top, MAPS_WIDTH, foot - 30)
+        _draw_logits(axes, logits[0], class_names)
+    else:
+        axes = add_axes(figure, MARGIN + LABEL + 210, top, MAPS_WIDTH - 210, foot - 30)
+        _draw_table(axes, 100 * logits.softmax(dim=1), "{:.0f}", class_names, said, diagonal=False)
+        axes.set_xlabel("probabilities, %", size=8, color=GREY)
     return figure
 
 
-def _grid(num_maps: int) -> tuple[int, int]:
-    """Columns and rows, the rows as even as they can be."""
-    rows = math.ceil(num_maps / COLUMNS)
-    return math.ceil(num_maps / rows), rows
-
-
-def _input_tiles(images: Tensor) -> Tensor:
-    """What the network sees, normalised as it is, from white for its least value to black."""
-    low, high = images.min(), images.max()
-    return on_paper(255 * (images - low) / (high - low).clamp(min=1e-6))
+def _feature_block(name: str, values: Tensor) -> _Block:
+    """The output of a layer for N images: all maps of one image, or a row of maps for each of several."""
+    lines = [describe_shape(values.shape[1:]), f"{float(values.min()):.2g} to {float(values.max()):.2g}"]
+    is_single, pitch = len(values) == 1, PITCH if len(values) == 1 else SMALL_PITCH
+    if values.ndim != 4:
+        return _Block(name, lines, values.flatten(1), pitch=48 if is_single else 24)
+    if name == INPUT and values.shape[1] in (1, 3):  # from white for the least value to black
+        low, high = values.min(), values.max()
+        return _Block(
+            name, lines, as_rgb(255 * (values - low) / (high - low).clamp(min=1e-6)), MAPS_WIDTH // pitch, pitch
+        )
+    shown = values[:, : MOST_MAPS if is_single else MAPS_WIDTH // pitch]
+    num_shown = shown.shape[1]
+    lines += [f"first {num_shown} of {values.shape[1]} maps"] if num_shown < values.shape[1] else []
+    columns = math.ceil(num_shown / math.ceil(num_shown / COLUMNS)) if is_single else num_shown  # rows of equal length
+    return _Block(name, lines, signed(shown.flatten(0, 1), float(shown.abs().max())), columns, pitch)
 
 
 def _draw_bars(axes: Axes, values: Tensor, *, left: int, top: int, height: int) -> None:
@@ -163,14 +199,13 @@ def _draw_bars(axes: Axes, values: Tensor, *, left: int, top: int, height: int) 
 
 
 def _draw_logits(axes: Axes, logits: Tensor, class_names: Sequence[str]) -> None:
-    """Logits (10,) as bars over the classes, the largest one in colour, with their probabilities."""
-    values = logits.detach().cpu().float()
-    winner = int(values.argmax())
-    colours = [LINES[0] if k == winner else "#b0b0b0" for k in range(len(values))]
-    bars = axes.bar(range(len(values)), values.tolist(), color=colours, width=0.7)
-    axes.bar_label(bars, [f"{p:.1%}" for p in values.softmax(dim=0).tolist()], size=7.5, color=INK, padding=2)
+    """Logits (classes,) as bars over the classes, the largest one in colour, with their probabilities."""
+    winner, places = int(logits.argmax()), range(len(logits))
+    colours = [LINES[0] if k == winner else "#b0b0b0" for k in places]
+    bars = axes.bar(places, logits.tolist(), color=colours, width=0.7)
+    axes.bar_label(bars, [f"{p:.1%}" for p in logits.softmax(dim=0).tolist()], size=7.5, color=INK, padding=2)
     axes.axhline(0, color=GREY, linewidth=0.6)
-    axes.set_xticks(range(len(values)), class_names)
+    axes.set_xticks(places, class_names)
     axes.margins(x=0.01, y=0.2)
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -184,30 +219,10 @@ def draw_filters(weights: Mapping[str, Tensor], title: str, subtitle: str) -> Fi
         subtitle: likewise.
     """
     blocks = [_filter_block(name, weight) for name, weight in weights.items()]
-    height = HEAD + sum(block.height + 2 * ROW_GAP for block in blocks)
-    figure, axes = new_canvas(MARGIN + LABEL + MAPS_WIDTH + MARGIN, height, title, subtitle)
-    top = HEAD
-    for block in blocks:
-        pitch, size = (block.pitch, block.pitch), TILE if block.pitch == PITCH else block.pitch - 4
-        draw_tiles(axes, block.tiles, left=MARGIN + LABEL, top=top, columns=block.columns, pitch=pitch, size=size)
-        draw_label(axes, top, block.name, *block.lines)
-        top += block.height + 2 * ROW_GAP
-    return figure
+    return _draw_blocks(blocks, 2 * ROW_GAP, 0, title, subtitle)[0]
 
 
-@dataclass(frozen=True)
-class _FilterBlock:
-    """The filters of one layer: RGB tiles, tiles in a row, pixels from tile to tile, and of the whole."""
-
-    name: str
-    lines: list[str]
-    tiles: Tensor
-    columns: int
-    pitch: int
-    height: int
-
-
-def _filter_block(name: str, weight: Tensor) -> _FilterBlock:
+def _filter_block(name: str, weight: Tensor) -> _Block:
     """Filters of one input in rows of sixteen; of several inputs a column each, an input a row."""
     num_filters, num_inputs, height, width = weight.shape
     most = MOST_FILTERS if num_inputs == 1 else MAPS_WIDTH // LEAST_PITCH
@@ -221,8 +236,7 @@ def _filter_block(name: str, weight: Tensor) -> _FilterBlock:
     lines = [f"{num_filters} filters (across)", f"{num_inputs} inputs (down)"] if num_inputs > 1 else lines
     lines += [f"full colour at {limit:.2g}"]
     lines += [f"first {len(shown)} shown"] if len(shown) < num_filters else []
-    block_height = max(math.ceil(len(tiles) / columns) * pitch, 16 * (len(lines) + 1))
-    return _FilterBlock(name, lines, tiles, columns, pitch, block_height)
+    return _Block(name, lines, tiles, columns, pitch)
 
 
 def draw_confusion(confusion: Sequence[Sequence[int]], class_names: Sequence[str], title: str) -> Figure:
@@ -236,7 +250,7 @@ def draw_confusion(confusion: Sequence[Sequence[int]], class_names: Sequence[str
     counts = torch.tensor(confusion, dtype=torch.float64)
     num_samples, num_mistakes = int(counts.sum()), int(counts.sum() - counts.diagonal().sum())
     has_words = max(map(len, class_names)) > 3
-    side, edge, foot = 430, 96 if has_words else 60, 84 if has_words else 56
+    side, edge, foot = max(430, 26 * len(class_names)), 96 if has_words else 60, 84 if has_words else 56
     width = 2 * (edge + side) + 2 * MARGIN
     subtitle = f"{num_mistakes:,} mistakes among {num_samples:,} test images; only mistakes are coloured"
     figure = new_figure(width, HEAD + 22 + side + foot, title, subtitle)
@@ -244,27 +258,35 @@ def draw_confusion(confusion: Sequence[Sequence[int]], class_names: Sequence[str
     for number, (name, values) in enumerate((("images", counts), ("% of the true class", rates))):
         left = edge + number * (edge + side + MARGIN)
         axes = add_axes(figure, left, HEAD + 22, side, side)
-        _draw_table(axes, values, "{:,.0f}" if number == 0 else "{:.1f}")
+        _draw_table(axes, values, "{:,.0f}" if number == 0 else "{:.1f}", class_names, class_names, diagonal=True)
         axes.set_title(name, size=9, color=INK, loc="left")
-        axes.set_xticks(range(10), class_names, rotation=40 if has_words else 0, ha="right" if has_words else "center")
-        axes.set_yticks(range(10), class_names)
+        if has_words:
+            axes.set_xticks(range(len(class_names)), class_names, rotation=40, ha="right")
         axes.set_xlabel("predicted", size=8.5, color=GREY)
         axes.set_ylabel("true", size=8.5, color=GREY)
     return figure
 
 
-def _draw_table(axes: Axes, values: Tensor, form: str) -> None:
-    """Numbers (10, 10) in cells, the larger the darker, except on the diagonal."""
-    mistakes = values * (1 - torch.eye(len(values), dtype=values.dtype))
-    share = (mistakes / (float(mistakes.max()) or 1.0)).sqrt()  # the root lets single mistakes show beside many
+def _draw_table(
+    axes: Axes, values: Tensor, form: str, columns: Sequence[str], rows: Sequence[str], *, diagonal: bool
+) -> None:
+    """Numbers (rows, columns) in cells, the larger the darker; with `diagonal`, that one is not coloured."""
+    coloured = values.clone()
+    if diagonal:
+        coloured.fill_diagonal_(0)
+    share = (coloured / (float(coloured.max()) or 1.0)).sqrt()  # the root lets single mistakes show beside many
     colours = signed(share * 0.95, 1.0)
-    colours[range(len(values)), range(len(values))] = 0.95
-    axes.imshow(colours.numpy(), interpolation="nearest")
+    if diagonal:
+        colours[range(len(values)), range(len(values))] = 0.95
+    axes.imshow(colours.numpy(), interpolation="nearest", aspect="auto")
     for row, column in values.nonzero().tolist():
-        is_dark = row != column and share[row, column] > 0.6
-        colour = "white" if is_dark else GREY if row == column else INK
-        text = form.format(float(values[row, column]))
-        axes.text(column, row, text, size=7.5, color=colour, ha="center", va="center")
+        is_pale = diagonal and row == column
+        colour = GREY if is_pale else "white" if share[row, column] > 0.6 else INK
+        axes.text(
+            column, row, form.format(float(values[row, column])), size=7.5, color=colour, ha="center", va="center"
+        )
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set_yticks(range(len(rows)), rows)
     axes.tick_params(length=0)
 
 
@@ -278,7 +300,7 @@ def draw_mistakes(mistakes: Mistakes, class_names: Sequence[str], title: str) ->
     figure, axes = new_canvas(2 * MARGIN + columns * pitch[0] - 30, height, title, subtitle)
     if not mistakes.num_mistakes:
         return figure
-    places = draw_tiles(axes, on_paper(mistakes.images), left=MARGIN, top=HEAD, columns=columns, pitch=pitch, size=84)
+    places = draw_tiles(axes, as_rgb(mistakes.images), left=MARGIN, top=HEAD, columns=columns, pitch=pitch, size=84)
     facts = (mistakes.indices, mistakes.labels, mistakes.predicted, mistakes.confidences)
     for (x, y), index, label, predicted, confidence in zip(places, *(fact.tolist() for fact in facts), strict=True):
         left = x - 43
@@ -289,20 +311,60 @@ def draw_mistakes(mistakes: Mistakes, class_names: Sequence[str], title: str) ->
 
 
 def draw_architecture(layers: Sequence[LayerCost], title: str) -> Figure:
-    """The table of layers: output shapes, parameters, multiply-accumulates, and their sums."""
+    """A diagram of the network, and the table of its layers: output shapes, parameters, costs, and their sums."""
     rows = as_table(layers)
-    line, rights = 22, (0, 0, 520, 640, 760)  # right edges of the columns of numbers
-    width, height = 2 * MARGIN + rights[-1], HEAD + line * (len(rows) + 1) + MARGIN
-    subtitle = "output shapes are channels x height x width; MAC = multiply-accumulates per image"
+    line, diagram, rights = 22, 170, (0, 0, 505, 575, 665, 765, 870)  # right edges of the columns of numbers
+    width, height = 2 * MARGIN + rights[-1], HEAD + diagram + line * (len(rows) + 1) + MARGIN
+    subtitle = (
+        "shapes: channels x height x width; connections count biases, MAC (multiply-accumulates per image) do not"
+    )
     figure, axes = new_canvas(width, height, title, subtitle)
+    _draw_diagram(axes, layers, width, diagram - 20)
+    top = HEAD + diagram
     for number, row in enumerate(rows):
-        y = HEAD + line * (number + 0.5) + (6 if number == len(rows) - 1 else 0)
+        y = top + line * (number + 0.5) + (6 if number == len(rows) - 1 else 0)
         weight = "bold" if number in (0, len(rows) - 1) else "normal"
         for column, text in enumerate(row):
             x, side = (MARGIN + (0, 110)[column], "left") if column < 2 else (MARGIN + rights[column], "right")
-            axes.text(x, y, text, size=8.5, color=INK, weight=weight, ha=side, va="center")
-    for y in (HEAD, HEAD + line, HEAD + line * (len(rows) - 1) + 3):
+            axes.text(x, y, text, size=8, color=INK, weight=weight, ha=side, va="center")
+    for y in (top, top + line, top + line * (len(rows) - 1) + 3):
         axes.plot([MARGIN, width - MARGIN], [y, y], color=GREY, linewidth=0.8)
+    return figure
+
+
+def _draw_diagram(axes: Axes, layers: Sequence[LayerCost], width: int, height: int) -> None:
+    """A box per layer that changes the shape: as high as its maps (or its units), as wide as it has channels."""
+    boxes = [layer for number, layer in enumerate(layers) if number == 0 or layer.shape != layers[number - 1].shape]
+    step, middle = (width - 2 * MARGIN) / max(len(boxes), 1), HEAD + (height - 34) / 2
+    sides = [layer.shape[-1] if len(layer.shape) > 1 else math.sqrt(layer.shape[0]) for layer in boxes]
+    depths = [layer.shape[0] if len(layer.shape) > 1 else 0 for layer in boxes]
+    ends: list[float] = []
+    for number, (layer, side, depth) in enumerate(zip(boxes, sides, depths, strict=True)):
+        x, tall = MARGIN + step * (number + 0.5), 8 + (height - 42) * side / max(sides)
+        half = 4 + 0.28 * step * depth / max(1, *depths)
+        left, right, top, bottom = x - half, x + half, middle - tall / 2, middle + tall / 2
+        colour = LINES[5] if depth else LINES[4]
+        axes.fill([left, right, right, left], [top, top, bottom, bottom], fc=colour, ec=INK, linewidth=0.8)
+        ends += [left, right]
+        label = f"{layer.name}\n{describe_shape(layer.shape)}"
+        axes.text(x, HEAD + height - 26, label, size=7, color=INK, ha="center", va="top", linespacing=1.3)
+    for start, end in zip(ends[1:-1:2], ends[2::2], strict=True):
+        axes.annotate("", (end - 1, middle), (start + 1, middle), arrowprops={"arrowstyle": "->", "color": GREY})
+
+
+def draw_pixels(image: Tensor, title: str, subtitle: str) -> Figure:
+    """The numbers 0..255 of an image (H, W) or (C, H, W), one channel below the other, each on its own grey."""
+    pixels = image.detach().cpu().reshape(-1, image.shape[-1])
+    cell = 24
+    height, width = (cell * side for side in pixels.shape)
+    figure = new_figure(width + 2 * MARGIN, height + HEAD + MARGIN, title, subtitle)
+    axes = add_axes(figure, MARGIN, HEAD, width, height)
+    axes.imshow(as_rgb(pixels.unsqueeze(0))[0].numpy(), interpolation="nearest", aspect="auto")
+    for row, values in enumerate(pixels.tolist()):
+        for column, value in enumerate(values):
+            colour = "white" if value > 127 else INK if value else PALE
+            axes.text(column, row, str(round(value)), size=6.5, color=colour, ha="center", va="center")
+    axes.set(xticks=[], yticks=[])
     return figure
 
 
@@ -317,8 +379,8 @@ def draw_prediction(
 
     Args:
         source: grey (H, W) or RGB (H, W, 3).
-        seen: (28, 28), 255 = ink.
-        probabilities: of the ten classes.
+        seen: (H, W), 255 = ink.
+        probabilities: of the classes.
         class_names: likewise.
         box: left, top, right, bottom of the digit in `source`.
     """

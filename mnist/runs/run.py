@@ -461,12 +461,10 @@ class Run:
         """Pictures, confusion matrix and models, for the run directory and the trackers."""
         step = int(self.state.best["step"]) if self.state.best else self.state.step  # of the weights that were scored
         if self.config.output.pictures:
-            try:
-                with self.console.doing("drawing pictures"):
-                    self.tracker.pictures(self.state.step, self._draw(test, step))
-                self._drawn = [("pictures", str(self.path / "pictures"))]
-            except Exception as error:  # a full disk, a GPU without room: the run is whole without them
-                self.console.warn(f"no pictures ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]})")
+            with self.console.doing("drawing pictures"):
+                drawn = self._draw(test, step)
+                self.tracker.pictures(self.state.step, drawn)
+            self._drawn = [("pictures", str(self.path / "pictures"))] if drawn else []
         self.tracker.confusion(self.state.step, test.confusion, self.dataset.class_names)
         if step == self.state.step:
             self.tracker.model(self.path / "export" / "best", ["best", "last"], {"step": step, **test.as_dict()})
@@ -484,6 +482,7 @@ class Run:
             augment=self.train_step.augment,
             confusion=test.confusion,
             step=step,
+            warn=self.console.warn,
         )
 
     def _close(self, status: str, **facts: Any) -> None:

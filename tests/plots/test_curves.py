@@ -28,7 +28,27 @@ def test_curves_of_any_length(tmp_path: Path, points: int) -> None:
     assert {"loss", "accuracy", "optimizer steps", "val 90.00%", "test 99.00%"} <= set(written)
     steps = figure.axes[0].get_lines()[0].get_xdata()
     assert list(steps) == [10 * (point + 1) for point in range(points)]
+    assert figure.axes[1].get_legend() is None, "nothing lies over the points"
     assert len(figure.axes[1].get_lines()) == (4 if points == 10_000 else 3)  # a running mean before the raw values
+
+
+def test_a_logarithmic_loss_axis_has_several_labels(tmp_path: Path) -> None:
+    """From 2.3 to 0.19, where "1" was the only one."""
+    figure = draw_curves(
+        [History("a", "mnist", None, {"train": Curve([1, 2], [2.3, 0.19], [0.1, 0.9])}, 1.0)], "t", "s"
+    )
+    pixels_of(figure, tmp_path / "curves.png")
+    low, high = figure.axes[0].get_ylim()
+    labels = [text.get_text() for text in figure.axes[0].get_yticklabels() if low <= text.get_position()[1] <= high]
+    assert labels == ["0.2", "0.5", "1", "2"]
+
+
+def test_learning_rate_and_gradient_norm_have_axes_of_their_own(tmp_path: Path) -> None:
+    curve = Curve([10, 20, 30], [2.0, 1.0, 0.5], [0.1, 0.5, 0.9], [0.1, 0.2, 0.3], [1.0, math.nan, 3.0])
+    figure = draw_curves([History("a", "mnist", None, {"train": curve}, 10.0)], "t", "s")
+    pixels_of(figure, tmp_path / "curves.png")
+    assert [axes.get_ylabel() for axes in figure.axes] == ["loss", "accuracy", "learning rate", "gradient norm"]
+    assert list(figure.axes[2].get_lines()[0].get_ydata()) == [0.1, 0.2, 0.3]
 
 
 def test_several_runs_share_the_picture(tmp_path: Path) -> None:

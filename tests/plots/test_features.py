@@ -6,7 +6,7 @@ from torch import nn
 
 from mnist.config import IMAGE_SIZES
 from mnist.models import MODELS, build_model, count_parameters
-from mnist.plots.features import activations, as_table, filters, find_mistakes, layer_costs
+from mnist.plots.features import activations, as_table, filters, find_mistakes, layer_costs, main_activations
 
 # By hand, layer by layer: outputs x weights per output.
 MACS = {
@@ -21,6 +21,10 @@ MILLIONS = {"convnet": 1.33, "mycnn": 0.35, "lenet5": 0.42, "yannet": 13.2}  # a
 
 def side(name: str) -> int:
     return IMAGE_SIZES.get(name, 28)
+
+
+def shape_of(name: str) -> tuple[int, int, int]:
+    return 1, side(name), side(name)
 
 
 def pixels(count: int, size: int = 28) -> torch.Tensor:
@@ -53,28 +57,88 @@ def test_a_layer_that_works_in_place_leaves_the_output_before_it_alone() -> None
 @pytest.mark.parametrize("name", MODELS)
 def test_the_table_of_layers_adds_up(name: str) -> None:
     model = build_model(name)
-    layers = layer_costs(model, side(name))
+    layers = layer_costs(model, shape_of(name))
     assert sum(layer.num_params for layer in layers) == count_parameters(model)
-    assert layers[0].shape == (1, side(name), side(name))
+    assert layers[0].shape == shape_of(name)
     assert layers[-1].shape == (10,)
     assert model.training
 
 
 @pytest.mark.parametrize(("name", "macs"), MACS.items())
 def test_multiply_accumulates_are_those_counted_by_hand(name: str, macs: int) -> None:
-    total = sum(layer.macs for layer in layer_costs(build_model(name), side(name)))
+    total = sum(layer.macs for layer in layer_costs(build_model(name), shape_of(name)))
     assert total == macs
     if name in MILLIONS:
         assert total / 1e6 == pytest.approx(MILLIONS[name], rel=0.015)
 
 
 def test_the_table_as_text_has_a_head_and_totals() -> None:
-    head, *rows, total = as_table(layer_costs(build_model("yannet"), 28))
-    assert head == ("layer", "what it is", "output", "parameters", "MAC")
-    assert ("conv1", "convolution 5x5, padding 2", "32x28x28", "832", "627,200") in rows
-    assert ("depthwise", "convolution 3x3, 64 groups", "64x11x11", "640", "69,696") in rows
-    assert ("dropout", "dropout 0.2", "968 units", "", "") in rows
-    assert total == ("total", "", "", "30,306", "13,228,560")
+    head, *rows, total = as_table(layer_costs(build_model("yannet"), (1, 28, 28)))
+    assert head == ("layer", "what it is", "output", "neurons", "parameters", "connections", "MAC")
+    conv = "Conv2d(1, 32, kernel_size=5, padding=2)"
+    assert ("conv1", conv, "32x28x28", "25,088", "832", "652,288", "627,200") in rows
+    assert ("norm2", "BatchNorm2d(64)", "64x26x26", "43,264", "128", "", "") in rows
+    assert ("flatten", "Flatten()", "968 units", "968", "", "", "") in rows
+    assert ("linear", "Linear(968, 10)", "10 units", "10", "9,690", "9,690", "9,680") in rows
+    assert total == ("total", "", "", "", "30,306", "13,305,634", "13,228,560")
+
+
+def test_the_first_layer_of_lenet5_has_4704_neurons_and_122304_connections() -> None:
+    conv1 = layer_costs(build_model("lenet5"), (1, 32, 32))[1]
+    assert (conv1.name, conv1.neurons, conv1.connections) == ("conv1", 4_704, 122_304)
+
+
+class Residual(nn.Module):
+    """A skip connection, a layer used twice, and a function after the last layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 4, 3, padding=1)
+        self.block = Block()
+        self.relu = nn.ReLU(inplace=True)
+        self.linear = nn.Linear(4 * 8 * 8, 7)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = self.relu(self.block(self.relu(self.conv1(images))))
+        return self.linear(x.flatten(1)).log_softmax(dim=1)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.conv(x)
+
+
+def test_a_network_with_a_skip_connection_is_shown_as_it_computes() -> None:
+    model, images = Residual(), torch.randn(2, 3, 8, 8)
+    outputs = activations(model, images)
+    assert list(outputs) == ["input", "conv1", "relu", "block.conv", "block", "relu #2", "linear", "output"]
+    assert torch.equal(outputs["output"], model(images))
+    assert torch.equal(outputs["block"], outputs["relu"] + outputs["block.conv"])
+    assert torch.equal(outputs["relu"], outputs["conv1"].relu())
+    assert float(outputs["conv1"].min()) < 0, "the layer in place did not change it"
+    layers = layer_costs(model, (3, 8, 8))
+    assert sum(layer.num_params for layer in layers) == count_parameters(model)
+    assert set(filters(model, (3, 8, 8))) == {"conv1", "block.conv"}
+    assert not model.conv1._forward_hooks
+
+
+def test_fewer_rows_by_default_one_per_shape_and_no_copies() -> None:
+    shown = main_activations(activations(build_model("yannet"), pixels(2)))
+    assert list(shown) == [
+        "input",
+        "conv1 to relu1",
+        "conv2 to relu2",
+        "pool2",
+        "depthwise",
+        "pointwise to relu3",
+        "linear",
+    ]
+    outputs = activations(build_model("mlp"), pixels(1))
+    assert list(main_activations(outputs))[:2] == ["input", "linear1 to relu1"]
 
 
 @pytest.mark.parametrize(
@@ -87,7 +151,7 @@ def test_the_table_as_text_has_a_head_and_totals() -> None:
     ],
 )
 def test_filters_are_those_that_can_be_looked_at(name: str, shapes: dict[str, tuple[int, ...]]) -> None:
-    found = {layer: tuple(weight.shape) for layer, weight in filters(build_model(name), side(name)).items()}
+    found = {layer: tuple(weight.shape) for layer, weight in filters(build_model(name), shape_of(name)).items()}
     assert {layer: found.get(layer) for layer in shapes} == shapes
     assert all(shape[1] * shape[0] <= 256 or layer in ("conv1", "linear1") for layer, shape in found.items())
 

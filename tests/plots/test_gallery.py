@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from mnist.models import build_model
 from mnist.plots import gallery, pictures
 from mnist.plots.history import Curve, History
 from mnist.recipes import RECIPES
+from mnist.runs.records import Result, ScoreRecord
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,7 +34,9 @@ def augmentation(config: TrainConfig) -> Augmentation:
     return Augmentation(config.image, config.loop.seed, torch.device("cpu"))
 
 
-def write_all(run_dir: Path, config: TrainConfig, model: nn.Sequential) -> dict[str, Path]:
+def write_all(
+    run_dir: Path, config: TrainConfig, model: nn.Module, warn: Callable[[str], None] | None = None
+) -> dict[str, Path]:
     facts = {"step": 20, "epoch": 0.5, "split": "train", "dataset": "digits", "loss": 1.0, "accuracy": 0.5}
     run_dir.mkdir()
     (run_dir / "metrics.jsonl").write_text(json.dumps(facts) + "\n")
@@ -45,6 +49,7 @@ def write_all(run_dir: Path, config: TrainConfig, model: nn.Sequential) -> dict[
         augment=augmentation(config),
         confusion=[[36 * (i == j) for j in range(10)] for i in range(10)],
         step=20,
+        warn=pytest.fail if warn is None else warn,
     )
 
 
@@ -62,6 +67,22 @@ def test_a_run_leaves_six_pictures_and_no_other_trace(tmp_path: Path, recipe: st
     for path in paths.values():
         with Image.open(path) as image:
             assert len(image.convert("L").getcolors() or []) > 2
+
+
+def test_a_picture_that_fails_leaves_the_five_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> Figure:
+        raise ValueError("no\nroom")
+
+    monkeypatch.setattr(gallery, "feature_figure", fail)
+    warnings: list[str] = []
+    paths = write_all(tmp_path / "run", RECIPES["smoke"](), build_model("tinynet"), warnings.append)
+    assert list(paths) == [name for name in NAMES if name != "features"]
+    assert all(path.exists() for path in paths.values())
+    assert warnings == ["picture features not drawn: ValueError: no room"]
+
+
+def test_a_run_whose_name_looks_like_mathematics_is_drawn(tmp_path: Path) -> None:
+    assert list(write_all(tmp_path / "$...^{$", RECIPES["smoke"](), build_model("tinynet"))) == NAMES
 
 
 def test_the_same_run_gives_the_same_pictures(tmp_path: Path) -> None:
@@ -116,5 +137,7 @@ def test_augmented_samples_are_what_training_makes_of_them(drawn: dict[str, Any]
     ],
 )
 def test_curves_tell_of_a_bad_ending(status: str, title: str) -> None:
-    history = History("run", "digits", {"status": status}, {"train": Curve([20], [1.0], [0.5])}, 40.0)
+    test = ScoreRecord(loss=1.0, accuracy=0.5, num_correct=1, num_samples=2)
+    result = Result(status, "smoke", "digits", 0, 10, 1, "fp32", test=test)  # type: ignore[arg-type]
+    history = History("run", "digits", result, {"train": Curve([20], [1.0], [0.5])}, 40.0)
     assert title in [text.get_text() for text in gallery.curve_figure([history]).texts]

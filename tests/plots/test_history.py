@@ -11,9 +11,9 @@ from mnist.errors import UserError
 from mnist.plots.history import read_history
 
 
-def record(step: int, split: str = "train", **values: Any) -> str:
-    facts = {"step": step, "epoch": round(step / 469, 4), "split": split, "dataset": "mnist"}
-    return json.dumps({**facts, "loss": 1 / step, "accuracy": 0.9, **values}) + "\n"
+def record(at: int, split: str = "train", **values: Any) -> str:
+    facts = {"step": at, "epoch": round(at / 469, 4), "split": split, "dataset": "mnist"}
+    return json.dumps({**facts, "loss": 1 / at, "accuracy": 0.9, **values}) + "\n"
 
 
 def write(folder: Path, *lines: str) -> Path:
@@ -57,9 +57,13 @@ def test_the_length_of_an_epoch_is_unknown_at_its_very_beginning(tmp_path: Path)
     [
         ([], "no record in metrics.jsonl yet"),
         ([record(1)[:-9]], "no record in metrics.jsonl yet"),
-        ([record(1), "{\n", record(2)], "line 2 of metrics.jsonl is no record"),
-        (["[]\n"], "line 1 of metrics.jsonl is no record"),
-        (['{"step": 1}\n'], "no accuracy, dataset, epoch, loss, split"),
+        ([record(1), "{\n", record(2)], "metrics.jsonl: line 2 is no record"),
+        (["[]\n"], "metrics.jsonl: line 1: the content must be an object, not list"),
+        (['{"step": 1}\n'], "metrics.jsonl: line 1: epoch is missing"),
+        ([record(1, loss="low")], "metrics.jsonl: line 1: loss must be a finite number, not 'low'"),
+        ([record(1, split="dev")], "metrics.jsonl: line 1: split must be one of train, val, test, not 'dev'"),
+        ([record(1, step=0.5)], "metrics.jsonl: line 1: step must be a whole number, not 0.5"),
+        (["[" * 100_000 + "\n"], "metrics.jsonl: line 1 is no record"),
     ],
 )
 def test_what_is_no_history_is_one_line(tmp_path: Path, lines: list[str], message: str) -> None:

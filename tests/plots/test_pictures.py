@@ -25,6 +25,10 @@ DIGITS = SOURCES["mnist"].class_names
 WORDS = SOURCES["fashion_mnist"].class_names
 
 
+def shape_of(name: str) -> tuple[int, int, int]:
+    return 1, IMAGE_SIZES.get(name, 28), IMAGE_SIZES.get(name, 28)
+
+
 def pixels_of(figure: Figure, path: Path) -> torch.Tensor:
     """Saves, reads back, checks that something is there and that nothing is cut off: (H, W) grey values."""
     pictures.save_picture(figure, path)
@@ -46,8 +50,7 @@ def texts(figure: Figure) -> list[str]:
         if axes.axison:
             found += [text.get_text() for text in (axes.title, axes.xaxis.label, axes.yaxis.label)]
             found += [label.get_text() for label in (*axes.get_xticklabels(), *axes.get_yticklabels())]
-        legend = axes.get_legend()
-        found += [text.get_text() for text in legend.get_texts()] if legend is not None else []
+    found += [text.get_text() for legend in figure.legends for text in legend.get_texts()]
     return [line for text in found for line in text.splitlines() if line]
 
 
@@ -67,13 +70,13 @@ def overlapping_texts(figure: Figure) -> list[tuple[str, str]]:
 def mistakes(count: int, total: int) -> Mistakes:
     generator = torch.Generator().manual_seed(0)
     return Mistakes(
+        num_mistakes=total,
+        num_samples=10_000,
         indices=torch.arange(count) + 9900,
         images=torch.randint(0, 256, (count, 28, 28), dtype=torch.uint8, generator=generator),
         labels=torch.full((count,), 9),
         predicted=torch.full((count,), 2),
         confidences=torch.linspace(0.99, 0.4, count),
-        num_mistakes=total,
-        num_samples=10_000,
     )
 
 
@@ -111,28 +114,78 @@ def test_every_pixel_of_an_image_is_a_square_of_whole_pixels(tmp_path: Path) -> 
 def test_every_layer_of_every_network_is_shown(tmp_path: Path, name: str) -> None:
     model, side = build_model(name), IMAGE_SIZES.get(name, 28)
     image = torch.randn(1, 1, side, side, generator=torch.Generator().manual_seed(0))
-    outputs = {layer: output[0] for layer, output in activations(model, image).items()}
-    figure = pictures.draw_features(outputs, WORDS, "title", "subtitle")
+    outputs = activations(model, image)
+    figure = pictures.draw_features(outputs, WORDS, "title", "subtitle", [])
     pixels_of(figure, tmp_path / "features.png")
     written = texts(figure)
     assert [text for text in written if text in outputs] == list(outputs)
     assert set(WORDS) <= set(written)
-    maps = [f"first 32 of {len(output)} maps" for output in outputs.values() if output.ndim == 3 and len(output) > 32]
+    maps = [
+        f"first 32 of {output.shape[1]} maps"
+        for output in outputs.values()
+        if output.ndim == 4 and output.shape[1] > 32
+    ]
     assert [text for text in written if text.startswith("first")] == maps
     assert overlapping_texts(figure) == []
 
 
 def test_logits_are_drawn_as_they_are() -> None:
     logits = torch.tensor([-3.0, 4.0, *[0.5] * 8])
-    figure = pictures.draw_features({"input": torch.rand(1, 28, 28), "linear": logits}, DIGITS, "t", "s")
+    outputs = {"input": torch.rand(1, 1, 28, 28), "linear": logits.unsqueeze(0)}
+    figure = pictures.draw_features(outputs, DIGITS, "t", "s", [])
     bars = figure.axes[1].patches
     assert [bar.get_height() for bar in bars] == logits.tolist()
     assert f"{float(logits.softmax(0)[1]):.1%}" in texts(figure)
 
 
+def test_several_images_have_a_row_each(tmp_path: Path) -> None:
+    images = torch.randn(20, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    said = [f"image {number}" for number in range(20)]
+    outputs = activations(build_model("tinynet"), images)
+    figure = pictures.draw_features(outputs, DIGITS, "title", "subtitle", said)
+    pixels_of(figure, tmp_path / "features.png")
+    assert [text for text in texts(figure) if text.startswith("image ")] == said
+    assert "10 logits" in texts(figure)
+
+
+def test_colour_images_of_any_size_and_any_number_of_classes(tmp_path: Path) -> None:
+    names = [f"class {k}" for k in range(47)]
+    images = torch.randint(0, 256, (47, 3, 100, 100), dtype=torch.uint8)
+    figure = pictures.draw_samples(images, torch.arange(47), names, "t", "s", augmented=images.float())
+    pixels_of(figure, tmp_path / "samples.png")
+    outputs = {"input": images[:1].float(), "conv": torch.randn(1, 8, 98, 98), "linear": torch.randn(1, 47)}
+    figure = pictures.draw_features(outputs, names, "t", "s", [])
+    pixels_of(figure, tmp_path / "features.png")
+    assert "47 logits" in texts(figure)
+    pixels_of(pictures.draw_confusion(torch.eye(47).int().tolist(), names, "t"), tmp_path / "confusion.png")
+    pixels_of(pictures.draw_pixels(images[0, :, :20, :20], "t", "s"), tmp_path / "pixels.png")
+
+
+@pytest.mark.parametrize("name", ["$...^{$", "$a$", r"\frac", "a_{b}^$$"])
+def test_names_are_never_read_as_mathematics(tmp_path: Path, name: str) -> None:
+    figure = pictures.draw_confusion(confusion(1), [name] * 10, name)
+    pixels_of(figure, tmp_path / "confusion.png")
+    figure = pictures.draw_samples(torch.zeros(3, 28, 28), torch.arange(3), [name] * 3, name, name)
+    pixels_of(figure, tmp_path / "samples.png")
+
+
+def test_pixels_are_written_as_numbers(tmp_path: Path) -> None:
+    image = torch.arange(784).remainder(256).view(28, 28)
+    figure = pictures.draw_pixels(image, "title", "subtitle")
+    pixels_of(figure, tmp_path / "pixels.png")
+    assert [text.get_text() for text in figure.axes[0].texts] == [str(value) for value in image.flatten().tolist()]
+
+
+def test_the_diagram_names_each_change_of_shape_once() -> None:
+    figure = pictures.draw_architecture(layer_costs(build_model("lenet5"), (1, 32, 32)), "lenet5")
+    written = texts(figure)
+    assert [written.count(name) for name in ("conv1", "pool1", "linear1", "relu1")] == [2, 2, 2, 1]
+    assert {"4,704", "122,304"} <= set(written)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_filters_of_every_network(tmp_path: Path, name: str) -> None:
-    found = filters(build_model(name), IMAGE_SIZES.get(name, 28))
+    found = filters(build_model(name), shape_of(name))
     figure = pictures.draw_filters(found, "title", "subtitle")
     pixels_of(figure, tmp_path / "filters.png")
     assert set(found) <= set(texts(figure))
@@ -183,7 +236,7 @@ def test_no_mistakes_are_a_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_table_of_layers_fits(tmp_path: Path, name: str) -> None:
-    figure = pictures.draw_architecture(layer_costs(build_model(name), IMAGE_SIZES.get(name, 28)), name)
+    figure = pictures.draw_architecture(layer_costs(build_model(name), shape_of(name)), name)
     pixels_of(figure, tmp_path / "architecture.png")
     assert overlapping_texts(figure) == []
 

@@ -14,7 +14,18 @@ from mnist.config import to_flat
 from mnist.errors import RunError, UserError
 from mnist.plots import __main__ as plots
 from mnist.plots import gallery
-from mnist.plots.__main__ import Architecture, Confusion, Curves, Features, Filters, Mistakes, Options, Place, Samples
+from mnist.plots.__main__ import (
+    Architecture,
+    Confusion,
+    Curves,
+    Features,
+    Filters,
+    Mistakes,
+    Options,
+    Pixels,
+    Place,
+    Samples,
+)
 from mnist.plots.features import activations
 from mnist.runs.export import export_model, load_model
 from tests.processes import PYTHON, ROOT, finish, train
@@ -69,8 +80,11 @@ def draw(picture: Any, capsys: pytest.CaptureFixture[str]) -> list[str]:
         (Samples(), "samples"),
         (Curves(), "curves"),
         (Features(), "features"),
-        (Features(image=7), "features-7"),
+        (Features(image=(7,)), "features-7"),
+        (Features(image=(3, 4, 5)), "features-3-4-5"),
+        (Features(image=tuple(range(20)), every_layer=True), "features-20-images"),
         (Features(untrained=True), "features-untrained"),
+        (Pixels(image=3), "pixels-3"),
         (Filters(), "filters"),
         (Filters(untrained=True), "filters-untrained"),
         (Confusion(), "confusion"),
@@ -84,7 +98,7 @@ def test_a_picture_of_the_newest_run_lies_with_it(
     assert draw(picture, capsys)[-1] == f"{run}/pictures/{name}.png"
 
 
-@pytest.mark.parametrize("kind", [Samples, Features, Filters, Confusion, Mistakes, Architecture])
+@pytest.mark.parametrize("kind", [Samples, Pixels, Features, Filters, Confusion, Mistakes, Architecture])
 def test_run_and_out_are_obeyed(run: str, capsys: pytest.CaptureFixture[str], kind: Any) -> None:
     for folder in (run, f"{run}/export/last"):
         lines = draw(kind(place=Place(run=folder, out="elsewhere/picture.png")), capsys)
@@ -149,16 +163,16 @@ def test_untrained_means_the_weights_that_the_run_began_with(run: str, monkeypat
 def test_features_are_those_of_the_image_that_was_asked_for(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: dict[str, Any] = {}
 
-    def remember(outputs: dict[str, torch.Tensor], names: Any, title: str, subtitle: str) -> None:
+    def remember(outputs: dict[str, torch.Tensor], names: Any, title: str, subtitle: str, said: Any) -> None:
         drawn.update(outputs=outputs, title=title, subtitle=subtitle)
 
     monkeypatch.setattr(gallery.pictures, "draw_features", remember)
     monkeypatch.setattr(plots, "_save", lambda figure, path: path)
-    plots.main(Options(Features(image=11)))
+    plots.main(Options(Features(image=(11,), every_layer=True)))
     trained = load_model(Path(run, "export", "best"))
     dataset = plots._read_data(trained.config, None)
     expected = activations(trained.model, trained.transform(dataset.test.images[11:12]))
-    assert all(torch.equal(drawn["outputs"][name], output[0]) for name, output in expected.items())
+    assert all(torch.equal(drawn["outputs"][name], output) for name, output in expected.items())
     assert drawn["title"] == "smoke on digits, seed 0, step 69"
     assert f"test image 11: true {int(dataset.test.labels[11])}" in drawn["subtitle"]
 
@@ -191,8 +205,15 @@ def test_curves_of_two_runs(run: str, capsys: pytest.CaptureFixture[str], runs: 
 
 def test_the_table_of_layers_is_printed(run: str, capsys: pytest.CaptureFixture[str]) -> None:
     lines = draw(Architecture(recipe="convnet"), capsys)
-    assert lines[0].split() == ["layer", "what", "it", "is", "output", "parameters", "MAC"]
-    assert lines[-2].split() == ["total", "1,007,590", "1,329,000"]
+    assert lines[0].split() == ["layer", "what", "it", "is", "output", "neurons", "parameters", "connections", "MAC"]
+    assert lines[-2].split() == ["total", "1,007,590", "1,337,270", "1,329,000"]
+
+
+def test_the_numbers_of_an_image_are_printed(run: str, capsys: pytest.CaptureFixture[str]) -> None:
+    *lines, _ = draw(Pixels(image=3), capsys)
+    config = load_model(Path(run, "export", "best")).config
+    expected = plots._read_data(config, None).test.images[3].tolist()
+    assert [[int(number) for number in line.split()] for line in lines] == expected
 
 
 @pytest.mark.parametrize(
@@ -210,8 +231,10 @@ def test_the_table_of_layers_is_printed(run: str, capsys: pytest.CaptureFixture[
         (Samples(recipe="smoke", place=Place(run="bare")), "--run and --recipe: give one of them"),
         (Architecture(recipe="smoke", model="mlp"), "--run, --recipe, --model: give one of them"),
         (Samples(augmented=True), "--augmented: smoke trains on its images as they are"),
-        (Features(image=360), r"--image 360: must lie in 0\.\.359"),
-        (Features(image=-1), r"--image -1: must lie in 0\.\.359"),
+        (Features(image=(0, 360)), r"--image 360: must lie in 0\.\.359"),
+        (Features(image=()), "--image: name an image"),
+        (Pixels(image=360), r"--image 360: must lie in 0\.\.359"),
+        (Features(image=(-1,)), r"--image -1: must lie in 0\.\.359"),
         (Curves(out="picture.gif"), r"--out picture.gif: must end in \.png, \.pdf, \.svg"),
         (Confusion(place=Place(out="picture")), "--out picture: must end in"),
     ],
