@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from mnist.data.transforms import BatchTransform
 from mnist.doctor.checkup import Check, Fact, Judgement, Patient, judge_equal, short_hash
 from mnist.models import build_model, seed_initial_weights
-from mnist.runs.checkpoint_files import module_tensors
+from mnist.runs.live_state import module_tensors
 from mnist.training.losses import build_loss
 from mnist.training.optim import build_optimizer
 from mnist.training.step import wait_for_device

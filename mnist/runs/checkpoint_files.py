@@ -1,12 +1,10 @@
-"""Checkpoints: complete or not there, checked before they are believed, and free of pickles.
+"""Checkpoints: written whole or not at all, checked before they are used, and free of pickles.
 
 In: tensors and plain numbers from rank 0. Out: one directory per checkpoint,
 
     checkpoints/step-00000235/
-        model.safetensors       weights and buffers
-        ema.safetensors         their moving average, where there is one
-        optimizer.safetensors   "<parameter index>.<name>" -> tensor
-        manifest.json           format, step, configuration, loop state, scores; size and sha256 of every other file
+        state.safetensors   "model.<name>", "ema.<name>" (where there is one), "optimizer.<parameter index>.<name>"
+        manifest.json       format, step, configuration, loop state, scores; size and sha256 of state.safetensors
 
 written under a temporary name, flushed, closed by the manifest, then renamed. Only rank 0 touches the disk.
 """
@@ -19,30 +17,41 @@ import hashlib
 import json
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import safetensors.torch
-import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
-from mnist.config import TrainConfig, fields_on_resume, to_flat
+from mnist.config import from_flat, to_flat
 from mnist.errors import RunError, UserError
-from mnist.system.files import flush, write_and_flush, write_json
+from mnist.runs.records import ScoreRecord, check_record
+from mnist.system.files import (
+    RecordError,
+    flush,
+    read_json,
+    read_regular,
+    refuse_symlink,
+    remove_leftovers,
+    temporary_path,
+    write_and_flush,
+    write_json,
+)
+from mnist.training.loop import TrainState
+from mnist.training.metrics import TRAIN_METRICS
 from mnist.training.plan import Plan
 
-FORMAT_VERSION = 2
-MANIFEST = "manifest.json"
+FORMAT_VERSION = 3
+MANIFEST, TENSORS, RECORDS = "manifest.json", "state.safetensors", "metrics.jsonl"
+MAX_TENSOR_BYTES = 4 << 30
 _NAME = re.compile(r"step-(\d{8})")
-
-LENGTH_BOUND_SCHEDULES = ("cosine", "one_cycle")
 
 
 class CheckpointError(RunError):
-    """A checkpoint that cannot be written, or not be believed. The message names the path."""
+    """A checkpoint cannot be written, or cannot be used. The message names the path."""
 
 
 @dataclass
@@ -51,13 +60,14 @@ class Checkpoint:
 
     Attributes:
         step: optimizer steps done.
-        tensors: file stem ("model", "ema", "optimizer") -> name -> tensor.
-        loop: `training.loop.TrainState` as a dictionary.
+        tensors: "model", "ema" and "optimizer" -> name -> tensor; after loading all three are there, maybe empty.
+        loop: `TrainState` as a dictionary.
         scaler: state of the fp16 gradient scaler, or None.
         config: the configuration, flat.
-        plan: the plan, as a dictionary.
+        plan: `Plan` as a dictionary.
         facts: what the result depends on besides the configuration: data files, precision, threads.
         scores: the scores of the evaluation at this step, by split; empty where there was none.
+        num_records: lines of metrics.jsonl at that time; `save_checkpoint` counts them.
     """
 
     step: int
@@ -68,49 +78,98 @@ class Checkpoint:
     plan: dict[str, Any]
     facts: dict[str, Any]
     scores: dict[str, dict[str, float]] = field(default_factory=dict)
+    num_records: int = 0
+
+
+class _ScalerState(TypedDict):
+    scale: float
+    growth_factor: float
+    backoff_factor: float
+    growth_interval: int
+    _growth_tracker: int
+
+
+@dataclass(frozen=True)
+class _Manifest:
+    """The types in manifest.json: a `Checkpoint` without its tensors, and what is known about state.safetensors."""
+
+    format_version: int
+    step: int
+    loop: TrainState
+    scaler: _ScalerState | None
+    config: dict[str, Any]
+    plan: Plan
+    facts: dict[str, Any]
+    scores: dict[str, ScoreRecord]
+    num_records: int
+    num_bytes: int
+    tensors_sha256: str
+    sha256: str
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.step == self.loop.step:
+            raise ValueError(f"step must be that of the loop, {self.loop.step}, not {self.step}")
+        for sums in (self.loop.interval_sums, self.loop.epoch_sums, self.loop.run_sums):
+            if sums.totals.keys() != TRAIN_METRICS.keys():
+                raise ValueError(f"loop: sums of {', '.join(sums.totals)}, not of {', '.join(TRAIN_METRICS)}")
+        if self.loop.best is not None and not {"step", "accuracy"} <= self.loop.best.keys():
+            raise ValueError("loop.best must have a step and an accuracy")
+        if not 0 <= self.num_bytes <= MAX_TENSOR_BYTES:
+            raise ValueError(f"num_bytes must lie in [0, {MAX_TENSOR_BYTES}], not {self.num_bytes}")
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep_last: int, keep_best: int) -> Path:
     """Writes a checkpoint into `folder` and then removes those that neither `keep_last` nor `keep_best` protects.
 
+    The records of the run, metrics.jsonl beside `folder`, are flushed before: the checkpoint continues them.
+
     Raises:
         CheckpointError: it could not be written; earlier checkpoints are untouched.
+        UserError: `folder` is a symbolic link.
     """
     final = folder / f"step-{checkpoint.step:08d}"
-    temporary = folder / f".tmp-{final.name}"
-    for leftover in folder.glob(".tmp-*"):  # of a start that was killed while it wrote or removed one
-        shutil.rmtree(leftover, ignore_errors=True)
+    temporary = temporary_path(final)
+    refuse_symlink(folder)
+    remove_leftovers(folder)
     try:
-        if not final.exists():  # else: this step was saved before, and a step is the same every time
-            temporary.mkdir(parents=True)
-            _write(temporary, checkpoint)
-            temporary.rename(final)
-            flush(folder)
+        temporary.mkdir(parents=True)
+        _write(temporary, checkpoint, _flush_records(folder.parent / RECORDS))
+        if final.exists():  # a broken one, which a resume has skipped
+            final.rename(temporary_path(folder / f"old-{final.name}"))
+        temporary.rename(final)
+        flush(folder)
+        flush(folder.parent)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{final}: not written ({error}); earlier checkpoints are intact; free some space, or fix the folder, and "
             f"start the same command again"
         ) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    _prune(folder, keep_last, keep_best)
+        remove_leftovers(folder)
+    _prune(folder, checkpoint.step, keep_last, keep_best)
     return final
 
 
-def _write(folder: Path, checkpoint: Checkpoint) -> None:
-    files = {}
-    for stem, tensors in checkpoint.tensors.items():
-        content = _serialise(tensors)
-        write_and_flush(folder / f"{stem}.safetensors", content)
-        files[f"{stem}.safetensors"] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+def _flush_records(path: Path) -> int:
+    """Waits until the disk has the records; returns their number."""
+    if path.exists():
+        flush(path)
+    return _count_records(path)
+
+
+def _count_records(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def _write(folder: Path, checkpoint: Checkpoint, num_records: int) -> None:
+    tensors = {f"{g}.{name}": t.contiguous() for g, group in checkpoint.tensors.items() for name, t in group.items()}
+    content = safetensors.torch.save(tensors)
+    write_and_flush(folder / TENSORS, content)
     numbers = {f.name: getattr(checkpoint, f.name) for f in dataclasses.fields(checkpoint) if f.name != "tensors"}
-    manifest = {"format_version": FORMAT_VERSION, **numbers, "files": files}
+    manifest = {"format_version": FORMAT_VERSION, **numbers, "num_records": num_records, "num_bytes": len(content)}
+    manifest["tensors_sha256"] = hashlib.sha256(content).hexdigest()
     manifest["sha256"] = _digest(manifest)
-    write_json(folder / MANIFEST, manifest)  # the last file: it vouches for the others, and for itself
-
-
-def _serialise(tensors: dict[str, Tensor]) -> bytes:
-    return safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()})
+    write_json(folder / MANIFEST, manifest)  # the last file: it vouches for the other one, and for itself
 
 
 def _digest(manifest: dict[str, Any]) -> str:
@@ -118,24 +177,21 @@ def _digest(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
-def _prune(folder: Path, keep_last: int, keep_best: int) -> None:
-    steps = list_steps(folder)
-    scores = {step: _val_accuracy(path) for step, path in steps.items()}
-    ranked = sorted((step for step in steps if scores[step] >= 0), key=lambda step: (-scores[step], step))
+def _prune(folder: Path, newest: int, keep_last: int, keep_best: int) -> None:
+    steps = {step: path for step, path in list_steps(folder).items() if step <= newest}  # later ones are broken
+    accuracies = {step: _val_accuracy(path) for step, path in steps.items()}
+    ranked = sorted((step for step in steps if accuracies[step] >= 0), key=lambda step: (-accuracies[step], step))
     keep = {*sorted(steps)[-keep_last:], *ranked[:keep_best]}
-    for step, path in steps.items():
-        if step not in keep:
-            with contextlib.suppress(OSError):  # one checkpoint too many is no reason to end a run
-                doomed = path.rename(folder / f".tmp-old-{path.name}")  # half a checkpoint has no final name
-                shutil.rmtree(doomed)
+    for path in [path for step, path in steps.items() if step not in keep]:
+        with contextlib.suppress(OSError):  # one checkpoint too many is no reason to end a run
+            shutil.rmtree(path.rename(temporary_path(path)))  # half a checkpoint has no final name
 
 
 def _val_accuracy(path: Path) -> float:
-    try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
-        return float(manifest["scores"]["val"]["accuracy"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return -1.0
+    with contextlib.suppress(CheckpointError):
+        scores = _read_manifest(path)["scores"]
+        return float(scores["val"]["accuracy"]) if "val" in scores else -1.0
+    return -1.0
 
 
 def list_steps(folder: Path) -> dict[int, Path]:
@@ -146,8 +202,14 @@ def list_steps(folder: Path) -> dict[int, Path]:
     return {int(match[1]): path for match, path in matches if match and path.is_dir() and not path.is_symlink()}
 
 
-def load_newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest valid checkpoint in `folder`, and a line about each newer one that had to be passed over.
+def load_newest(
+    folder: Path, check: Callable[[Checkpoint], object] = lambda _: None
+) -> tuple[Checkpoint | None, list[str]]:
+    """The newest valid checkpoint in `folder`, and a line about each newer one that was skipped.
+
+    Args:
+        folder: of all checkpoints.
+        check: is called with each candidate; where it raises a CheckpointError, that one is skipped, too.
 
     Raises:
         CheckpointError: there are checkpoints and none is valid. Starting over silently would look like a resume.
@@ -155,9 +217,12 @@ def load_newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     skipped: list[str] = []
     for _, path in sorted(list_steps(folder).items(), reverse=True):
         try:
-            return load_checkpoint(path), skipped
+            checkpoint = load_checkpoint(path)
+            check(checkpoint)
         except CheckpointError as error:
             skipped.append(str(error))
+        else:
+            return checkpoint, skipped
     if skipped:
         raise CheckpointError(
             f"no valid checkpoint in {folder} (start over with --resume never): " + "; ".join(skipped)
@@ -166,105 +231,59 @@ def load_newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Reads a checkpoint, after its manifest has been checked against every file.
+    """Reads a checkpoint: its manifest, checked, and its tensors, checked against the manifest.
 
     Raises:
-        CheckpointError: a file is missing, cut, changed or not listed; the message names it.
+        CheckpointError: a file is missing, cut, changed, or not what this program writes; the message names it.
     """
+    manifest = _read_manifest(path)
+    numbers = {f.name: manifest[f.name] for f in dataclasses.fields(Checkpoint) if f.name != "tensors"}
+    return Checkpoint(tensors=_read_tensors(path / TENSORS, manifest), **numbers)
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
     try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
-        if manifest["format_version"] != FORMAT_VERSION:
-            raise CheckpointError(f"{path}: format {manifest['format_version']}, this program reads {FORMAT_VERSION}")
-        if manifest["sha256"] != _digest(manifest):
-            raise CheckpointError(f"{path / MANIFEST}: changed since it was written (its sha256 differs)")
-        tensors = {}
-        for name, facts in manifest["files"].items():
-            if not re.fullmatch(r"(model|ema|optimizer)\.safetensors", name):
-                raise CheckpointError(f"{path}: the manifest lists {name!r}, which is no part of a checkpoint")
-            content = (path / name).read_bytes()
-            if len(content) != facts["size"]:
-                raise CheckpointError(f"{path / name}: {len(content):,} bytes, the manifest says {facts['size']:,}")
-            if hashlib.sha256(content).hexdigest() != facts["sha256"]:
-                raise CheckpointError(f"{path / name}: changed since it was written (its sha256 differs)")
-            tensors[name.removesuffix(".safetensors")] = safetensors.torch.load(content)
-        numbers = {f.name: manifest[f.name] for f in dataclasses.fields(Checkpoint) if f.name != "tensors"}
-        return Checkpoint(tensors=tensors, **numbers)
+        refuse_symlink(path)
+        manifest = read_json(path)
+        if not manifest:
+            raise CheckpointError(f"{path}: missing or empty")
+        if manifest.get("format_version") != FORMAT_VERSION:
+            found = str(manifest.get("format_version"))[:20]
+            raise CheckpointError(f"{folder}: format {found}, this version of the program reads {FORMAT_VERSION} only")
+        if manifest.get("sha256") != _digest(manifest):
+            raise CheckpointError(f"{path}: changed since it was written (its sha256 differs)")
+        check_record(path, manifest, _Manifest, complete=True)
+        return manifest | {"config": to_flat(from_flat(manifest["config"]))}
+    except (RecordError, UserError, TypeError, RecursionError) as error:
+        where = "" if str(path) in str(error) else f"{path}: "
+        raise CheckpointError(f"{where}{error}"[:300]) from error
+
+
+def _read_tensors(path: Path, manifest: dict[str, Any]) -> dict[str, dict[str, Tensor]]:
+    groups: dict[str, dict[str, Tensor]] = {"model": {}, "ema": {}, "optimizer": {}}
+    try:
+        refuse_symlink(path)
+        content = read_regular(path, manifest["num_bytes"])
+        if len(content) != manifest["num_bytes"]:
+            raise CheckpointError(f"{path}: {len(content):,} bytes, the manifest says {manifest['num_bytes']:,}")
+        if hashlib.sha256(content).hexdigest() != manifest["tensors_sha256"]:
+            raise CheckpointError(f"{path}: changed since it was written (its sha256 differs)")
+        for key, tensor in safetensors.torch.load(content).items():
+            group, _, name = key.partition(".")
+            groups[group][name] = tensor
+    except (RecordError, UserError) as error:
+        raise CheckpointError(str(error)) from error
     except FileNotFoundError as error:
-        raise CheckpointError(f"{error.filename}: missing") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: not readable as a checkpoint ({type(error).__name__}: {error})") from error
+        raise CheckpointError(f"{path}: missing") from error
+    except (OSError, KeyError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: not the tensors of a checkpoint ({error})") from error
+    return groups
 
 
-def check_same_run(old: dict[str, Any], config: TrainConfig) -> None:
-    """Whether a run with the flat configuration `old` is the one that `config` describes.
-
-    Raises:
-        UserError: it is another one. Names the fields with both values.
-    """
-    new = to_flat(config)
-    differing = [name for name in fields_on_resume("fixed") if old.get(name) != new[name]]
-    if differing:
-        listed = ", ".join(f"--{n.replace('_', '-')} was {old.get(n)}, now {new[n]}" for n in differing)
-        place = f"--run-dir {config.output.run_dir}: " if config.output.run_dir else ""
-        raise UserError(
-            f"{place}this run (recipe {old.get('recipe')}) has another configuration: {listed}; "
-            "use --resume never to start over, or another --run-dir"
-        )
-
-
-def check_compatible(checkpoint: Checkpoint, config: TrainConfig, plan: Plan, facts: dict[str, Any]) -> list[str]:
-    """Whether `checkpoint` may continue under `config` and `plan`; returns notes on what changes from here on.
-
-    Raises:
-        UserError: it would be another run, or its schedule does not fit the new length.
-    """
-    check_same_run(checkpoint.config, config)
-    old, new, done = checkpoint.config, to_flat(config), checkpoint.step
-    old_steps = checkpoint.plan["num_steps"]
-    if checkpoint.facts["data_files"] != facts["data_files"]:
-        raise UserError("the data files have changed since this run began; use --resume never to start over")
-    bound = [name for name in (old["schedule"], new["schedule"]) if name in LENGTH_BOUND_SCHEDULES]
-    if plan.num_steps != old_steps and bound:
-        raise UserError(
-            f"--epochs/--max-steps: the {bound[0]} schedule was laid out for {old_steps} steps and cannot go on "
-            f"to {plan.num_steps}; use --resume never to start over"
-        )
-    if plan.num_steps < done:
-        raise UserError(f"--epochs/--max-steps: {plan.num_steps} steps, but the checkpoint has done {done}")
-    noted = (*fields_on_resume("noted"), *fields_on_resume("course"))
-    notes = [f"{name} {old.get(name)} -> {new[name]}" for name in noted if old.get(name) != new[name]]
-    notes += [f"{name} {was} -> {facts[name]}" for name, was in checkpoint.facts.items() if was != facts[name]]
-    if plan.accumulation_steps != checkpoint.plan["accumulation_steps"]:
-        notes.append(f"accumulation {checkpoint.plan['accumulation_steps']} -> {plan.accumulation_steps}")
-    if plan.world_size != checkpoint.plan["world_size"]:
-        notes.append(f"processes {checkpoint.plan['world_size']} -> {plan.world_size} (same global batches)")
-    return notes
-
-
-def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
-    """The optimizer's moments as "<parameter index>.<name>" -> tensor; all else about it is configuration."""
-    state = optimizer.state_dict()["state"]
-    return {
-        f"{index}.{name}": value.detach().cpu()
-        for index, values in state.items()
-        for name, value in values.items()
-        if isinstance(value, Tensor)
-    }
-
-
-def restore_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Puts moments back, in the memory layout of their parameters: fused kernels take equal layouts for granted."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, saved in tensors.items():
-        index, name = key.split(".", 1)
-        parameter = parameters[int(index)]
-        is_moment = saved.shape == parameter.shape and saved.dim() > 0
-        value = torch.empty_like(parameter, dtype=saved.dtype, device="cpu").copy_(saved) if is_moment else saved
-        state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-
-
-def module_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Weights and buffers of a bare module, on the CPU."""
-    return {name: tensor.detach().cpu() for name, tensor in module.state_dict().items()}
+def missing_records(checkpoint: Checkpoint, path: Path) -> str | None:
+    """A line about the records that metrics.jsonl (`path`) has lost since the checkpoint was saved, if any."""
+    expected, found = checkpoint.num_records, _count_records(path)
+    if found >= expected:
+        return None
+    return f"{path}: {expected - found} of {expected} records up to step {checkpoint.step} are lost; curves have a gap"

@@ -93,7 +93,7 @@ def read_config(path: Path) -> TrainConfig:
     try:
         return from_flat(content)
     except (UserError, TypeError, RecursionError) as error:
-        raise RecordError(f"{path}: {error}") from error
+        raise RecordError(f"{path}: {error}"[:300]) from error
 
 
 def check_record(path: Path, content: Any, kind: type[T], *, complete: bool) -> T:
@@ -124,7 +124,7 @@ def _convert(value: Any, hint: Any, field: str, complete: bool) -> Any:
     if origin is list:
         _require(isinstance(value, list), field, "a list", value)
         return [_convert(item, parts[0], f"{field}[{index}]", complete) for index, item in enumerate(value)]
-    if origin is dict:
+    if origin in (dict, Mapping):
         _require(isinstance(value, dict), field, "an object", value)
         return {name: _convert(item, parts[1], f"{field}.{name}".lstrip("."), complete) for name, item in value.items()}
     if dataclasses.is_dataclass(hint) or is_typeddict(hint):

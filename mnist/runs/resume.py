@@ -12,20 +12,10 @@ from typing import Any
 
 from mnist.config import TrainConfig, fields_on_resume, to_flat
 from mnist.errors import RunError, UserError
-from mnist.runs.checkpoint_files import (
-    LENGTH_BOUND_SCHEDULES,
-    MANIFEST,
-    Checkpoint,
-    check_compatible,
-    check_same_run,
-    list_steps,
-    load_checkpoint,
-    load_newest,
-    module_tensors,
-    optimizer_tensors,
-    restore_optimizer,
-)
+from mnist.runs.checkpoint_files import MANIFEST, Checkpoint, list_steps, load_checkpoint, load_newest
+from mnist.runs.compatibility import LENGTH_BOUND_SCHEDULES, check_compatible, check_same_run
 from mnist.runs.directory import RunDir, is_restart, resume_mode
+from mnist.runs.live_state import module_tensors, optimizer_tensors, restore_optimizer
 from mnist.training.loop import TrainState
 from mnist.training.metrics import Scores
 from mnist.training.plan import Plan

@@ -31,12 +31,12 @@ from mnist.runs.checkpoint_files import (
     Checkpoint,
     CheckpointError,
     load_checkpoint,
-    module_tensors,
     save_checkpoint,
 )
 from mnist.runs.console import Console
 from mnist.runs.directory import RunDir, is_restart, open_run_dir, resume_mode
 from mnist.runs.export import export_model
+from mnist.runs.live_state import module_tensors
 from mnist.runs.report import hardware_warnings
 from mnist.runs.tracking.sink import Hint
 from mnist.runs.tracking.tensorboard import TensorBoardRun

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import pickle
@@ -27,6 +28,7 @@ from mnist.runs import run as run_module
 from mnist.runs.run import Run
 from mnist.system import signals
 from mnist.system.drills import inject
+from mnist.system.files import remove_leftovers
 from mnist.training.plan import build_plan
 from tests.launch.test_launch import LONG, has_records, wait_until
 from tests.processes import CONFIGURED, TORCHRUN, Finished, finish, left_behind, started, train
@@ -73,6 +75,8 @@ def test_a_process_killed_at_any_point_of_a_save_leaves_a_whole_checkpoint(tmp_p
         assert found is not None
         assert not skipped
         outcomes.append(found.step)
+        remove_leftovers(folder)
+        assert {path.name for path in folder.iterdir()} <= {"step-00000001", "step-00000002"}
         checkpoint_files.save_checkpoint(folder, make_checkpoint(3), 1, 0)
         assert sorted(checkpoint_files.list_steps(folder)) == [3], "whatever was left does not disturb the next save"
         if not died:
@@ -87,7 +91,7 @@ class Payload:
         return (os.system, ("touch executed",))
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "manifest.json"])
+@pytest.mark.parametrize("name", ["state.safetensors", "manifest.json"])
 def test_a_pickle_in_a_checkpoint_is_never_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.chdir(tmp_path)
     path = checkpoint_files.save_checkpoint(tmp_path, make_checkpoint(1), 1, 0)
@@ -95,7 +99,7 @@ def test_a_pickle_in_a_checkpoint_is_never_executed(tmp_path: Path, monkeypatch:
     (path / name).write_bytes(content)
     if name != "manifest.json":  # an attacker would mend the manifest too
         manifest = json.loads((path / "manifest.json").read_text())
-        manifest["files"][name] = {"size": len(content), "sha256": checkpoint_files.hashlib.sha256(content).hexdigest()}
+        manifest |= {"num_bytes": len(content), "tensors_sha256": hashlib.sha256(content).hexdigest()}
         manifest["sha256"] = checkpoint_files._digest(manifest)
         (path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(checkpoint_files.CheckpointError):

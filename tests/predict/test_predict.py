@@ -19,8 +19,8 @@ from mnist.models import build_model
 from mnist.predict.__main__ import UNSURE, Options, find_pictures, main, predict
 from mnist.predict.digit_image import see_digit
 from mnist.recipes import RECIPES
-from mnist.runs.checkpoint_files import module_tensors
 from mnist.runs.export import export_model, load_model
+from mnist.runs.live_state import module_tensors
 from tests.processes import PYTHON, ROOT, finish, train
 
 REAL_DIR = os.environ.get("MNIST_DATA_DIR", "")

@@ -12,8 +12,8 @@ from mnist.config import evolve, to_flat
 from mnist.errors import RunError, UserError
 from mnist.models import build_model
 from mnist.recipes import RECIPES
-from mnist.runs.checkpoint_files import module_tensors
 from mnist.runs.export import export_model, find_export, load_model
+from mnist.runs.live_state import module_tensors
 
 
 def exported(folder: Path, recipe: str = "smoke") -> torch.nn.Module:

@@ -174,7 +174,7 @@ def test_a_damaged_result_is_one_line_that_names_the_field(
         ({"lr": [[1]]}, "--lr .*: must be a finite number"),
         ({"model": {"a": 1}}, "--model .*: unknown"),
         ({"colour": 1}, "unknown configuration field: colour"),
-        ({**to_flat(TrainConfig()), "epochs": 0}, "--epochs 0: must be 1 or more"),
+        ({**to_flat(TrainConfig()), "epochs": 0}, "--epochs 0: must lie in"),
     ],
 )
 def test_a_damaged_configuration_is_one_line_that_names_the_field(tmp_path: Path, content: Any, message: str) -> None:

@@ -258,7 +258,7 @@ def test_a_refused_resume_changes_nothing(tmp_path: Path) -> None:
 def test_a_broken_checkpoint_is_replaced_when_its_step_comes_again(tmp_path: Path) -> None:
     arguments = [*SMALL, "--schedule", "constant"]
     run_ranks(run, 1, tmp_path, *arguments, "--epochs", "2")
-    broken = tmp_path / "checkpoints" / "step-00000046" / "model.safetensors"
+    broken = tmp_path / "checkpoints" / "step-00000046" / "state.safetensors"
     broken.write_bytes(broken.read_bytes()[:-1])
     assert run_ranks(run, 1, tmp_path, *arguments, "--keep-last", "3") == [0]
     found, skipped = load_newest(tmp_path / "checkpoints")
