@@ -63,7 +63,7 @@ class Console:
         name, numbers = TextColumn("{task.description}"), TextColumn("{task.fields[numbers]}")
         columns = (name, BarColumn(bar_width=None), MofNCompleteColumn(), numbers, TimeRemainingColumn(compact=True))
         self._bar = Progress(*columns, expand=True)
-        self._live = Live(console=self._err, get_renderable=self._render, transient=True, refresh_per_second=10)
+        self._live = Live(console=self._err, get_renderable=self._render, transient=True, refresh_per_second=5)
 
     def __enter__(self) -> Self:
         return self
@@ -114,7 +114,7 @@ class Console:
     def start_progress(
         self, num_steps: int, current_step: Callable[[], int], epoch_steps: float, *, best: float = 0.0, loss: str = ""
     ) -> None:
-        """Begins the bar. The thread that draws it calls `current_step`, for the steps done, ten times a second.
+        """Begins the bar. The thread that draws it calls `current_step`, for the steps done, five times a second.
 
         `best` is the accuracy that earlier starts of the run have reached, `loss` the name of the training loss.
         """
