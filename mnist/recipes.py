@@ -142,7 +142,7 @@ def fast() -> TrainConfig:
             warmup=0.3,
             label_smoothing=0.1,
         ),
-        loop=LoopConfig(epochs=1, global_batch_size=384, log_every=25),
+        loop=LoopConfig(epochs=1, global_batch_size=384, eval_every=40, log_every=25),
     )
 
 
