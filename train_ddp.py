@@ -38,7 +38,8 @@ from mnist.runs.console import Console
 from mnist.runs.run import Run
 from mnist.runs.tracking.tracker import tracker_names
 from mnist.system import drills, ranks
-from mnist.system.accelerator import open_accelerator, resolve_accumulation_steps
+from mnist.system.accelerator import open_accelerator
+from mnist.system.launcher import fill_in
 from mnist.training.build import build_train_step
 from mnist.training.loop import train_one_epoch
 from mnist.training.plan import build_plan
@@ -48,6 +49,7 @@ def main(config: TrainConfig, console: Console | None = None) -> int:
     """One run on every rank. Returns the exit code: 0 finished, 1 failed, 2 wrong usage, 75 preempted."""
     console = console or Console(quiet=config.output.quiet)
     try:
+        config = fill_in(config)
         with console, open_accelerator(config.runtime, tracker_names(config.output)) as accelerator:
             return train(config, accelerator, console)
     except (UserError, RunError) as error:
@@ -67,8 +69,7 @@ def train(config: TrainConfig, accelerator: Accelerator, console: Console) -> in
     dataset = together(lambda: datasets.read(choice.name, config.data), on="all").to(accelerator.device)
     ranks.require_agreement(accelerator, data_files=dataset.fingerprint, seed=config.loop.seed, recipe=config.recipe)
 
-    accumulation_steps = resolve_accumulation_steps(config.loop.gradient_accumulation_steps)
-    plan = build_plan(config, len(dataset.train), accelerator.num_processes, accumulation_steps)
+    plan = build_plan(config, len(dataset.train), accelerator.num_processes, config.loop.gradient_accumulation_steps)
     train_loader = TrainLoader(
         dataset.train,
         global_batch_size=plan.global_batch_size,

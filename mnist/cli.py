@@ -24,7 +24,7 @@ import yaml
 from mnist.config import DataConfig, TrainConfig, check_choice, evolve, sections, to_flat, user_path
 from mnist.errors import RunError, UserError, is_first_rank, print_error
 from mnist.recipes import RECIPES, list_recipes
-from mnist.system import process
+from mnist.system import launcher, process
 
 _DESCRIPTION = """Trains an MNIST digit recogniser with Accelerate: on a CPU, a GPU, or many.
 
@@ -77,6 +77,7 @@ def parse_command_line(argv: Sequence[str] | None = None) -> TrainConfig:
     """
     with _errors_in_one_line():
         process.check_surroundings()
+        launcher.check_variables()
         typed = _read_tokens(sys.argv[1:] if argv is None else argv)
         file = typed.pop("config", None)
         asked = {name for name in ("help", "list_recipes", "print_config") if typed.pop(name, False)}
@@ -127,6 +128,7 @@ def parse_options(options: type[T], command: str, description: str | None, *, ha
             os.environ.pop(name, None)
     with _errors_in_one_line():
         process.check_surroundings()
+        launcher.check_variables()
         with contextlib.nullcontext() if is_first_rank() else contextlib.redirect_stderr(io.StringIO()):
             return tyro.cli(
                 options,

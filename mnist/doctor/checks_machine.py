@@ -29,9 +29,9 @@ from mnist.doctor.checkup import Check, Fact, Judgement, Patient, by_host, judge
 from mnist.runs.console import count
 from mnist.runs.tracking import wandb
 from mnist.system import process, ranks
-from mnist.system.accelerator import resolve_accumulation_steps
 from mnist.system.environment import device_name, launcher
 from mnist.system.files import write_and_flush
+from mnist.system.launcher import fill_in
 
 ROOT = Path(__file__).parents[2]
 FIELDS_OF_A_NODE = {"data_dir", "run_dir"}  # of the configuration; may differ between ranks
@@ -60,10 +60,8 @@ def measure_code(_: Patient) -> dict[str, str]:
 
 def measure_configuration(patient: Patient) -> dict[str, Any]:
     """What this rank's command line and environment come to."""
-    flat = {name: value for name, value in to_flat(patient.config).items() if name not in FIELDS_OF_A_NODE}
-    accumulation_steps = resolve_accumulation_steps(patient.config.loop.gradient_accumulation_steps)
-    executed = {"mixed_precision": patient.accelerator.mixed_precision, "accumulation_steps": accumulation_steps}
-    return {**flat, **executed}
+    flat = {name: value for name, value in to_flat(fill_in(patient.config)).items() if name not in FIELDS_OF_A_NODE}
+    return {**flat, "mixed_precision": patient.accelerator.mixed_precision}
 
 
 def measure_data(patient: Patient) -> dict[str, str]:

@@ -43,7 +43,7 @@ from mnist.runs.tracking.tensorboard import TensorBoardRun
 from mnist.runs.tracking.tracker import Tracker
 from mnist.runs.tracking.wandb import wandb_mode
 from mnist.system import ranks, signals
-from mnist.system.accelerator import is_out_of_memory
+from mnist.system.accelerator import executed_precision, is_out_of_memory
 from mnist.system.environment import describe_environment, peak_memory_mb
 from mnist.system.files import write_json
 from mnist.system.watchdog import Watchdog
@@ -117,7 +117,7 @@ class Run:
             "seed": self.config.loop.seed,
             "num_params": count_parameters(self.model),
             "world_size": self.accelerator.num_processes,
-            "precision": {"no": "fp32"}.get(self.accelerator.mixed_precision, self.accelerator.mixed_precision),
+            "precision": executed_precision(self.accelerator),
             "evaluation": self.config.loop.evaluation,
         }
         self.tracker = Tracker(None, self.dataset.name, self.console.warn)

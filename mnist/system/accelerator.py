@@ -14,6 +14,7 @@ from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     GradientAccumulationPlugin,
@@ -22,7 +23,8 @@ from accelerate.utils import (
 from torch.optim import Optimizer
 
 from mnist.config import RuntimeConfig
-from mnist.errors import MachineError, UserError
+from mnist.errors import MachineError
+from mnist.system.launcher import fill_in_runtime
 from mnist.system.process import num_usable_cores
 
 
@@ -34,7 +36,7 @@ def open_accelerator(config: RuntimeConfig, trackers: Sequence[str] = ()) -> Ite
     longer than the group can hang: freeing the model then frees the group as well, and waits for gloo's threads with
     Python's global lock held, for which one of them may be waiting. So the models go first.
     """
-    accelerator = None
+    accelerator, is_first = None, not PartialState._shared_state  # a notebook may have its own
     try:
         accelerator = build_accelerator(config, trackers)
         yield accelerator
@@ -46,6 +48,9 @@ def open_accelerator(config: RuntimeConfig, trackers: Sequence[str] = ()) -> Ite
             accelerator.free_memory()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+        if is_first:  # a later run in this process may have another precision
+            AcceleratorState._reset_state(reset_partial_state=True)
+            GradientState._reset_state()
 
 
 def build_accelerator(config: RuntimeConfig, trackers: Sequence[str] = ()) -> Accelerator:
@@ -57,10 +62,10 @@ def build_accelerator(config: RuntimeConfig, trackers: Sequence[str] = ()) -> Ac
     Raises:
         MachineError: fp16 on a CPU, more processes than GPUs, or ranks that would each believe they are alone.
     """
+    config = fill_in_runtime(config)
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    cpu = config.cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true") or not _has_accelerator()
-    precision = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if cpu and precision == "fp16":
+    cpu = config.cpu or not _has_accelerator()
+    if cpu and config.mixed_precision == "fp16":
         raise MachineError("--mixed-precision fp16: needs a GPU; on a CPU choose bf16 or no")
     if not cpu and torch.cuda.is_available() and local_world_size > torch.cuda.device_count():
         raise MachineError(
@@ -88,7 +93,7 @@ def build_accelerator(config: RuntimeConfig, trackers: Sequence[str] = ()) -> Ac
     if promised != accelerator.num_processes:
         raise MachineError(
             f"the launcher announces {promised} processes, but Accelerate sees {accelerator.num_processes}: "
-            f"each would train alone; set LOCAL_RANK and MASTER_ADDR, or use accelerate launch or torchrun"
+            f"each would train alone; use accelerate launch or torchrun, or unset RANK and WORLD_SIZE"
         )
     return accelerator
 
@@ -129,17 +134,20 @@ def _set_determinism(deterministic: bool) -> None:
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # it costs a fill per `empty`, and nothing here reads such memory
     torch.backends.cudnn.deterministic = deterministic
+    torch.backends.cudnn.benchmark = not deterministic  # batches have one shape, so that trying all kernels pays
     torch.backends.cuda.matmul.allow_tf32 = not deterministic
     torch.backends.cudnn.allow_tf32 = not deterministic
 
 
-def resolve_accumulation_steps(requested: int) -> int:
-    """--gradient-accumulation-steps, else the launcher's setting, else 1."""
-    from_launcher = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
-    if not requested and not (from_launcher.isdecimal() and int(from_launcher) > 0):
-        raise UserError(f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS={from_launcher}: must be a number of 1 or more")
-    return requested or int(from_launcher)
+def executed_precision(accelerator: Accelerator) -> str:
+    """The arithmetic of matrix products: fp32, tf32 (fp32 with rounded factors, from Ampere GPUs on), bf16 or fp16."""
+    if accelerator.mixed_precision != "no":
+        return str(accelerator.mixed_precision)
+    device = accelerator.device
+    has_tf32 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return "tf32" if has_tf32 and torch.backends.cuda.matmul.allow_tf32 else "fp32"
 
 
 def prepare_optimizer(accelerator: Accelerator, optimizer: Optimizer) -> Optimizer:

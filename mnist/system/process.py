@@ -24,17 +24,6 @@ with contextlib.suppress(ImportError):  # Windows has none
 
 MIN_COLUMNS = 40
 MIN_OPEN_FILES = 256  # torch, W&B and matplotlib together open some 60; W&B waits for ever where it gets none
-# Variables of launchers and schedulers that are read here -> the least valid value.
-WHOLE_NUMBERS = {
-    "RANK": 0,
-    "LOCAL_RANK": 0,
-    "WORLD_SIZE": 1,
-    "LOCAL_WORLD_SIZE": 1,
-    "MASTER_PORT": 0,
-    "TORCHELASTIC_RESTART_COUNT": 0,
-    "SLURM_RESTART_COUNT": 0,
-    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": 1,
-}
 _CPUINFO, _CGROUPS = Path("/proc/cpuinfo"), Path("/sys/fs/cgroup")
 _V1_NAMES = ("quota", "period")
 TICK_S = 1.0
@@ -52,22 +41,11 @@ def tune() -> None:
 
 
 def check_surroundings() -> None:
-    """Checks what a process inherits: variables of launchers, the working directory, the limit on open files.
-
-    An empty variable counts as unset, and is removed, so that everybody who reads it later agrees.
+    """Checks what a process inherits beside variables: the working directory and the limit on open files.
 
     Raises:
         UserError: names what is wrong and the way out.
     """
-    for name, least in WHOLE_NUMBERS.items():
-        text = os.environ.get(name)
-        if text == "":
-            del os.environ[name]
-        elif text is not None and not (text.isdecimal() and int(text) >= least):
-            raise UserError(f"{name}={text}: must be a whole number of {least} or more; unset it")
-    for rank, size in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
-        if size in os.environ and int(os.environ.get(rank, "0")) >= int(os.environ[size]):
-            raise UserError(f"{rank}={os.environ[rank]}: must be below {size}={os.environ[size]}; unset both")
     try:
         Path.cwd()
     except OSError as error:

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import PartialState
 
 from mnist.config import RuntimeConfig
 from mnist.errors import RunError, UserError
@@ -13,7 +15,7 @@ from mnist.models import seed_initial_weights
 from mnist.runs.report import hardware_warnings
 from mnist.system import accelerator as accelerator_module
 from mnist.system import ranks
-from mnist.system.accelerator import build_accelerator, resolve_accumulation_steps
+from mnist.system.accelerator import build_accelerator, executed_precision, open_accelerator
 from mnist.system.environment import describe_environment
 from mnist.system.process import num_usable_cores
 from tests.ranks import run_ranks
@@ -72,13 +74,55 @@ def test_more_threads_than_cores_are_warned_of(more: int, num_warnings: int) -> 
         assert all(line.startswith(f"--num-threads {share + more}: a process has {share} core") for line in found)
 
 
-@pytest.mark.parametrize(("requested", "launcher", "expected"), [(0, None, 1), (0, "4", 4), (2, "4", 2)])
-def test_accumulation_is_the_launchers_unless_asked_for(
-    monkeypatch: pytest.MonkeyPatch, requested: int, launcher: str | None, expected: int
+def test_two_runs_in_one_process_may_have_different_precisions() -> None:
+    for precision in ("no", "bf16", "no"):
+        with open_accelerator(RuntimeConfig(cpu=True, num_threads=1, mixed_precision=precision)) as accelerator:
+            assert accelerator.mixed_precision == precision
+    assert not PartialState._shared_state
+
+
+def test_the_accelerate_state_of_a_host_program_stays() -> None:
+    own = Accelerator(cpu=True, mixed_precision="no")
+    with open_accelerator(RuntimeConfig(cpu=True, num_threads=1)):
+        pass
+    assert PartialState._shared_state
+    assert own.mixed_precision == "no"
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_determinism_costs_no_fills_and_speed_tries_all_kernels(deterministic: bool) -> None:
+    torch.utils.deterministic.fill_uninitialized_memory = True  # torch's default
+    build_accelerator(RuntimeConfig(cpu=True, num_threads=1, deterministic=deterministic))
+    assert not torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.backends.cudnn.benchmark is not deterministic
+    assert torch.backends.cuda.matmul.allow_tf32 is not deterministic
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(
+    ("mixed_precision", "capability", "deterministic", "expected"),
+    [
+        ("no", None, False, "fp32"),
+        ("no", (8, 0), False, "tf32"),
+        ("no", (9, 0), True, "fp32"),
+        ("no", (7, 5), False, "fp32"),
+        ("bf16", (8, 0), False, "bf16"),
+        ("fp16", (8, 0), False, "fp16"),
+    ],
+)
+def test_the_executed_precision_names_tf32(
+    monkeypatch: pytest.MonkeyPatch,
+    mixed_precision: str,
+    capability: tuple[int, int] | None,
+    deterministic: bool,
+    expected: str,
 ) -> None:
-    if launcher is not None:
-        monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", launcher)
-    assert resolve_accumulation_steps(requested) == expected
+    build_accelerator(RuntimeConfig(cpu=True, num_threads=1, deterministic=deterministic))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    device = torch.device("cuda" if capability else "cpu")
+    fake: Any = SimpleNamespace(mixed_precision=mixed_precision, device=device)
+    assert executed_precision(fake) == expected
+    torch.use_deterministic_algorithms(False)
 
 
 def work_together(on: str) -> object:

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mnist.config import RuntimeConfig, TrainConfig, evolve
+from mnist.errors import UserError
+from mnist.system.launcher import fill_in, fill_in_runtime
+from tests.processes import finish, train
+
+
+@pytest.mark.parametrize(
+    ("variables", "changes"),
+    [
+        ({}, {"mixed_precision": "no", "gradient_accumulation_steps": 1}),
+        ({"ACCELERATE_MIXED_PRECISION": ""}, {"mixed_precision": "no", "gradient_accumulation_steps": 1}),
+        ({"ACCELERATE_MIXED_PRECISION": "BF16"}, {"mixed_precision": "bf16", "gradient_accumulation_steps": 1}),
+        ({"ACCELERATE_MIXED_PRECISION": "FP16"}, {"mixed_precision": "fp16", "gradient_accumulation_steps": 1}),
+        (
+            {"ACCELERATE_USE_CPU": "True", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"},
+            {"cpu": True, "mixed_precision": "no", "gradient_accumulation_steps": 4},
+        ),
+        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ""}, {"mixed_precision": "no", "gradient_accumulation_steps": 1}),
+        ({"ACCELERATE_USE_FSDP": "false"}, {"mixed_precision": "no", "gradient_accumulation_steps": 1}),
+    ],
+)
+def test_the_launcher_s_choices_are_filled_in(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], changes: dict[str, object]
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    filled = fill_in(TrainConfig())
+    assert filled == evolve(TrainConfig(), **changes)
+    assert fill_in(filled) == filled
+
+
+def test_flags_win_over_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    config = evolve(TrainConfig(), mixed_precision="bf16", gradient_accumulation_steps=2)
+    assert fill_in(config) == config
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"ACCELERATE_MIXED_PRECISION": "fp32"}, "ACCELERATE_MIXED_PRECISION fp32: unknown; did you mean no?"),
+        ({"ACCELERATE_MIXED_PRECISION": "fp8"}, "ACCELERATE_MIXED_PRECISION fp8: unknown"),
+        ({"ACCELERATE_MIXED_PRECISION": "nonsense"}, "choose from no, bf16, fp16"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "ACCELERATE_USE_FSDP=true: trains with DDP, not with FSDP"),
+        ({"ACCELERATE_USE_DEEPSPEED": "True"}, "ACCELERATE_USE_DEEPSPEED=True: trains with DDP, not with DeepSpeed"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "1"}, "--config_file accelerate_config.yaml"),
+        ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "not with a parallelism configuration"),
+        ({"ACCELERATE_USE_CPU": "perhaps"}, "ACCELERATE_USE_CPU=perhaps: must be true or false"),
+    ],
+)
+def test_a_setting_that_is_not_supported_is_named(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], words: str
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=words.replace("?", r"\?")):
+        fill_in_runtime(RuntimeConfig())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "FP8"])
+def test_a_wrong_precision_of_the_launcher_is_one_line_before_training(tmp_path: Path, precision: str) -> None:
+    done = finish(train("--recipe", "smoke"), tmp_path, ACCELERATE_MIXED_PRECISION=precision)
+    assert done.code == 2
+    assert done.err.startswith(f"error: ACCELERATE_MIXED_PRECISION {precision.lower()}: unknown;")
+    assert done.err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_precision_in_capitals_is_trained_and_exported(tmp_path: Path) -> None:
+    arguments = ["--recipe", "smoke", "--max-steps", "4", "--min-accuracy", "0.01", "--no-pictures", "--run-dir", "run"]
+    done = finish(train(*arguments), tmp_path, ACCELERATE_MIXED_PRECISION="BF16")
+    assert done.code == 0, done.err
+    assert '"mixed_precision": "bf16"' in (tmp_path / "run" / "config.json").read_text()
