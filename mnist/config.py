@@ -399,6 +399,10 @@ class TrainConfig:
             self.loop.patience == 0 or self.data.val_size > 0,
             f"--patience {self.loop.patience}: needs --val-size above 0, or the test set would choose the model",
         )
+        _require(
+            self.output.keep_best > 0 or self.data.val_size == 0,
+            f"--keep-best 0: must be 1 or more with --val-size {self.data.val_size}: the best weights are scored",
+        )
 
 
 def sections() -> dict[str, type[Any]]:

@@ -144,6 +144,10 @@ def test_an_unknown_choice_is_refused_with_the_valid_ones(section, name, value):
         (lambda: OptimConfig(nesterov=True), "--nesterov"),
         (lambda: OptimConfig(label_smoothing=0.1, loss="nll"), "--label-smoothing"),
         (lambda: TrainConfig(loop=LoopConfig(patience=3)), "--patience"),
+        (
+            lambda: TrainConfig(data=DataConfig(val_size=300), output=OutputConfig(keep_best=0)),
+            "--keep-best 0: must be 1 or more with --val-size 300",
+        ),
     ],
 )
 def test_fields_that_need_one_another_are_checked_together(build, flag):

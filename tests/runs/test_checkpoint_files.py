@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -11,11 +12,13 @@ import torch
 from torch import nn
 
 from mnist.config import OptimConfig, TrainConfig, to_flat
+from mnist.errors import UserError
 from mnist.models import build_model
 from mnist.runs.checkpoint_files import (
     Checkpoint,
     CheckpointError,
     list_steps,
+    load_checkpoint,
     load_newest,
     save_checkpoint,
 )
@@ -135,6 +138,36 @@ def test_a_checkpoint_that_cannot_be_removed_is_one_too_many_and_no_more(
     monkeypatch.setattr(shutil, "rmtree", lambda *_, ignore_errors=False: None if ignore_errors else refuse())
     save_checkpoint(tmp_path, make_checkpoint(2), 1, 1)
     assert sorted(list_steps(tmp_path)) == [2]
+
+
+def test_a_folder_of_checkpoints_that_is_a_symbolic_link_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere" / ".tmp-of someone else").mkdir(parents=True)
+    (tmp_path / "checkpoints").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"checkpoints: a symbolic link to .*elsewhere"):
+        save_checkpoint(tmp_path / "checkpoints", make_checkpoint(1), 1, 0)
+    assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == [".tmp-of someone else"]
+
+
+def test_a_broken_checkpoint_of_a_later_step_protects_nothing_and_is_replaced_at_its_step(tmp_path: Path) -> None:
+    steps_after(tmp_path, [None, None, None], 3, 0)
+    for step in (2, 3):
+        truncate(tmp_path / f"step-0000000{step}" / "state.safetensors")
+    found, _ = load_newest(tmp_path)
+    assert found is not None
+    assert found.step == 1
+    save_checkpoint(tmp_path, make_checkpoint(2), 1, 0)
+    assert load_checkpoint(tmp_path / "step-00000002").step == 2
+    assert sorted(list_steps(tmp_path)) == [2, 3]
+    save_checkpoint(tmp_path, make_checkpoint(3), 1, 0)
+    assert load_checkpoint(tmp_path / "step-00000003").step == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003"]
+
+
+def test_a_checkpoint_of_another_format_is_one_clear_line(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, make_checkpoint(1), 1, 0) / "manifest.json"
+    path.write_text(json.dumps({"format_version": 1, "step": 1}))
+    with pytest.raises(CheckpointError, match=r"step-00000001: format 1, this version .* reads 3 only"):
+        load_checkpoint(path.parent)
 
 
 def test_a_failed_write_leaves_earlier_checkpoints_and_no_rest(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 import json
 import os
 import resource
+import sys
 from pathlib import Path
 
 import pytest
@@ -176,3 +177,38 @@ def test_leftovers_are_removed_and_nothing_else(tmp_path):
     assert names_in(run / "export") == [".tmp-x"], "one folder at a time"
     assert names_in(foreign) == ["inside"]
     remove_leftovers(tmp_path / "absent")
+
+
+def write_and_die_at(path, event_number):
+    """Writes in a child that ends, as if killed, at its n-th file operation; whether it got that far."""
+    child = os.fork()
+    if child == 0:
+        count = 0
+
+        def die(event, _):
+            nonlocal count
+            if event in ("open", "os.rename", "os.remove"):
+                count += 1
+                if count == event_number:
+                    os._exit(9)
+
+        sys.addaudithook(die)
+        write_json(path, {"content": "new"})
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status) == 9
+
+
+def test_a_process_killed_at_any_point_of_a_write_leaves_the_old_file_or_the_new_one(tmp_path):
+    path, outcomes = tmp_path / "config.json", []
+    for event_number in range(1, 20):
+        write_json(path, {"content": "old"})
+        died = write_and_die_at(path, event_number)
+        remove_leftovers(tmp_path)
+        assert names_in(tmp_path) == ["config.json"], "the next start removes the rest"
+        outcomes.append(read_json(path)["content"])
+        if not died:
+            break
+    assert len(outcomes) > 3
+    assert outcomes == sorted(outcomes, reverse=True)
+    assert set(outcomes) == {"old", "new"}
