@@ -238,7 +238,7 @@ def _read_tokens(tokens: Sequence[str]) -> dict[str, Any]:
         if name not in hints:
             raise UserError(f"{_flag(name)}: unknown{_suggest(name, hints, _flag)}")
         found[name] = _convert(_flag(name), values, hints[name])
-    return _count_passes(found)
+    return found
 
 
 def _suggest(name: str, known: Sequence[str] | dict[str, Any], spell: Callable[[str], str]) -> str:
@@ -273,11 +273,6 @@ def _expand_path(flag: str, text: str) -> str:
     return user_path(text) if flag[2:].replace("-", "_") in {*paths, "config"} else text
 
 
-def _count_passes(found: dict[str, Any]) -> dict[str, Any]:
-    """Whoever counts epochs means passes over the data set at hand, unless the same place says otherwise."""
-    return {"stretch_epochs": False, **found} if "epochs" in found else found
-
-
 def _read_file(path: Path) -> dict[str, Any]:
     """The fields that a YAML file sets, as their text was written: YAML 1.1 would read 010 as 8 and 1:30 as 90."""
     hints, place, found = _hints(), f"--config {path}", dict[str, Any]()
@@ -298,7 +293,7 @@ def _read_file(path: Path) -> dict[str, Any]:
             found[name] = _convert(_flag(name), ["None" if is_null else item.value for item in nodes], hints[name])
         except UserError as error:
             raise UserError(f"{place}: {error}") from None
-    return _count_passes(found)
+    return found
 
 
 def _read_mapping(path: Path) -> list[tuple[str, yaml.Node]]:

@@ -271,10 +271,7 @@ class OptimConfig:
 class LoopConfig:
     """How long, in which batches, scored how."""
 
-    epochs: int = setting(1, "Passes over the training set.", "noted", "[1, 1e6]")
-    stretch_epochs: bool = setting(
-        True, "On a smaller data set, take as many steps as on MNIST (--epochs turns it off).", "course"
-    )
+    epochs: int = setting(1, "Passes over the training set (the embedded digits: 42 each).", "noted", "[1, 1e6]")
     max_steps: int = setting(
         0, "Most optimizer steps of the whole run; shortens the schedule too; 0 = no limit.", "noted", "[0, 1e9]"
     )

@@ -174,8 +174,8 @@ def smoke() -> TrainConfig:
         TrainConfig(
             recipe="smoke",
             data=DataConfig(dataset="digits"),
-            optim=OptimConfig(model="tinynet", optimizer="adam", lr=5e-3, schedule="one_cycle", warmup=0.2),
-            loop=LoopConfig(epochs=15, global_batch_size=64, stretch_epochs=False, min_accuracy=0.92),
+            optim=OptimConfig(model="tinynet", optimizer="adam", lr=0.02, schedule="one_cycle", warmup=0.2),
+            loop=LoopConfig(epochs=1, global_batch_size=176, min_accuracy=0.92),
         ),
         wandb="disabled",
         num_threads=1,

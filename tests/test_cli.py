@@ -88,7 +88,7 @@ def test_a_recipe_can_be_named(name):
         (["--wandb-notes", "two words"], {"wandb_notes": "two words"}),
         (["--patience", "3", "--val-size", "10"], {"patience": 3, "val_size": 10}),
         (["--deterministic"], {"deterministic": True}),
-        (["--no-stretch-epochs"], {"stretch_epochs": False}),
+        (["--no-pictures"], {"pictures": False}),
         (["--lr", "1", "--lr", "2"], {"lr": 2.0}),
     ],
 )
@@ -102,7 +102,7 @@ def test_a_flag_sets_its_field_and_no_other(argv, changes):
         (["--deterministic=True"], {"deterministic": True}),
         (["--deterministic=true"], {"deterministic": True}),
         (["--deterministic=False"], {"deterministic": False}),
-        (["--stretch_epochs=False"], {"stretch_epochs": False}),
+        (["--no_pictures"], {"pictures": False}),
         (["--cpu=True", "--lr=0.5"], {"cpu": True, "lr": 0.5}),
     ],
 )
@@ -152,8 +152,8 @@ def test_a_file_may_use_scientific_notation(config_file, text):
     ("line", "changes"),
     [
         ("deterministic: true", {"deterministic": True}),
-        ("stretch_epochs: false", {"stretch_epochs": False}),
-        ("stretch-epochs: false", {"stretch_epochs": False}),
+        ("pictures: false", {"pictures": False}),
+        ("data-dir: elsewhere", {"data_dir": "elsewhere"}),
         ("wandb_tags: [a, b]", {"wandb_tags": ("a", "b")}),
         ("wandb_tags: []", {}),
         ("run_dir: null", {}),
@@ -164,21 +164,6 @@ def test_a_file_may_use_scientific_notation(config_file, text):
 )
 def test_a_file_may_use_what_yaml_offers(config_file, line, changes):
     assert parse_command_line(["--config", config_file(line + "\n")]) == evolve(RECIPES["fast"](), **changes)
-
-
-@pytest.mark.parametrize(
-    ("argv", "is_stretched"),
-    [
-        ([], True),
-        (["--epochs", "3"], False),
-        (["--epochs=3"], False),
-        (["--epochs", "3", "--stretch-epochs"], True),
-        (["--epochs=3", "--stretch-epochs=True"], True),
-        (["--no-stretch-epochs"], False),
-    ],
-)
-def test_whoever_counts_epochs_means_passes_over_this_data_set(argv, is_stretched):
-    assert parse_command_line(argv).loop.stretch_epochs is is_stretched
 
 
 def test_counting_epochs_means_the_same_over_a_printed_file(config_file):
@@ -200,7 +185,7 @@ def test_the_printed_configuration_reproduces_the_recipe(config_file, capsys, na
     "argv",
     [
         ["--recipe", "mlp", "--lr", "3e-7", "--epochs", "3", "--wandb-tags", "a", "b", "--cpu"],
-        ["--epochs", "3", "--stretch-epochs", "--mixed-precision", "no", "--target-loss", "1e-12"],
+        ["--epochs", "3", "--mixed-precision", "no", "--target-loss", "1e-12"],
         ["--wandb-notes", "yes", "--wandb-name", "007", "--run-dir", "1e3", "--wandb-group", "on"],
         ["--wandb-notes", "50 %: a 'quote', # no comment, ü", "--wandb-tags", "1", "null"],
         ["--wandb-notes=", "--mean", "-1e-3"],

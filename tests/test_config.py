@@ -100,7 +100,7 @@ def test_a_field_without_a_word_on_resuming_is_a_type_error() -> None:
 def test_a_resume_treats_every_field_in_one_way() -> None:
     by_kind = [fields_on_resume(kind) for kind in get_args(OnResume)]
     assert sorted(itertools.chain(*by_kind)) == sorted(to_flat(TrainConfig()))
-    assert fields_on_resume("course") == ("lr", "schedule", "warmup", "gamma", "decay_epochs", "stretch_epochs")
+    assert fields_on_resume("course") == ("lr", "schedule", "warmup", "gamma", "decay_epochs")
     assert {"model", "seed", "global_batch_size", "dataset"} <= set(fields_on_resume("fixed"))
     assert {"run_dir", "wandb_tags", "num_threads"} <= set(fields_on_resume("free"))
 

@@ -49,8 +49,10 @@ def test_bf16_and_averaged_weights_come_again_too(tmp_path: Path) -> None:
         "0.9",
         "--val-size",
         "200",
-        "--epochs",
-        "3",
+        "--max-steps",
+        "60",
+        "--eval-every",
+        "20",
         "--min-accuracy",
         "0.1",
     ]

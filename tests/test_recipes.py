@@ -79,14 +79,13 @@ def test_what_belongs_to_the_launcher_or_the_user_is_left_to_them(name):
 def test_recipes_train_on_mnist_unless_they_cannot_have_it(name):
     config = RECIPES[name]()
     assert config.data.dataset == "auto"
-    assert config.loop.stretch_epochs
     assert config.output.wandb == "auto"
 
 
 def test_the_smoke_recipe_needs_no_network_and_has_a_gate():
     config = RECIPES["smoke"]()
     assert (config.data.dataset, config.output.wandb, config.loop.min_accuracy) == ("digits", "disabled", 0.92)
-    assert not config.loop.stretch_epochs
+    assert config.loop.epochs == 1
 
 
 @pytest.mark.parametrize(

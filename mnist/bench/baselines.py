@@ -215,16 +215,16 @@ def project(job: Job) -> Pass:
     batch = min(len(job.split), job.config.loop.global_batch_size)
     warm_up(train_step.model, torch.zeros(batch, 1, side, side, device=accelerator.device))
     wanted = job.config.runtime.step_mode
-    mode, remark = choose_step_mode(train_step, wanted, 1, lambda: loader.steps(0, loader.pass_steps))
+    mode, remark = choose_step_mode(train_step, wanted, 1, lambda: loader.steps(0, loader.epoch_steps))
     if wanted == "captured" and mode != wanted:
         raise RunError(f"--step-mode {wanted}: {remark}")
     state = TrainState()
 
     def pauses_at(step: int) -> bool:
-        return step % job.config.loop.log_every == 0 or step % loader.pass_steps == 0
+        return step % job.config.loop.log_every == 0 or step % loader.epoch_steps == 0
 
     def train_pass(index: int) -> Sums:
-        steps = loader.steps(index * loader.pass_steps, (index + 1) * loader.pass_steps)
+        steps = loader.steps(index * loader.epoch_steps, (index + 1) * loader.epoch_steps)
         records = list(train_one_epoch(train_step, steps, state, pauses_at=pauses_at))
         return sum(r.sums.totals["loss"] for r in records), sum(r.sums.num_samples for r in records)
 

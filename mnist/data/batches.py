@@ -1,6 +1,6 @@
 """Training batches: who sees which image at which step, as a pure function.
 
-In: a split on the device and the coordinates (seed, pass, step, rank). Out: this rank's micro-batches, one list per
+In: a split on the device and the coordinates (seed, epoch, step, rank). Out: this rank's micro-batches, one list per
 optimizer step. The global batch of a step depends neither on the number of processes nor on accumulation. Letters: N
 images in the split, P ranks, A micro-batches per step and rank.
 """
@@ -30,6 +30,12 @@ class Split:
     def __getitem__(self, rows: slice) -> Split:
         return Split(self.images[rows], self.labels[rows])
 
+    def repeat(self, copies: int) -> Split:
+        """Every image `copies` times: the whole split again and again. One copy is the split itself."""
+        if copies == 1:
+            return self
+        return Split(self.images.repeat(copies, 1, 1), self.labels.repeat(copies))
+
     def to(self, device: torch.device) -> Split:
         """The split on `device`. MNIST whole is 55 MB, so it lives there for the run."""
         return Split(self.images.to(device), self.labels.to(device))
@@ -43,7 +49,7 @@ class MicroBatch:
         split: holds the images, all of them.
         indices: int64 (B,), the ones that are meant.
         rows: the place of these images in the global batch of the step.
-        global_batch_size: images in that global batch; less than usual at the end of a pass.
+        global_batch_size: images in that global batch; less than usual at the end of an epoch.
         num_samples: B, or 0 for a stand-in: a rank without images still takes part in the backward pass, weighted 0.
     """
 
@@ -65,7 +71,7 @@ class MicroBatch:
 
 
 class TrainLoader:
-    """Serves the training split to one rank, in a new order each pass; nothing in it ever needs to be saved.
+    """Serves the training split to one rank, in a new order each epoch; nothing in it ever needs to be saved.
 
     Not for `accelerator.prepare`: a prepared loader replays the first epoch's order after a resume (accelerate#3996).
     """
@@ -86,21 +92,21 @@ class TrainLoader:
         self.rank = rank
         self.world_size = world_size
         self.accumulation_steps = accumulation_steps
-        self.pass_steps = -(-len(split) // global_batch_size)
+        self.epoch_steps = -(-len(split) // global_batch_size)
 
-    def order(self, pass_index: int) -> Tensor:
-        """The permutation (N,) int64 of pass `pass_index`, equal on every rank and device."""
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", pass_index))
+    def order(self, epoch: int) -> Tensor:
+        """The permutation (N,) int64 of `epoch`, counted from 0, equal on every rank and device."""
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", epoch))
         return torch.randperm(len(self.split), generator=generator)
 
     def steps(self, first: int, stop: int) -> Iterator[list[MicroBatch]]:
-        """The micro-batches of optimizer steps `first` .. `stop` - 1 of the run, across passes."""
+        """The micro-batches of optimizer steps `first` .. `stop` - 1 of the run, across epochs."""
         while first < stop:
-            pass_index, offset = divmod(first, self.pass_steps)
-            order = self.order(pass_index).to(self.split.images.device)
-            for start in range(offset, min(self.pass_steps, offset + stop - first)):
+            epoch, offset = divmod(first, self.epoch_steps)
+            order = self.order(epoch).to(self.split.images.device)
+            for start in range(offset, min(self.epoch_steps, offset + stop - first)):
                 yield self._micro_batches(order[start * self.global_batch_size : (start + 1) * self.global_batch_size])
-            first = (pass_index + 1) * self.pass_steps
+            first = (epoch + 1) * self.epoch_steps
 
     def _micro_batches(self, indices: Tensor) -> list[MicroBatch]:
         """This rank's share of a global batch `indices`, cut into micro-batches of near equal size."""

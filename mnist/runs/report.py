@@ -29,7 +29,8 @@ def banner(
     config: TrainConfig, plan: Plan, dataset: Dataset, facts: dict[str, Any], environment: dict[str, Any]
 ) -> Rows:
     """The plan of a run, a row per fact."""
-    sizes = f"{len(dataset.train):,} train"
+    copies = dataset.train_copies
+    sizes = f"{len(dataset.train):,} train" + (f" ({len(dataset.train) // copies:,} x {copies})" if copies > 1 else "")
     sizes += f" / {len(dataset.val):,} val" if dataset.val is not None else ""
     world = f"{count(plan.world_size, 'process')} ({environment['launcher']})"
     threads = count(environment["threads_per_process"], "thread")

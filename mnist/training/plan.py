@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from mnist.config import TrainConfig, parse_fault
 from mnist.errors import UserError
 
-MNIST_TRAIN_SIZE = 60_000
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -22,9 +20,7 @@ class Plan:
     global_batch_size: images per step, over all processes.
     accumulation_steps: A.
     world_size: P.
-    pass_steps: steps in one pass over the training set; the last batch of a pass may be short.
-    epoch_steps: steps that count as one epoch for evaluation, checkpoints and schedules: `pass_steps`, or, on a small
-        data set that a recipe is stretched over, an epoch of MNIST.
+    epoch_steps: steps in one epoch, a pass over the training set; its last batch may be short.
     num_steps: length of the run.
     log_steps, eval_steps, checkpoint_steps: cadences, each 1 or more.
     """
@@ -32,7 +28,6 @@ class Plan:
     global_batch_size: int
     accumulation_steps: int
     world_size: int
-    pass_steps: int
     epoch_steps: int
     num_steps: int
     log_steps: int
@@ -41,15 +36,9 @@ class Plan:
 
     def describe_length(self) -> str:
         """The length of the run in words."""
-        passes = self.num_steps / self.pass_steps
-        if self.epoch_steps != self.pass_steps and self.num_steps % self.epoch_steps == 0:
-            return f"{self.num_steps:,} steps, as many as on MNIST ({passes:.1f} passes)"
-        length = f"{passes:.3g}" if passes < 100 else f"{passes:,.0f}"
-        if self.epoch_steps != self.pass_steps:
-            return (
-                f"{self.num_steps:,} steps, {length} passes, {self.num_steps / self.epoch_steps:.2g} of MNIST's epochs"
-            )
-        return f"{self.num_steps:,} steps, {length} {'epoch' if passes == 1 else 'epochs'}"
+        epochs = self.num_steps / self.epoch_steps
+        length = f"{epochs:.3g}" if epochs < 100 else f"{epochs:,.0f}"
+        return f"{self.num_steps:,} steps, {length} {'epoch' if epochs == 1 else 'epochs'}"
 
     @property
     def micro_batch_size(self) -> int:
@@ -94,9 +83,7 @@ def build_plan(config: TrainConfig, num_train: int, world_size: int, accumulatio
             f"--global-batch-size {batch}: too small for {world_size} processes x {accumulation_steps} "
             f"--gradient-accumulation-steps; give at least {world_size * accumulation_steps}"
         )
-    pass_steps = math.ceil(num_train / batch)
-    is_stretched = loop.stretch_epochs and num_train + config.data.val_size < MNIST_TRAIN_SIZE
-    epoch_steps = math.ceil(MNIST_TRAIN_SIZE / batch) if is_stretched else pass_steps
+    epoch_steps = math.ceil(num_train / batch)
     num_steps = min(loop.epochs * epoch_steps, loop.max_steps or loop.epochs * epoch_steps)
     for text in config.output.inject:
         fault = parse_fault(text)
@@ -108,7 +95,6 @@ def build_plan(config: TrainConfig, num_train: int, world_size: int, accumulatio
         global_batch_size=batch,
         accumulation_steps=accumulation_steps,
         world_size=world_size,
-        pass_steps=pass_steps,
         epoch_steps=epoch_steps,
         num_steps=num_steps,
         log_steps=loop.log_every or epoch_steps,

@@ -33,7 +33,8 @@ QUICK = ["--dataset", "digits", "--num-threads", "1", "--cpu"]
 
 def config(recipe: str = "smoke", **changes: Any) -> TrainConfig:
     fixed = {"dataset": "digits", "data_dir": "none", "schedule": "constant", "num_threads": 1, "cpu": True}
-    return evolve(RECIPES[recipe](), **fixed | {"mixed_precision": "no"} | changes)
+    smaller = {"global_batch_size": 64, "lr": 5e-3} if recipe == "smoke" else {}
+    return evolve(RECIPES[recipe](), **fixed | {"mixed_precision": "no"} | smaller | changes)
 
 
 def job(recipe: str = "smoke", num_images: int = 300, **changes: Any) -> Job:

@@ -32,12 +32,12 @@ def global_batches(world_size, accumulation_steps, first, stop, **changes):
     ]
 
 
-@pytest.mark.parametrize("pass_index", [0, 1, 1000])
-def test_the_order_of_a_pass_is_a_permutation(pass_index):
-    assert sorted(loader().order(pass_index).tolist()) == list(range(50))
+@pytest.mark.parametrize("epoch", [0, 1, 1000])
+def test_the_order_of_an_epoch_is_a_permutation(epoch):
+    assert sorted(loader().order(epoch).tolist()) == list(range(50))
 
 
-def test_a_pass_shows_every_image_once_in_its_order():
+def test_an_epoch_shows_every_image_once_in_its_order():
     batches = global_batches(1, 1, 0, 5)
     assert [len(batch) for batch in batches] == [12, 12, 12, 12, 2]
     assert list(chain(*batches)) == loader().order(0).tolist()
@@ -55,11 +55,11 @@ def test_the_global_batch_depends_neither_on_ranks_nor_on_accumulation(world_siz
     world_size=st.integers(1, 5),
     accumulation_steps=st.integers(1, 4),
 )
-def test_every_image_is_trained_on_once_a_pass(num_samples, batch_share, world_size, accumulation_steps):
+def test_every_image_is_trained_on_once_an_epoch(num_samples, batch_share, world_size, accumulation_steps):
     size = max(1, int(batch_share * num_samples))
     changes = {"num_samples": num_samples, "global_batch_size": size}
-    pass_steps = loader(**changes).pass_steps
-    batches = global_batches(world_size, accumulation_steps, 0, pass_steps, **changes)
+    epoch_steps = loader(**changes).epoch_steps
+    batches = global_batches(world_size, accumulation_steps, 0, epoch_steps, **changes)
     assert sorted(chain(*batches)) == list(range(num_samples))
 
 
@@ -96,7 +96,7 @@ def test_shares_differ_by_one_image_at_most(world_size, accumulation_steps):
 
 
 @pytest.mark.parametrize("cut", [1, 3, 5, 7, 10])
-def test_a_restart_goes_on_where_it_stopped(cut):
+def test_a_restart_continues_where_it_stopped(cut):
     whole = global_batches(2, 2, 0, 12)
     assert global_batches(2, 2, 0, cut) + global_batches(2, 2, cut, 12) == whole
 
@@ -120,14 +120,14 @@ def test_every_rank_gets_something_to_run_at_every_step():
             assert all(1 <= len(micros) <= 3 and all(len(micro.labels) for micro in micros) for micros in steps)
 
 
-def test_passes_come_in_different_orders():
-    orders = {tuple(loader().order(pass_index).tolist()) for pass_index in range(20)}
+def test_twenty_epochs_come_in_twenty_orders():
+    orders = {tuple(loader().order(epoch).tolist()) for epoch in range(20)}
     assert len(orders) == 20
 
 
-def test_neighbouring_seeds_share_no_pass():
-    """Where seeds are the sum of run and epoch, run 7 shows in its second pass what run 8 shows in its first."""
-    orders = {tuple(loader(seed=seed).order(pass_index).tolist()) for seed in range(5) for pass_index in range(5)}
+def test_neighbouring_seeds_share_no_order():
+    """Where seeds are the sum of run and epoch, run 7 shows in its second epoch what run 8 shows in its first."""
+    orders = {tuple(loader(seed=seed).order(epoch).tolist()) for seed in range(5) for epoch in range(5)}
     assert len(orders) == 25
 
 
@@ -145,8 +145,8 @@ def test_drawing_an_order_leaves_the_global_random_state_alone():
 
 
 @pytest.mark.parametrize(("num_samples", "batch", "steps"), [(50, 12, 5), (48, 12, 4), (1, 1, 1), (50, 50, 1)])
-def test_the_last_batch_of_a_pass_may_be_short_but_is_not_dropped(num_samples, batch, steps):
-    assert loader(num_samples, batch).pass_steps == steps
+def test_the_last_batch_of_an_epoch_may_be_short_but_is_not_dropped(num_samples, batch, steps):
+    assert loader(num_samples, batch).epoch_steps == steps
     sizes = [sum(m.num_samples for m in micros) for micros in loader(num_samples, batch).steps(0, steps)]
     assert sum(sizes) == num_samples
 

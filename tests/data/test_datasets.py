@@ -192,7 +192,7 @@ def test_the_digits_need_neither_files_nor_network(tmp_path, no_network):
     config = DataConfig(dataset="digits", data_dir=str(tmp_path / "absent"))
     assert datasets.choose(config) == datasets.Choice("digits")
     datasets.fetch("digits", config.data_dir)
-    assert len(datasets.read("digits", config).train) == 1437
+    assert len(datasets.read("digits", config).test) == 360
     assert not (tmp_path / "absent").exists()
 
 
@@ -205,13 +205,31 @@ def test_the_embedded_digits_are_those_of_scikit_learn():
 
 def test_the_digits_are_split_in_their_order():
     dataset = datasets.read("digits", DataConfig(dataset="digits"))
-    assert (len(dataset.train), dataset.val, len(dataset.test)) == (1437, None, 360)
-    labels = torch.cat([dataset.train.labels, dataset.test.labels])
+    assert (len(dataset.train), dataset.val, len(dataset.test)) == (42 * 1437, None, 360)
+    labels = torch.cat([dataset.train.labels[:1437], dataset.test.labels])
     assert labels.tolist() == load_digits().target.tolist()
 
 
+@pytest.mark.parametrize("val_size", [0, 437])
+def test_an_epoch_of_the_digits_shows_each_training_image_42_times(val_size):
+    dataset = datasets.read("digits", DataConfig(dataset="digits", val_size=val_size))
+    images, counts = dataset.train.images.flatten(1).unique(dim=0, return_counts=True)
+    assert dataset.train_copies == 42
+    assert (len(images), set(counts.tolist())) == (1437 - val_size, {42})
+    if val_size:
+        held_out = {image.numpy().tobytes() for image in dataset.val.images}
+        assert len(dataset.val) == val_size
+        assert not held_out & {image.numpy().tobytes() for image in dataset.train.images}
+
+
+def test_images_of_files_are_stored_once_however_few_they_are(tmp_path):
+    write_files(tmp_path)
+    dataset = datasets.read("mnist", DataConfig(data_dir=str(tmp_path)))
+    assert (len(dataset.train), dataset.train_copies) == (30, 1)
+
+
 def test_the_digits_have_the_form_of_mnist():
-    images = datasets.read("digits", DataConfig(dataset="digits")).train.images
+    images = datasets.read("digits", DataConfig(dataset="digits")).train.images[:1437]
     assert images.shape == (1437, 28, 28)
     assert images.dtype == torch.uint8
     pixels = torch.arange(28.0)

@@ -165,7 +165,7 @@ def test_a_signal_to_one_rank_ends_both_after_one_checkpoint(tmp_path: Path, num
 
 @pytest.mark.launch
 def test_a_second_ctrl_c_ends_a_run_that_does_not_listen(tmp_path: Path) -> None:
-    command = train("--recipe", "smoke", "--epochs", "50", "--run-dir", "run", "--inject", "hang@30")
+    command = train("--recipe", "smoke", "--run-dir", "run", "--inject", "hang@30")
     with started(command, tmp_path) as process:
         wait_until((tmp_path / "run" / "metrics.jsonl").exists)
         time.sleep(1)
@@ -310,7 +310,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_says_where(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], limit: int, world_size: int
 ) -> None:
     constant = [*SMALL, "--schedule", "constant"]
-    assert run_ranks(run, 1, tmp_path, *constant, "--epochs", "1") == [0]
+    assert run_ranks(run, 1, tmp_path, *constant, "--max-steps", "23") == [0]
     capfd.readouterr()
     assert run_ranks(run_with_small_files, world_size, limit, tmp_path, *constant) == [1] * world_size
     error = capfd.readouterr().err
@@ -324,7 +324,8 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_says_where(
 def test_metrics_that_cannot_be_written_end_the_run_with_their_path(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = [*SMALL, "--epochs", "100", "--log-every", "1", "--checkpoint-every", "5000", "--eval-every", "5000"]
+    rare = ["--checkpoint-every", "5000", "--eval-every", "5000"]
+    arguments = [*SMALL, "--max-steps", "2300", "--log-every", "1", *rare]
     assert run_ranks(run_with_small_files, 1, 8_000, tmp_path, *arguments) == [1]
     assert f"{tmp_path}/metrics.jsonl: not written" in capfd.readouterr().err
 

@@ -20,14 +20,17 @@ from tests.processes import ACCELERATE, CONFIGURED, PYTHON, ROOT, TORCHRUN, fini
 
 pytestmark = pytest.mark.launch
 
-SMOKE = ["--recipe", "smoke", "--epochs", "6", "--min-accuracy", "0.5"]
+SMOKE = [
+    *("--recipe", "smoke", "--global-batch-size", "64", "--lr", "5e-3"),
+    *("--max-steps", "138", "--min-accuracy", "0.5"),
+]
 NO_NETWORK = {
     "MNIST_DATA_DIR": "data",
     "MNIST_MIRROR": "http://127.0.0.1:9/",
     "http_proxy": "http://127.0.0.1:9",
     "https_proxy": "http://127.0.0.1:9",
 }
-LONG = ["--dataset", "digits", "--recipe", "convnet", "--epochs", "2000", "--num-threads", "1", "--log-every", "50"]
+LONG = ["--dataset", "digits", "--recipe", "convnet", "--epochs", "50", "--num-threads", "1", "--log-every", "50"]
 
 
 def result(folder: Path) -> dict[str, Any]:
@@ -61,7 +64,7 @@ def test_without_network_and_data_the_digits_are_trained_and_nobody_can_miss_it(
     assert done.code == 0, done.err
     assert "NOT MNIST: training on the 1,797 embedded digits" in done.err
     assert result(tmp_path / "run")["dataset"] == "digits"
-    assert result(tmp_path / "run")["steps"] == 157
+    assert result(tmp_path / "run")["steps"] == 158
     assert json.loads((tmp_path / "run" / "config.json").read_text())["dataset"] == "digits"
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert {json.loads(line)["dataset"] for line in lines} == {"digits"}
@@ -200,7 +203,7 @@ def test_a_second_run_in_the_same_directory_is_refused_with_the_name_of_the_firs
 
 
 def test_a_reader_that_goes_away_does_not_end_a_run(tmp_path: Path) -> None:
-    with started(train(*SMOKE, "--epochs", "40", "--num-threads", "1", "--run-dir", "run"), tmp_path) as process:
+    with started(train(*SMOKE, "--max-steps", "920", "--num-threads", "1", "--run-dir", "run"), tmp_path) as process:
         assert process.stdout is not None
         process.stdout.readline()
         process.stdout.close()

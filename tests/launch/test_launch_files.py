@@ -30,7 +30,7 @@ from tests.runs.test_run import metrics, result
 LAUNCH = ROOT / "launch"
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
 FILES = sorted(LAUNCH.iterdir())
-SMOKE = ["--recipe", "smoke", "--epochs", "2", "--min-accuracy", "0.1"]
+SMOKE = ["--recipe", "smoke", "--global-batch-size", "64", "--lr", "5e-3", "--max-steps", "46", "--min-accuracy", "0.1"]
 PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 WITHOUT_GPUS = {"PATH": PATH, "CUDA_VISIBLE_DEVICES": ""}
 SHELLCHECK = shutil.which("shellcheck", path=PATH)
@@ -162,7 +162,7 @@ def machines(**environment: str) -> list[dict[str, str]]:
 @pytest.mark.launch
 @pytest.mark.timeout(300)
 def test_two_machines_static_one_is_told_to_stop_and_both_go_on_later(tmp_path: Path) -> None:
-    command = [str(LAUNCH / "multi_node.sh"), "--recipe", "smoke", "--epochs", "40", "--num-threads", "1"]
+    command = [str(LAUNCH / "multi_node.sh"), "--recipe", "smoke", "--epochs", "3", "--num-threads", "1"]
     folder = tmp_path / "runs" / "multi-node"
     first, second = machines(NNODES="2")
     with (
@@ -208,7 +208,7 @@ def test_what_a_machine_must_be_told_is_asked_for_by_name(tmp_path: Path, given:
 
 # Steps long enough for the other machine to come back before the last one, however fast this machine is.
 ELASTIC = [
-    *("--dataset", "digits", "--recipe", "convnet", "--epochs", "70", "--lr", "1e-3", "--log-every", "3"),
+    *("--dataset", "digits", "--recipe", "convnet", "--max-steps", "210", "--lr", "1e-3", "--log-every", "3"),
     *("--checkpoint-every", "3", "--num-threads", "1"),
 ]
 

@@ -25,7 +25,7 @@ pytestmark = [
 ]
 
 ARGUMENTS = [
-    *("--recipe", "smoke", "--epochs", "40", "--log-every", "10", "--min-accuracy", "0.5"),
+    *("--recipe", "smoke", "--epochs", "3", "--log-every", "10", "--min-accuracy", "0.5"),
     *("--rotation", "10", "--num-threads", "1", "--cpu"),
 ]
 

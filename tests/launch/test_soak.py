@@ -18,7 +18,8 @@ pytestmark = [pytest.mark.soak, pytest.mark.launch, pytest.mark.timeout(3000)]
 
 NUM_KILLS = 50
 ARGUMENTS = [
-    *("--recipe", "smoke", "--epochs", "1000", "--max-steps", "20000", "--schedule", "constant", "--lr", "1e-3"),
+    *("--recipe", "smoke", "--global-batch-size", "64", "--schedule", "constant", "--lr", "1e-3"),
+    *("--epochs", "22", "--max-steps", "20000"),
     *("--rotation", "10", "--translation", "0.1", "--ema", "0.99", "--gradient-accumulation-steps", "2"),
     *("--checkpoint-every", "150", "--log-every", "100", "--eval-every", "1000", "--num-threads", "1"),
     *("--min-accuracy", "0.5", "--quiet"),

@@ -20,12 +20,14 @@ from mnist.system import signals
 from tests.ranks import run_ranks
 
 SMALL = [
-    *("--recipe", "smoke", "--epochs", "3", "--log-every", "10"),  # 3 x 23 steps of 64
+    *("--recipe", "smoke", "--global-batch-size", "64", "--lr", "5e-3", "--log-every", "10"),
+    *("--max-steps", "69", "--eval-every", "23", "--checkpoint-every", "23"),
     *("--num-threads", "1", "--min-accuracy", "0.5"),
 ]
 # Everything that has a state or draws random numbers, in few steps.
 EVERYTHING = [
-    *("--dataset", "digits", "--val-size", "1317", "--recipe", "yannet", "--epochs", "4", "--global-batch-size", "24"),
+    *("--dataset", "digits", "--val-size", "1430"),  # 7 images, 42 times: epochs of 5 steps, the last one short
+    *("--recipe", "yannet", "--epochs", "4", "--global-batch-size", "64"),
     *("--optimizer", "adamw", "--lr", "1e-3", "--schedule", "one_cycle", "--warmup", "0.3", "--ema", "0.9"),
     *("--rotation", "10", "--translation", "0.1", "--elastic", "0.5", "--grad-clip", "1"),
     *("--gradient-accumulation-steps", "2", "--checkpoint-every", "4", "--log-every", "3"),
@@ -74,7 +76,7 @@ def test_a_run_ends_with_the_promised_files(tmp_path: Path, world_size: int) -> 
     found = result(tmp_path)
     assert found["status"] == "finished"
     assert found["world_size"] == world_size
-    assert (found["dataset"], found["steps"], found["epochs"]) == ("digits", 69, 3)
+    assert (found["dataset"], found["steps"], found["epochs"]) == ("digits", 69, round(69 / 944, 4))
     assert found["test"]["num_samples"] == 360
     assert found["test"]["accuracy"] == found["test"]["num_correct"] / 360
     assert json.loads((tmp_path / "config.json").read_text())["recipe"] == "smoke"
@@ -99,7 +101,7 @@ def test_both_evaluation_modes_count_the_same(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_an_interrupted_run_ends_bit_for_bit_like_an_uninterrupted_one(tmp_path: Path, world_size: int) -> None:
-    """Stopped at steps 3, 8 and 16 of 20, five a pass: on the last rank, then on the first."""
+    """Stopped at steps 3, 8 and 16 of 20, five an epoch: on the last rank, then on the first."""
     assert run_ranks(run, world_size, tmp_path / "a", *EVERYTHING) == [0] * world_size
     for at_step, rank in ((3, world_size - 1), (8, 0), (16, 0)):
         codes = run_ranks(run_and_signal, world_size, signal.SIGTERM, at_step, rank, tmp_path / "b", *EVERYTHING)
@@ -183,7 +185,7 @@ def test_a_finished_run_prints_its_closing_lines_with_quiet(tmp_path: Path, capf
 def test_a_finished_run_offers_more_epochs_where_its_schedule_allows(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], schedule: str, is_offered: bool
 ) -> None:
-    arguments = [*SMALL, "--epochs", "1", "--min-accuracy", "0.01", "--schedule", schedule]
+    arguments = [*SMALL, "--max-steps", "23", "--min-accuracy", "0.01", "--schedule", schedule]
     run_ranks(run, 1, tmp_path, *arguments)
     capsys.readouterr()
     train_ddp.main(parse_command_line([*arguments, "--run-dir", str(tmp_path)]))
@@ -204,7 +206,7 @@ def test_a_run_that_reached_its_target_goes_on_without_one(tmp_path: Path) -> No
 def test_a_finished_run_does_not_pass_for_one_with_another_rate(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = [*SMALL, "--epochs", "1", "--min-accuracy", "0.01"]
+    arguments = [*SMALL, "--max-steps", "23", "--min-accuracy", "0.01"]
     run_ranks(run, 1, tmp_path, *arguments)
     capsys.readouterr()
     command = [*arguments, "--lr", "1e-3", "--run-dir", str(tmp_path)]
@@ -226,13 +228,13 @@ def test_validation_scores_survive_a_restart_after_the_last_of_them(tmp_path: Pa
 def test_more_epochs_continue_a_finished_run_exactly(tmp_path: Path) -> None:
     constant = [*SMALL, "--schedule", "constant"]
     run_ranks(run, 1, tmp_path / "a", *constant)
-    run_ranks(run, 1, tmp_path / "b", *constant, "--epochs", "2")
+    run_ranks(run, 1, tmp_path / "b", *constant, "--max-steps", "46")
     assert run_ranks(run, 1, tmp_path / "b", *constant) == [0]
     assert weights(tmp_path / "a") == weights(tmp_path / "b")
 
 
 def test_more_epochs_are_asked_for_as_a_person_would(tmp_path: Path) -> None:
-    """Without --epochs at first, with them later: on a data set that a recipe is stretched over, too."""
+    """Without --epochs at first, with them later."""
     arguments = ["--recipe", "mycnn", "--dataset", "digits", "--num-threads", "1", "--global-batch-size", "256"]
     assert run_ranks(run, 1, tmp_path, *arguments, "--max-steps", "4") == [0]
     assert run_ranks(run, 1, tmp_path, *arguments, "--epochs", "6", "--max-steps", "8") == [0]
@@ -257,7 +259,7 @@ def test_a_refused_resume_changes_nothing(tmp_path: Path) -> None:
 
 def test_a_broken_checkpoint_is_replaced_when_its_step_comes_again(tmp_path: Path) -> None:
     arguments = [*SMALL, "--schedule", "constant"]
-    run_ranks(run, 1, tmp_path, *arguments, "--epochs", "2")
+    run_ranks(run, 1, tmp_path, *arguments, "--max-steps", "46")
     broken = tmp_path / "checkpoints" / "step-00000046" / "state.safetensors"
     broken.write_bytes(broken.read_bytes()[:-1])
     assert run_ranks(run, 1, tmp_path, *arguments, "--keep-last", "3") == [0]
@@ -319,14 +321,6 @@ def test_records_of_another_course_are_set_aside_and_no_others(tmp_path: Path, r
     assert (set(tmp_path.glob("before-*")) == folders) is bool(kept)
 
 
-def test_another_length_of_an_epoch_is_another_course(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """It moves the decay of a step-wise schedule."""
-    arguments = [*SMALL, "--schedule", "step", "--checkpoint-every", "10", "--min-accuracy", "None"]
-    assert run_ranks(run_and_signal, 1, signal.SIGTERM, 15, 0, tmp_path, *arguments, "--max-steps", "20") == [75]
-    assert run_ranks(run, 1, tmp_path, *arguments, "--max-steps", "20", "--stretch-epochs") == [0]
-    assert "from here on: stretch_epochs False -> True" in " ".join(capfd.readouterr().err.split())
-
-
 def test_a_restarted_job_goes_on_even_if_its_command_says_never(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -345,7 +339,7 @@ def test_the_average_of_a_compiled_model_has_plain_names(tmp_path: Path, monkeyp
 
 def test_a_schedule_laid_out_for_a_length_is_not_stretched(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     run_ranks(run, 1, tmp_path, *SMALL)
-    assert run_ranks(run, 1, tmp_path, *SMALL, "--epochs", "4") == [2]
+    assert run_ranks(run, 1, tmp_path, *SMALL, "--max-steps", "92") == [2]
     assert "--resume never" in capfd.readouterr().err
     assert result(tmp_path)["status"] == "finished"
 
@@ -357,9 +351,9 @@ def test_a_schedule_laid_out_for_a_length_is_not_stretched(tmp_path: Path, capfd
 def test_another_configuration_is_refused_with_both_values(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], flag: str, value: str
 ) -> None:
-    arguments = [*SMALL, "--schedule", "constant", "--epochs", "1"]
+    arguments = [*SMALL, "--schedule", "constant", "--max-steps", "23"]
     run_ranks(run, 1, tmp_path, *arguments)
-    assert run_ranks(run, 1, tmp_path, *arguments, "--epochs", "2", flag, value) == [2]
+    assert run_ranks(run, 1, tmp_path, *arguments, "--max-steps", "46", flag, value) == [2]
     error = capfd.readouterr().err
     assert f"{flag} was" in error
     assert f"now {value}" in error
@@ -367,7 +361,7 @@ def test_another_configuration_is_refused_with_both_values(
 
 def test_another_learning_rate_is_taken_and_mentioned(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     arguments = [*SMALL, "--schedule", "constant"]
-    run_ranks(run, 1, tmp_path, *arguments, "--epochs", "1")
+    run_ranks(run, 1, tmp_path, *arguments, "--max-steps", "23")
     assert run_ranks(run, 1, tmp_path, *arguments, "--lr", "1e-3") == [0]
     assert "lr 0.005 -> 0.001" in capfd.readouterr().err
     assert metrics(tmp_path)[-2]["lr"] == 1e-3
@@ -375,7 +369,8 @@ def test_another_learning_rate_is_taken_and_mentioned(tmp_path: Path, capfd: pyt
 
 def test_the_best_on_validation_is_what_the_test_set_sees_once(tmp_path: Path) -> None:
     rising = ["--schedule", "one_cycle", "--warmup", "0.8", "--lr", "1"]  # to a rate that undoes what was learnt
-    run_ranks(run, 1, tmp_path, *SMALL, "--val-size", "300", "--epochs", "6", *rising, "--min-accuracy", "0.2")
+    often = ["--max-steps", "108", "--eval-every", "18", "--checkpoint-every", "18", "--val-size", "300"]
+    run_ranks(run, 1, tmp_path, *SMALL, *often, *rising, "--min-accuracy", "0.2")
     records = metrics(tmp_path)
     validation = [(record["accuracy"], record["step"]) for record in records if record["split"] == "val"]
     best = max(accuracy for accuracy, _ in validation)
@@ -397,7 +392,7 @@ def test_the_best_on_validation_is_what_the_test_set_sees_once(tmp_path: Path) -
     ],
 )
 def test_a_run_stops_early(tmp_path: Path, arguments: list[str], reason: str) -> None:
-    run_ranks(run, 2, tmp_path, *SMALL, "--epochs", "15", "--min-accuracy", "0.01", *arguments)
+    run_ranks(run, 2, tmp_path, *SMALL, "--max-steps", "345", "--min-accuracy", "0.01", *arguments)
     found = result(tmp_path)
     assert found["stop_reason"] == reason
     assert found["steps"] < found["planned_steps"]
@@ -405,9 +400,9 @@ def test_a_run_stops_early(tmp_path: Path, arguments: list[str], reason: str) ->
 
 
 def test_a_missed_gate_is_exit_code_1_now_and_when_asked_again(tmp_path: Path) -> None:
-    assert run_ranks(run, 1, tmp_path, *SMALL, "--epochs", "1", "--min-accuracy", "0.999") == [1]
+    assert run_ranks(run, 1, tmp_path, *SMALL, "--max-steps", "23", "--min-accuracy", "0.999") == [1]
     assert result(tmp_path)["gate_passed"] is False
-    assert run_ranks(run, 1, tmp_path, *SMALL, "--epochs", "1", "--min-accuracy", "0.999") == [1]
+    assert run_ranks(run, 1, tmp_path, *SMALL, "--max-steps", "23", "--min-accuracy", "0.999") == [1]
 
 
 def test_a_diverged_run_says_where_and_is_not_resumed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -499,5 +494,5 @@ def test_bf16_is_what_the_record_says(tmp_path: Path) -> None:
 def test_the_launchers_precision_holds_unless_a_flag_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     for name, extra in (("launcher", []), ("flag", ["--mixed-precision", "no"])):
-        run_ranks(run, 1, tmp_path / name, *SMALL, "--epochs", "1", "--min-accuracy", "0.1", *extra)
+        run_ranks(run, 1, tmp_path / name, *SMALL, "--max-steps", "23", "--min-accuracy", "0.1", *extra)
     assert [result(tmp_path / name)["precision"] for name in ("launcher", "flag")] == ["bf16", "fp32"]

@@ -29,7 +29,11 @@ from mnist.system import signals
 from tests.launch.test_launch import wait_until
 from tests.processes import TORCHRUN, finish, started, train
 
-SMOKE = ["--recipe", "smoke", "--epochs", "2", "--min-accuracy", "0.1", "--num-threads", "1", "--run-dir", "run"]
+SMOKE = [
+    *("--recipe", "smoke", "--global-batch-size", "64", "--lr", "5e-3", "--min-accuracy", "0.1"),
+    *("--max-steps", "46", "--eval-every", "23", "--checkpoint-every", "23", "--log-every", "23"),
+    *("--num-threads", "1", "--run-dir", "run"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -126,7 +130,7 @@ def test_two_ranks_leave_one_offline_run_without_a_prompt(tmp_path: Path) -> Non
 
 @pytest.mark.launch
 def test_best_and_last_are_two_versions_where_they_differ(tmp_path: Path) -> None:
-    rising = ["--schedule", "one_cycle", "--warmup", "0.8", "--lr", "1", "--epochs", "4", "--val-size", "300"]
+    rising = ["--schedule", "one_cycle", "--warmup", "0.8", "--lr", "1", "--max-steps", "92", "--val-size", "300"]
     done = finish(train(*SMOKE, *rising, "--wandb", "offline", "--no-pictures"), tmp_path)
     assert done.code == 0, done.err
     assert not (tmp_path / "run" / "pictures").exists()
@@ -137,7 +141,7 @@ def test_best_and_last_are_two_versions_where_they_differ(tmp_path: Path) -> Non
 
 @pytest.mark.launch
 def test_a_preempted_run_is_marked_and_goes_on_under_the_same_id(tmp_path: Path) -> None:
-    command = train(*SMOKE, "--wandb", "offline", "--epochs", "400")
+    command = train(*SMOKE, "--wandb", "offline", "--max-steps", "9200")
     with started(command, tmp_path) as process:
         wait_until((tmp_path / "run" / "metrics.jsonl").exists)
         process.terminate()
@@ -146,7 +150,7 @@ def test_a_preempted_run_is_marked_and_goes_on_under_the_same_id(tmp_path: Path)
     assert json.loads(inspect(tmp_path / "run", "--summary"))["exit_code"] == 75
     run_id = (tmp_path / "run" / "wandb_id").read_text()
     steps = json.loads((tmp_path / "run" / "result.json").read_text())["steps"]
-    finish(train(*SMOKE, "--wandb", "offline", "--epochs", "400", "--target-accuracy", "0.1"), tmp_path)
+    finish(train(*SMOKE, "--wandb", "offline", "--max-steps", "9200", "--target-accuracy", "0.1"), tmp_path)
     names = [path.name for path in (tmp_path / "run" / "wandb").glob("offline-run-*")]
     assert len(names) == 2
     assert all(name.endswith(run_id) for name in names)
@@ -341,7 +345,7 @@ def full_disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.launch
 def test_a_full_disk_below_wandb_costs_a_warning(tmp_path: Path, full_disk: Path) -> None:
-    done = finish(train(*SMOKE, "--wandb", "offline", "--log-every", "1", "--epochs", "15"), tmp_path)
+    done = finish(train(*SMOKE, "--wandb", "offline", "--log-every", "1", "--max-steps", "345"), tmp_path)
     assert done.code == 0, done.err
     assert "Traceback" not in done.err
     assert shutil.disk_usage(full_disk).free < 4096, "the disk was not full"

@@ -3,12 +3,15 @@ import dataclasses
 import pytest
 import torch
 
-from mnist.config import TrainConfig, evolve
+from mnist.config import DataConfig, TrainConfig, evolve
 from mnist.data.batches import Split, TrainLoader
+from mnist.data.datasets import read
 from mnist.errors import UserError
+from mnist.recipes import RECIPES
 from mnist.training.plan import build_plan
 
-MNIST, DIGITS = 60_000, 1_437
+MNIST = 60_000
+DIGITS = 42 * 1_437  # as many as are stored
 
 
 def plan_of(num_train=MNIST, world_size=1, accumulation_steps=1, **changes):
@@ -21,39 +24,37 @@ def steps_where(plan, predicate):
 
 
 @pytest.mark.parametrize(
-    ("num_train", "changes", "pass_steps", "epoch_steps", "num_steps"),
+    ("num_train", "changes", "epoch_steps", "num_steps"),
     [
-        (MNIST, {}, 235, 235, 470),
-        (MNIST, {"global_batch_size": 60_000}, 1, 1, 2),
-        (MNIST, {"global_batch_size": 250}, 240, 240, 480),
-        (MNIST - 5_000, {"val_size": 5_000}, 215, 215, 430),
-        (DIGITS, {}, 6, 235, 470),
-        (DIGITS - 437, {"val_size": 437}, 4, 235, 470),
-        (DIGITS, {"stretch_epochs": False}, 6, 6, 12),
-        (MNIST, {"stretch_epochs": False}, 235, 235, 470),
-        (MNIST, {"max_steps": 100}, 235, 235, 100),
-        (MNIST, {"max_steps": 300}, 235, 235, 300),
-        (MNIST, {"max_steps": 1000}, 235, 235, 470),
-        (DIGITS, {"max_steps": 20}, 6, 235, 20),
-        (DIGITS, {"max_steps": 20, "stretch_epochs": False}, 6, 6, 12),
+        (MNIST, {}, 235, 470),
+        (MNIST, {"global_batch_size": 60_000}, 1, 2),
+        (MNIST, {"global_batch_size": 250}, 240, 480),
+        (MNIST - 5_000, {"val_size": 5_000}, 215, 430),
+        (DIGITS, {}, 236, 472),
+        (1_437, {}, 6, 12),
+        (MNIST, {"max_steps": 100}, 235, 100),
+        (MNIST, {"max_steps": 300}, 235, 300),
+        (MNIST, {"max_steps": 1000}, 235, 470),
+        (DIGITS, {"max_steps": 20}, 236, 20),
     ],
 )
-def test_the_length_of_a_run(num_train, changes, pass_steps, epoch_steps, num_steps):
+def test_the_length_of_a_run(num_train, changes, epoch_steps, num_steps):
     plan = plan_of(num_train, **changes)
-    assert (plan.pass_steps, plan.epoch_steps, plan.num_steps) == (pass_steps, epoch_steps, num_steps)
+    assert (plan.epoch_steps, plan.num_steps) == (epoch_steps, num_steps)
 
 
-def test_a_recipe_takes_as_many_steps_on_the_digits_as_on_mnist():
-    on_mnist, on_digits = plan_of(MNIST), plan_of(DIGITS)
-    assert dataclasses.replace(on_digits, pass_steps=on_mnist.pass_steps) == on_mnist
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_is_as_long_on_the_digits_as_on_mnist_to_1_percent(recipe):
+    config, num_train = RECIPES[recipe](), len(read("digits", DataConfig()).train)
+    on_mnist, on_digits = (build_plan(config, size, 1, 1).num_steps for size in (MNIST, num_train))
+    assert on_mnist <= on_digits <= 1.01 * on_mnist
 
 
-@pytest.mark.parametrize("changes", [{}, {"val_size": 437}, {"global_batch_size": 100}])
-def test_a_pass_is_as_long_as_the_loader_says(changes):
-    num_train = DIGITS - changes.get("val_size", 0)
-    split = Split(torch.zeros(num_train, 28, 28, dtype=torch.uint8), torch.zeros(num_train, dtype=torch.int64))
-    plan = plan_of(num_train, **changes)
-    assert plan.pass_steps == TrainLoader(split, global_batch_size=plan.global_batch_size, seed=0).pass_steps
+@pytest.mark.parametrize("batch", [256, 250, 60_000])
+def test_an_epoch_is_as_long_as_the_loader_says(batch):
+    split = Split(torch.zeros(MNIST, 1, 1, dtype=torch.uint8), torch.zeros(MNIST, dtype=torch.int64))
+    loader = TrainLoader(split, global_batch_size=batch, seed=0)
+    assert plan_of(global_batch_size=batch).epoch_steps == loader.epoch_steps
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
@@ -78,9 +79,8 @@ def test_the_micro_batch_is_the_largest_share(world_size, accumulation_steps, mi
         (MNIST, {}, "470 steps, 2 epochs"),
         (MNIST, {"epochs": 1}, "235 steps, 1 epoch"),
         (MNIST, {"epochs": 10}, "2,350 steps, 10 epochs"),
-        (DIGITS, {"stretch_epochs": False}, "12 steps, 2 epochs"),
-        (DIGITS, {}, "470 steps, as many as on MNIST (78.3 passes)"),
-        (DIGITS, {"max_steps": 60}, "60 steps, 10 passes, 0.26 of MNIST's epochs"),
+        (DIGITS, {}, "472 steps, 2 epochs"),
+        (DIGITS, {"max_steps": 59}, "59 steps, 0.25 epochs"),
         (MNIST, {"epochs": 1000}, "235,000 steps, 1,000 epochs"),
     ],
 )
@@ -88,7 +88,7 @@ def test_the_length_is_told_in_words(num_train, changes, words):
     assert plan_of(num_train, **changes).describe_length() == words
 
 
-SHORT = {"num_train": 20, "global_batch_size": 5, "epochs": 2, "stretch_epochs": False}
+SHORT = {"num_train": 20, "global_batch_size": 5, "epochs": 2}
 
 
 @pytest.mark.parametrize(
@@ -135,4 +135,4 @@ def test_a_batch_that_fits_neither_data_nor_processes_is_refused(arguments, mess
 
 def test_a_batch_may_be_as_small_as_the_processes_and_as_large_as_the_data():
     assert plan_of(world_size=128, accumulation_steps=2).micro_batch_size == 1
-    assert plan_of(num_train=256).pass_steps == 1
+    assert plan_of(num_train=256).epoch_steps == 1
