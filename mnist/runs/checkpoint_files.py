@@ -28,7 +28,7 @@ from torch import Tensor
 
 from mnist.config import from_flat, to_flat
 from mnist.errors import RunError, UserError
-from mnist.runs.records import ScoreRecord, check_record
+from mnist.runs.records import MANIFEST, ScoreRecord, check_record
 from mnist.system.files import (
     RecordError,
     flush,
@@ -45,7 +45,7 @@ from mnist.training.metrics import TRAIN_METRICS
 from mnist.training.plan import Plan
 
 FORMAT_VERSION = 3
-MANIFEST, TENSORS, RECORDS = "manifest.json", "state.safetensors", "metrics.jsonl"
+TENSORS, RECORDS = "state.safetensors", "metrics.jsonl"
 MAX_TENSOR_BYTES = 4 << 30
 _NAME = re.compile(r"step-(\d{8})")
 
@@ -81,6 +81,9 @@ class Checkpoint:
     num_records: int = 0
 
 
+Check = Callable[[Checkpoint], object]
+
+
 class _ScalerState(TypedDict):
     scale: float
     growth_factor: float
@@ -91,7 +94,7 @@ class _ScalerState(TypedDict):
 
 @dataclass(frozen=True)
 class _Manifest:
-    """The types in manifest.json: a `Checkpoint` without its tensors, and what is known about state.safetensors."""
+    """The types in manifest.json: a `Checkpoint`'s, and size and sha256 of state.safetensors instead of tensors."""
 
     format_version: int
     step: int
@@ -109,9 +112,9 @@ class _Manifest:
     def __post_init__(self) -> None:
         if not 0 <= self.step == self.loop.step:
             raise ValueError(f"step must be that of the loop, {self.loop.step}, not {self.step}")
-        for sums in (self.loop.interval_sums, self.loop.epoch_sums, self.loop.run_sums):
-            if sums.totals.keys() != TRAIN_METRICS.keys():
-                raise ValueError(f"loop: sums of {', '.join(sums.totals)}, not of {', '.join(TRAIN_METRICS)}")
+        all_sums = (self.loop.interval_sums, self.loop.epoch_sums, self.loop.run_sums)
+        if any(sums.totals.keys() != TRAIN_METRICS.keys() for sums in all_sums):
+            raise ValueError(f"loop: the totals of its sums must be those of {', '.join(TRAIN_METRICS)}")
         if self.loop.best is not None and not {"step", "accuracy"} <= self.loop.best.keys():
             raise ValueError("loop.best must have a step and an accuracy")
         if not 0 <= self.num_bytes <= MAX_TENSOR_BYTES:
@@ -121,11 +124,8 @@ class _Manifest:
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep_last: int, keep_best: int) -> Path:
     """Writes a checkpoint into `folder` and then removes those that neither `keep_last` nor `keep_best` protects.
 
-    The records of the run, metrics.jsonl beside `folder`, are flushed before: the checkpoint continues them.
-
-    Raises:
-        CheckpointError: it could not be written; earlier checkpoints are untouched.
-        UserError: `folder` is a symbolic link.
+    The run's records, metrics.jsonl beside `folder`, are flushed before it. Raises a CheckpointError where it cannot be
+    written, and leaves earlier ones as they are; a UserError where `folder` is a symbolic link.
     """
     final = folder / f"step-{checkpoint.step:08d}"
     temporary = temporary_path(final)
@@ -140,10 +140,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep_last: int, keep_b
         flush(folder)
         flush(folder.parent)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{final}: not written ({error}); earlier checkpoints are intact; free some space, or fix the folder, and "
-            f"start the same command again"
-        ) from error
+        way_out = "free some space, or fix the folder, and start the same command again"
+        raise CheckpointError(f"{final}: not written ({error}); earlier checkpoints are intact; {way_out}") from error
     finally:
         remove_leftovers(folder)
     _prune(folder, checkpoint.step, keep_last, keep_best)
@@ -152,13 +150,10 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep_last: int, keep_b
 
 def _flush_records(path: Path) -> int:
     """Waits until the disk has the records; returns their number."""
-    if path.exists():
-        flush(path)
-    return _count_records(path)
-
-
-def _count_records(path: Path) -> int:
-    return path.read_bytes().count(b"\n") if path.exists() else 0
+    if not path.exists():
+        return 0
+    flush(path)
+    return path.read_bytes().count(b"\n")
 
 
 def _write(folder: Path, checkpoint: Checkpoint, num_records: int) -> None:
@@ -202,14 +197,10 @@ def list_steps(folder: Path) -> dict[int, Path]:
     return {int(match[1]): path for match, path in matches if match and path.is_dir() and not path.is_symlink()}
 
 
-def load_newest(
-    folder: Path, check: Callable[[Checkpoint], object] = lambda _: None
-) -> tuple[Checkpoint | None, list[str]]:
+def load_newest(folder: Path, check: Check | None = None) -> tuple[Checkpoint | None, list[str]]:
     """The newest valid checkpoint in `folder`, and a line about each newer one that was skipped.
 
-    Args:
-        folder: of all checkpoints.
-        check: is called with each candidate; where it raises a CheckpointError, that one is skipped, too.
+    Where `check` raises a CheckpointError about a checkpoint, that one is skipped, too.
 
     Raises:
         CheckpointError: there are checkpoints and none is valid. Starting over silently would look like a resume.
@@ -218,24 +209,21 @@ def load_newest(
     for _, path in sorted(list_steps(folder).items(), reverse=True):
         try:
             checkpoint = load_checkpoint(path)
-            check(checkpoint)
+            if check is not None:
+                check(checkpoint)
         except CheckpointError as error:
             skipped.append(str(error))
         else:
             return checkpoint, skipped
     if skipped:
         raise CheckpointError(
-            f"no valid checkpoint in {folder} (start over with --resume never): " + "; ".join(skipped)
+            f"no valid checkpoint in {folder} (start a new run in another --run-dir): " + "; ".join(skipped)
         )
     return None, []
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Reads a checkpoint: its manifest, checked, and its tensors, checked against the manifest.
-
-    Raises:
-        CheckpointError: a file is missing, cut, changed, or not what this program writes; the message names it.
-    """
+    """Reads a checkpoint; raises a CheckpointError that names the file which is missing, damaged or of another form."""
     manifest = _read_manifest(path)
     numbers = {f.name: manifest[f.name] for f in dataclasses.fields(Checkpoint) if f.name != "tensors"}
     return Checkpoint(tensors=_read_tensors(path / TENSORS, manifest), **numbers)
@@ -283,7 +271,7 @@ def _read_tensors(path: Path, manifest: dict[str, Any]) -> dict[str, dict[str, T
 
 def missing_records(checkpoint: Checkpoint, path: Path) -> str | None:
     """A line about the records that metrics.jsonl (`path`) has lost since the checkpoint was saved, if any."""
-    expected, found = checkpoint.num_records, _count_records(path)
+    expected, found = checkpoint.num_records, _flush_records(path)
     if found >= expected:
         return None
     return f"{path}: {expected - found} of {expected} records up to step {checkpoint.step} are lost; curves have a gap"

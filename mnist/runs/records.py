@@ -18,6 +18,8 @@ from mnist.errors import UserError
 from mnist.system.files import RecordError, read_json
 
 WEIGHTS_CHECKSUM = "weights_sha256"  # in the config.json of an exported model, beside the configuration
+MANIFEST = "manifest.json"  # what makes a folder a checkpoint
+
 Status = Literal["running", "finished", "preempted", "failed", "diverged"]
 _WORDS = {bool: "true or false", int: "a whole number", str: "text"}
 

@@ -12,10 +12,11 @@ from typing import Any
 
 from mnist.config import TrainConfig, fields_on_resume, to_flat
 from mnist.errors import RunError, UserError
-from mnist.runs.checkpoint_files import MANIFEST, Checkpoint, list_steps, load_checkpoint, load_newest
+from mnist.runs.checkpoint_files import Checkpoint, list_steps, load_checkpoint, load_newest
 from mnist.runs.compatibility import LENGTH_BOUND_SCHEDULES, check_compatible, check_same_run
 from mnist.runs.directory import RunDir, is_restart, resume_mode
 from mnist.runs.live_state import module_tensors, optimizer_tensors, restore_optimizer
+from mnist.runs.records import MANIFEST
 from mnist.training.loop import TrainState
 from mnist.training.metrics import Scores
 from mnist.training.plan import Plan

@@ -39,7 +39,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def refuse_symlink(path: Path) -> None:
-    """Raises a `UserError` where `path` is a symbolic link: writing there would change something elsewhere."""
+    """Raises a UserError where `path` is a symbolic link: writing there would change something elsewhere."""
     if path.is_symlink():
         raise UserError(f"{path}: a symbolic link to {path.readlink()}; runs do not write through links, remove it")
 
@@ -80,12 +80,7 @@ def flush(path: Path) -> None:
 
 
 def read_regular(path: Path, max_bytes: int) -> bytes:
-    """The content of a regular file, or of one that `path` links to.
-
-    Raises:
-        RecordError: a FIFO, device or folder (they might never end), or more than `max_bytes`.
-        OSError: missing, or not readable.
-    """
+    """The content of a regular file, or an OSError; a RecordError where it is another thing or has more bytes."""
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | _DO_NOT_WAIT)) as file:
         facts = os.fstat(file.fileno())
         if not stat.S_ISREG(facts.st_mode):
@@ -96,11 +91,7 @@ def read_regular(path: Path, max_bytes: int) -> bytes:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of the project; {} where there is no file.
-
-    Raises:
-        RecordError: not readable, not a regular file, too large, or no JSON object.
-    """
+    """The object in a JSON file of the project, {} where there is no file; a RecordError where it holds none."""
     try:
         content = json.loads(read_regular(path, MAX_JSON_BYTES), parse_int=_parse_int)
     except (FileNotFoundError, NotADirectoryError):
