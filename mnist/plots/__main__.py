@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import tyro
 
@@ -147,9 +147,6 @@ from mnist.runs.console import Console
 from mnist.runs.export import CONFIG, find_export, load_model, runs_with
 from mnist.runs.records import read_config, read_result
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 
 def main(options: Options) -> int:
     """Draws one picture, writes it, prints where."""
@@ -176,7 +173,7 @@ def _samples(options: Samples) -> Path:
     if options.augmented and augment.is_identity:
         raise UserError(f"--augmented: {config.recipe} trains on its images as they are; another recipe may not")
     dataset = _read_data(config, options.data_dir)
-    return _save(gallery.sample_figure(config, dataset, augment if options.augmented else None), path)
+    return pictures.save_picture(gallery.sample_figure(config, dataset, augment if options.augmented else None), path)
 
 
 def _pixels(options: Pixels) -> Path:
@@ -188,7 +185,7 @@ def _pixels(options: Pixels) -> Path:
     for row in image.flatten(0, -2).tolist():
         sys.stdout.write("".join(f"{pixel:4}" for pixel in row) + "\n")
     title = f"{dataset.name}, test image {options.image}: {dataset.class_names[label]}"
-    return _save(pictures.draw_pixels(image, title, "0 = paper, 255 = ink"), path)
+    return pictures.save_picture(pictures.draw_pixels(image, title, "0 = paper, 255 = ink"), path)
 
 
 def _check_images(indices: Sequence[int], dataset: datasets.Dataset) -> None:
@@ -202,7 +199,7 @@ def _check_images(indices: Sequence[int], dataset: datasets.Dataset) -> None:
 def _curves(options: Curves) -> Path:
     runs = list(dict.fromkeys(Path(run) for group in options.run for run in group)) or _newest_run()
     path = _picture_path(options.out, runs[0] / "pictures", "curves" if len(runs) == 1 else "comparison")
-    return _save(gallery.curve_figure([read_history(run) for run in runs]), path)
+    return pictures.save_picture(gallery.curve_figure([read_history(run) for run in runs]), path)
 
 
 def _newest_run() -> list[Path]:
@@ -228,7 +225,7 @@ def _features(options: Features) -> Path:
         options.image,
         every_layer=options.every_layer,
     )
-    return _save(figure, path)
+    return pictures.save_picture(figure, path)
 
 
 def _filters(options: Filters) -> Path:
@@ -236,7 +233,7 @@ def _filters(options: Filters) -> Path:
     untrained = options.untrained or subject.folder is None
     path = subject.path("filters-untrained" if untrained else "filters", options.place.out)
     title = subject.title(None, untrained)
-    return _save(gallery.filter_figure(_build(subject, untrained), subject.image_shape, title), path)
+    return pictures.save_picture(gallery.filter_figure(_build(subject, untrained), subject.image_shape, title), path)
 
 
 def _confusion(options: Confusion) -> Path:
@@ -252,7 +249,7 @@ def _confusion(options: Confusion) -> Path:
         raise UserError(
             f"--run {subject.folder}: {len(counts)} rows of test_confusion, but {dataset} has {len(names)} classes"
         )
-    return _save(pictures.draw_confusion(counts, names, subject.title(dataset)), path)
+    return pictures.save_picture(pictures.draw_confusion(counts, names, subject.title(dataset)), path)
 
 
 def _mistakes(options: Mistakes) -> Path:
@@ -261,7 +258,7 @@ def _mistakes(options: Mistakes) -> Path:
     model = _build(subject)
     dataset = _read_data(subject.config, options.data_dir)
     transform, title = BatchTransform(subject.config.image), subject.title(dataset.name)
-    return _save(gallery.mistake_figure(dataset, model, transform, title), path)
+    return pictures.save_picture(gallery.mistake_figure(dataset, model, transform, title), path)
 
 
 def _architecture(options: Architecture) -> Path:
@@ -277,7 +274,7 @@ def _architecture(options: Architecture) -> Path:
     name = subject.config.optim.model
     layers = layer_costs(build_model(name), subject.image_shape)
     sys.stdout.write(_align(as_table(layers)))
-    return _save(pictures.draw_architecture(layers, name), path)
+    return pictures.save_picture(pictures.draw_architecture(layers, name), path)
 
 
 def _align(rows: Sequence[Sequence[str]]) -> str:
@@ -364,11 +361,6 @@ def _read_data(config: TrainConfig, data_dir: str | None) -> datasets.Dataset:
     if choice.fallback_reason is not None:
         Console().warn(f"NOT MNIST: these are the embedded digits, because it is {choice.fallback_reason}")
     return datasets.read(choice.name, wanted)
-
-
-def _save(figure: Figure, path: Path) -> Path:
-    pictures.save_picture(figure, path)
-    return path
 
 
 if __name__ == "__main__":

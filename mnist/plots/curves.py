@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Point = tuple[int, int, float, float]  # a stretch of steps, the step where it ends, loss and accuracy in it
-
 
 def draw_curves(histories: Sequence[History], title: str, subtitle: str) -> Figure:
     """Loss, accuracy, learning rate and gradient norm over steps. One run has a colour per split, several one each."""
@@ -63,24 +61,16 @@ def draw_curves(histories: Sequence[History], title: str, subtitle: str) -> Figu
 
 
 def without_fragments(curve: Curve) -> Curve:
-    """A training curve in which a record of less than half the usual stretch of steps is joined to the one before it.
+    """A training curve without the records of less than half the usual number of steps.
 
-    A record is the mean since the one before; log intervals and epochs end in records. Where one end follows the other
-    closely, that is the mean of a few batches, and would look like an event.
+    A record is the mean since the one before. Log intervals and epochs end in records; where one ends shortly after the
+    other, that is the mean of a few batches, and would look like an event.
     """
     stretches = [step - before for before, step in pairwise([0, *curve.steps])]
     usual = statistics.median(stretches)
-    points: list[Point] = []
-    for point in zip(stretches, curve.steps, curve.losses, curve.accuracies, strict=True):
-        points.append(_join(points.pop(), point) if points and point[0] < usual / 2 else point)
-    return Curve(*(list(column) for column in list(zip(*points, strict=True))[1:]))
-
-
-def _join(one: Point, other: Point) -> Point:
-    """The mean of two neighbours, weighted by their steps, where the second one ends."""
-    steps = one[0] + other[0]
-    share = other[0] / steps
-    return steps, other[1], (1 - share) * one[2] + share * other[2], (1 - share) * one[3] + share * other[3]
+    kept = [index for index, stretch in enumerate(stretches) if stretch >= usual / 2]
+    columns = (curve.losses, curve.accuracies)
+    return Curve([curve.steps[k] for k in kept], *([column[k] for k in kept] for column in columns))
 
 
 def _draw_curve(axes: Axes, steps: list[int], values: list[float], is_train: bool, style: dict[str, Any]) -> None:

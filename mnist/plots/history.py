@@ -73,7 +73,8 @@ def read_history(run_dir: Path) -> History:
     A last line without its end is left out: the run is writing it, or was killed while it did.
 
     Raises:
-        UserError: no such run, no record yet, or a line that is none.
+        UserError: no such run, or no record yet.
+        RecordError: a line is no record; names line and field.
     """
     path = run_dir / "metrics.jsonl"
     try:

@@ -56,8 +56,8 @@ MAPS_WIDTH = COLUMNS * PITCH - GAP  # in pixels
 SMALL_PITCH, LEAST_PITCH = 40, 28  # pixels from map to map of several images, and from filter to filter
 
 
-def save_picture(figure: Figure, path: Path) -> None:
-    """Writes a figure as .png, .pdf or .svg, whole or not at all.
+def save_picture(figure: Figure, path: Path) -> Path:
+    """Writes a figure as .png, .pdf or .svg, whole or not at all; returns `path`.
 
     Raises:
         RunError: `path` cannot be written.
@@ -73,6 +73,7 @@ def save_picture(figure: Figure, path: Path) -> None:
         write_atomically(path, buffer.getvalue())
     except OSError as error:
         raise RunError(f"{path}: picture not written ({error.strerror or error})") from error
+    return path
 
 
 def draw_samples(
@@ -84,15 +85,9 @@ def draw_samples(
     *,
     augmented: Tensor | None = None,
 ) -> Figure:
-    """Images in a labelled grid of ten columns.
+    """Images (N, H, W) or (N, C, H, W) in 0..255 in a grid of ten columns, with their labels (N,).
 
-    Args:
-        images: (N, H, W) or (N, C, H, W) pixels in 0..255.
-        labels: (N,) int64.
-        class_names: by label.
-        title: of the picture.
-        subtitle: likewise.
-        augmented: shown below `images`, if given: same shape.
+    `augmented`, of the same shape, is shown below them.
     """
     columns, tiles, size = 10, as_rgb(images), 56
     if augmented is not None:
@@ -144,14 +139,10 @@ def _draw_blocks(blocks: Sequence[_Block], gap: int, foot: int, title: str, subt
 def draw_features(
     outputs: Mapping[str, Tensor], class_names: Sequence[str], title: str, subtitle: str, said: Sequence[str]
 ) -> Figure:
-    """What images become from layer to layer: maps as tiles, vectors as bars, the logits over the classes.
+    """What N images become from layer to layer: maps as tiles, vectors as bars, the logits over the classes.
 
-    Args:
-        outputs: of each layer by name: (N, channels, height, width) or (N, units); first "input", last the logits.
-        class_names: by label.
-        title: of the picture.
-        subtitle: likewise.
-        said: of each image, beside its logits where there are several.
+    `outputs` are by layer (N, channels, height, width) or (N, units), first "input", last the logits; `said` is written
+    beside the logits of each image where there are several.
     """
     *hidden, logits_name = outputs
     logits = outputs[logits_name].detach().cpu().float()
@@ -211,13 +202,7 @@ def _draw_logits(axes: Axes, logits: Tensor, class_names: Sequence[str]) -> None
 
 
 def draw_filters(weights: Mapping[str, Tensor], title: str, subtitle: str) -> Figure:
-    """The weights of layers as small images; one row per input where a layer has several.
-
-    Args:
-        weights: by layer: (outputs, inputs per group, height, width).
-        title: of the picture.
-        subtitle: likewise.
-    """
+    """The weights of layers, (outputs, inputs per group, height, width), as small images, an input a row."""
     blocks = [_filter_block(name, weight) for name, weight in weights.items()]
     return _draw_blocks(blocks, 2 * ROW_GAP, 0, title, subtitle)[0]
 
@@ -240,13 +225,7 @@ def _filter_block(name: str, weight: Tensor) -> _Block:
 
 
 def draw_confusion(confusion: Sequence[Sequence[int]], class_names: Sequence[str], title: str) -> Figure:
-    """Two tables: counts, and shares of each true class. Only mistakes are coloured.
-
-    Args:
-        confusion: confusion[i][j] = images of class i taken for class j.
-        class_names: by label.
-        title: of the picture.
-    """
+    """Two tables of how many images of class i were taken for class j: counts, and shares of each true class."""
     counts = torch.tensor(confusion, dtype=torch.float64)
     num_samples, num_mistakes = int(counts.sum()), int(counts.sum() - counts.diagonal().sum())
     has_words = max(map(len, class_names)) > 3

@@ -65,13 +65,11 @@ def test_a_run_that_diverged_is_drawn_as_far_as_it_went(tmp_path: Path) -> None:
     pixels_of(draw_curves([History("a", "mnist", {}, {"train": broken}, math.nan)], "t", "s"), tmp_path / "c.png")
 
 
-def test_the_mean_of_a_few_batches_joins_the_record_before_it() -> None:
-    """Records every 10 steps and at the ends of epochs of 23 steps; step 1 of a run has nothing to join."""
-    joined = without_fragments(
+def test_the_mean_of_a_few_batches_is_left_out() -> None:
+    """Records every 10 steps and at the ends of epochs of 23 steps; the last record of a run may be a short one."""
+    shown = without_fragments(
         Curve([10, 20, 23, 30, 40, 46], [1.0, 0.8, 0.2, 0.6, 0.4, 0.3], [0.1, 0.2, 0.9, 0.4, 0.5, 0.6])
     )
-    assert joined.steps == [10, 23, 30, 40, 46]
-    assert joined.losses == pytest.approx([1.0, (10 * 0.8 + 3 * 0.2) / 13, 0.6, 0.4, 0.3])
-    assert joined.accuracies == pytest.approx([0.1, (10 * 0.2 + 3 * 0.9) / 13, 0.4, 0.5, 0.6])
-    first = Curve([1, 50, 100], [3.0, 2.0, 1.0], [0.1, 0.2, 0.3])
-    assert without_fragments(first) == first
+    assert shown == Curve([10, 20, 30, 40, 46], [1.0, 0.8, 0.6, 0.4, 0.3], [0.1, 0.2, 0.4, 0.5, 0.6])
+    even = Curve([50, 100], [2.0, 1.0], [0.2, 0.3])
+    assert without_fragments(even) == even

@@ -152,7 +152,7 @@ def test_a_recipe_needs_no_run(
 def test_untrained_means_the_weights_that_the_run_began_with(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[torch.nn.Sequential] = []
     monkeypatch.setattr(gallery, "filter_figure", lambda model, *rest: drawn.append(model))
-    monkeypatch.setattr(plots, "_save", lambda figure, path: path)
+    monkeypatch.setattr(plots.pictures, "save_picture", lambda figure, path: path)
     for untrained in (True, True, False):
         plots.main(Options(Filters(untrained=untrained)))
     before, again, after = (model.state_dict() for model in drawn)
@@ -171,7 +171,7 @@ def test_features_are_those_of_the_image_that_was_asked_for(run: str, monkeypatc
         drawn.update(outputs=outputs, title=title, subtitle=subtitle)
 
     monkeypatch.setattr(gallery.pictures, "draw_features", remember)
-    monkeypatch.setattr(plots, "_save", lambda figure, path: path)
+    monkeypatch.setattr(plots.pictures, "save_picture", lambda figure, path: path)
     plots.main(Options(Features(image=(11,), every_layer=True)))
     trained = load_model(Path(run, "export", "best"))
     dataset = plots._read_data(trained.config, None)
@@ -184,7 +184,7 @@ def test_features_are_those_of_the_image_that_was_asked_for(run: str, monkeypatc
 def test_the_mistakes_of_a_run_are_as_many_as_it_counted(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[Any] = []
     monkeypatch.setattr(gallery.pictures, "draw_mistakes", lambda mistakes, *rest: found.append(mistakes))
-    monkeypatch.setattr(plots, "_save", lambda figure, path: path)
+    monkeypatch.setattr(plots.pictures, "save_picture", lambda figure, path: path)
     plots.main(Options(Mistakes()))
     scores = json.loads(Path(run, "result.json").read_text())["test"]
     assert found[0].num_mistakes == scores["num_samples"] - scores["num_correct"]
