@@ -90,7 +90,8 @@ from rich.text import Text
 
 from mnist.doctor.checks_compute import COMPUTE_CHECKS, all_reduce_table
 from mnist.doctor.checks_machine import MACHINE_CHECKS
-from mnist.doctor.checkup import Finding, Patient, run_check
+from mnist.doctor.checkup import Finding, Probe, run_check
+from mnist.doctor.links import nccl_log
 from mnist.errors import RankError, RunError, print_error
 from mnist.runs.console import count
 from mnist.system.accelerator import open_accelerator
@@ -116,7 +117,7 @@ COLUMNS = (
 
 
 def main(options: Options) -> int:
-    """Examines, reports from rank 0, returns the exit code. Every rank calls it."""
+    """Runs all checks, reports from rank 0, returns the exit code. Every rank calls it."""
     started = time.perf_counter()
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
     findings: list[Finding] = []
@@ -173,6 +174,7 @@ def examine(options: Options) -> Iterator[Finding]:
 
     with ExitStack() as stack:
         stack.callback(watchdog.rest)
+        log = stack.enter_context(nccl_log())
         begin("reaching rank 0")
         reach_rank_0(options.timeout_s)
         begin("meeting the other ranks")
@@ -180,10 +182,10 @@ def examine(options: Options) -> Iterator[Finding]:
             accelerator = stack.enter_context(open_accelerator(config.runtime))
         except RuntimeError as error:
             raise RunError(f"the ranks have not met ({error}): is each of them started, and let through?") from error
-        patient = Patient(accelerator, config)
+        probe = Probe(accelerator, config, log)
         for check in CHECKS:
             begin(check.name)
-            yield run_check(check, patient)
+            yield run_check(check, probe)
 
 
 def _say_stalled(doing: str, reason: str) -> None:
@@ -258,11 +260,11 @@ def _rank_table(values: dict[str, tuple[Any, ...]]) -> Table | None:
     return table
 
 
-def _all_reduce_table(medians: Sequence[list[float] | None]) -> Table | None:
-    if len(medians) < 2 or medians[0] is None:
+def _all_reduce_table(values: Sequence[dict[str, Any] | None]) -> Table | None:
+    if len(values) < 2 or values[0] is None:
         return None
-    table = _table("all-reduce of", "takes", "per link")
-    for size, seconds, bandwidth in all_reduce_table(medians[0], len(medians)):
+    table = _table("all-reduce of", "takes", "per rank")
+    for size, seconds, bandwidth in all_reduce_table(values[0]["seconds"], len(values)):
         table.add_row(f"{size >> 10:,} KB", f"{1e3 * seconds:.3f} ms", f"{bandwidth / 1e6:,.1f} MB/s")
     return table
 

@@ -1,6 +1,6 @@
 """The doctor's checks of what a machine or a cluster is: code, data, devices, threads, clocks, disks.
 
-In: a `Patient`. Out: `MACHINE_CHECKS`. Every rank must call a `measure_*`, which returns plain values; a `judge_*` is a
+In: a `Probe`. Out: `MACHINE_CHECKS`. Every rank must call a `measure_*`, which returns plain values; a `judge_*` is a
 pure function of the facts of all ranks.
 """
 
@@ -20,12 +20,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 
 from mnist.config import RUNS, to_flat
 from mnist.data import datasets
-from mnist.doctor.checkup import Check, Fact, Judgement, Patient, by_host, judge_equal, short_hash
+from mnist.doctor.checkup import Check, Fact, Judgement, Probe, by_host, judge_equal, short_hash
 from mnist.runs.console import count
 from mnist.runs.tracking import wandb
 from mnist.system import process, ranks
@@ -41,7 +42,7 @@ DISK_PROBE_BYTES = 16 << 20
 MIN_DISK_SPEED, MIN_DISK_FREE_GIB = 10e6, 1.0  # bytes per second, GiB
 
 
-def measure_versions(_: Patient) -> dict[str, Any]:
+def measure_versions(_: Probe) -> dict[str, Any]:
     """Versions that numerics and communication depend on."""
     has_nccl = torch.cuda.is_available() and dist.is_nccl_available()
     return {
@@ -52,21 +53,21 @@ def measure_versions(_: Patient) -> dict[str, Any]:
     }
 
 
-def measure_code(_: Patient) -> dict[str, str]:
+def measure_code(_: Probe) -> dict[str, str]:
     """A hash of each source file."""
     files = [ROOT / "train_ddp.py", *sorted((ROOT / "mnist").rglob("*.py"))]
     return {str(path.relative_to(ROOT)): short_hash(path.read_bytes()) for path in files}
 
 
-def measure_configuration(patient: Patient) -> dict[str, Any]:
-    """What this rank's command line and environment come to."""
-    flat = {name: value for name, value in to_flat(fill_in(patient.config)).items() if name not in FIELDS_OF_A_NODE}
-    return {**flat, "mixed_precision": patient.accelerator.mixed_precision}
+def measure_configuration(probe: Probe) -> dict[str, Any]:
+    """The configuration that this rank would run."""
+    flat = {name: value for name, value in to_flat(fill_in(probe.config)).items() if name not in FIELDS_OF_A_NODE}
+    return {**flat, "mixed_precision": probe.accelerator.mixed_precision}
 
 
-def measure_data(patient: Patient) -> dict[str, str]:
+def measure_data(probe: Probe) -> dict[str, str]:
     """Hashes of the data files as this rank finds them; nothing where they are missing."""
-    config = patient.config.data
+    config = probe.config.data
     name = "mnist" if config.dataset == "auto" else config.dataset
     if not datasets.is_here(name, config.data_dir):
         return {}
@@ -91,21 +92,21 @@ def judge_data(facts: Sequence[Fact]) -> Judgement:
     return ("warn", warnings) if warnings else ("pass", "all files are whole" + f", {message}" * (verdict == "pass"))
 
 
-def measure_processes(patient: Patient) -> dict[str, Any]:
-    """How many processes somebody has started, and how many this one knows of."""
+def measure_processes(probe: Probe) -> dict[str, Any]:
+    """How many processes the launcher has started, and how many this one knows of."""
     announced = os.environ.get("WORLD_SIZE", os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "announced": int(announced),
-        "seen": patient.accelerator.num_processes,
+        "seen": probe.accelerator.num_processes,
         "launcher": launcher(),
         "backend": dist.get_backend() if dist.is_initialized() else None,
     }
 
 
 def judge_processes(facts: Sequence[Fact]) -> Judgement:
-    """No rank believes that it is alone when it is not."""
+    """Each rank knows of all others."""
     first = facts[0].value
     if first["announced"] != first["seen"]:
         return "fail", (
@@ -117,14 +118,14 @@ def judge_processes(facts: Sequence[Fact]) -> Judgement:
     return "pass", f"{count(len(facts), 'process')} on {count(hosts, 'host')} ({first['launcher']}{backend})"
 
 
-def measure_device(patient: Patient) -> dict[str, Any]:
+def measure_device(probe: Probe) -> dict[str, Any]:
     """Which device this rank has, and how many there are."""
-    device = patient.accelerator.device
+    device = probe.accelerator.device
     is_cuda = device.type == "cuda"
     module = Path("/proc/driver/nvidia/version")
     driver = re.search(r"\d+\.\d+(\.\d+)?", module.read_text()) if module.exists() else None
     return {
-        "device": device_name(patient.accelerator.device),
+        "device": device_name(probe.accelerator.device),
         "uuid": str(torch.cuda.get_device_properties(device).uuid) if is_cuda else None,
         "driver": driver.group() if driver else None,
         "num_visible": torch.cuda.device_count() if is_cuda else 0,
@@ -154,11 +155,11 @@ def judge_devices(facts: Sequence[Fact]) -> Judgement:
     return ("pass" if len(kinds) == 1 else "warn"), ", ".join(kinds)
 
 
-def measure_threads(patient: Patient) -> dict[str, Any]:
+def measure_threads(probe: Probe) -> dict[str, Any]:
     """CPU threads of this rank, the cores it may run on, and its share of them where a container has a quota."""
     return {
         "threads": torch.get_num_threads(),
-        "as_asked": patient.config.runtime.num_threads > 0,
+        "as_asked": probe.config.runtime.num_threads > 0,
         "cores": process.usable_cores(),
         "quota": process.cpu_quota(),
     }
@@ -182,13 +183,14 @@ def judge_threads(facts: Sequence[Fact]) -> Judgement:
     return "pass", "; ".join(lines[:3]) + (" ..." if len(lines) > 3 else "")
 
 
-def measure_memory(patient: Patient) -> dict[str, Any]:
+def measure_memory(probe: Probe) -> dict[str, Any]:
     """GiB available to this rank's host, and of its GPU."""
-    meminfo = Path("/proc/meminfo")
-    lines = dict(line.split(":") for line in meminfo.read_text().splitlines()) if meminfo.exists() else {}
-    free, total = torch.cuda.mem_get_info() if patient.accelerator.device.type == "cuda" else (None, None)
-    available = int(lines["MemAvailable"].split()[0]) << 10 if "MemAvailable" in lines else None
-    return {"host_gib": _gib(available), "device_gib": _gib(total), "device_free_gib": _gib(free)}
+    free, total = torch.cuda.mem_get_info() if probe.accelerator.device.type == "cuda" else (None, None)
+    return {
+        "host_gib": _gib(psutil.virtual_memory().available),
+        "device_gib": _gib(total),
+        "device_free_gib": _gib(free),
+    }
 
 
 def judge_memory(facts: Sequence[Fact]) -> Judgement:
@@ -197,19 +199,16 @@ def judge_memory(facts: Sequence[Fact]) -> Judgement:
         free, total = fact.value["device_free_gib"], fact.value["device_gib"]
         if total is not None and free < total / 2:
             return "warn", f"{free} of {total} GiB of GPU memory are free on {fact.where}: who uses the rest?"
-    known = [(host, members) for host, members in by_host(facts).items() if members[0].value["host_gib"] is not None]
-    for host, members in known:
+    for host, members in by_host(facts).items():
         available = members[0].value["host_gib"]
         if available < MIN_HOST_GIB * len(members):
             return "warn", f"{available} GiB are available to {count(len(members), 'rank')} on {host}: start fewer"
-    if not known:
-        return "skip", "unknown on this platform"
-    return "pass", f"{min(members[0].value['host_gib'] for _, members in known)} GiB available or more"
+    return "pass", f"{min(fact.value['host_gib'] for fact in facts)} GiB available or more"
 
 
-def measure_clock(patient: Patient) -> dict[str, Any]:
+def measure_clock(probe: Probe) -> dict[str, Any]:
     """Seconds since 1970, on all ranks at about the same moment."""
-    patient.accelerator.wait_for_everyone()
+    probe.accelerator.wait_for_everyone()
     now = time.time()
     return {"time_s": now, "utc": datetime.fromtimestamp(now, UTC).strftime("%H:%M:%S.%f")[:-3]}
 
@@ -225,20 +224,20 @@ def judge_clock(facts: Sequence[Fact]) -> Judgement:
     return "pass", f"{1e3 * abs(worst):.0f} ms apart at most"
 
 
-def measure_run_dir(patient: Patient) -> dict[str, Any]:
-    """Whether rank 0 can write where the run would be, and whether this rank sees what it writes."""
-    folder = _existing_folder(patient)
+def measure_run_dir(probe: Probe) -> dict[str, Any]:
+    """Whether rank 0 can write to the run's folder, and whether this rank sees the file."""
+    folder = _existing_folder(probe)
 
     def write() -> str:
         descriptor, name = tempfile.mkstemp(prefix=".doctor-", dir=folder)
         os.close(descriptor)
         return name
 
-    probe = Path(ranks.together(patient.accelerator, write))
-    is_seen = probe.exists()
-    patient.accelerator.wait_for_everyone()
-    if patient.accelerator.is_main_process:
-        probe.unlink()
+    file = Path(ranks.together(probe.accelerator, write))
+    is_seen = file.exists()
+    probe.accelerator.wait_for_everyone()
+    if probe.accelerator.is_main_process:
+        file.unlink()
     return {"folder": str(folder), "is_seen": is_seen}
 
 
@@ -254,15 +253,15 @@ def judge_run_dir(facts: Sequence[Fact]) -> Judgement:
     return "pass", f"{folder} can be written"
 
 
-def measure_disk(patient: Patient) -> dict[str, Any] | None:
+def measure_disk(probe: Probe) -> dict[str, Any] | None:
     """On rank 0, where checkpoints are written: bytes per second to the disk, GiB free."""
-    if not patient.accelerator.is_main_process:
+    if not probe.accelerator.is_main_process:
         return None
-    folder = _existing_folder(patient)
+    folder = _existing_folder(probe)
     content = os.urandom(1 << 20) * (DISK_PROBE_BYTES >> 20)
-    with tempfile.TemporaryDirectory(prefix=".doctor-", dir=folder) as probe:
+    with tempfile.TemporaryDirectory(prefix=".doctor-", dir=folder) as temporary:
         started = time.perf_counter()
-        write_and_flush(Path(probe, "checkpoint"), content)
+        write_and_flush(Path(temporary, "checkpoint"), content)
         seconds = time.perf_counter() - started
     return {"bytes_per_s": DISK_PROBE_BYTES / seconds, "free_gib": _gib(shutil.disk_usage(folder).free)}
 
@@ -278,12 +277,12 @@ def judge_disk(facts: Sequence[Fact]) -> Judgement:
     return "pass", line
 
 
-def measure_wandb(patient: Patient) -> dict[str, Any] | None:
+def measure_wandb(probe: Probe) -> dict[str, Any] | None:
     """On rank 0, which alone tracks: what W&B would do, and whether its server answers."""
-    if not patient.accelerator.is_main_process:
+    if not probe.accelerator.is_main_process:
         return None
-    mode = wandb.wandb_mode(patient.config.output)
-    is_asked = "offline" in (patient.config.output.wandb, os.environ.get("WANDB_MODE"))
+    mode = wandb.wandb_mode(probe.config.output)
+    is_asked = "offline" in (probe.config.output.wandb, os.environ.get("WANDB_MODE"))
     return {"mode": mode, "is_asked": is_asked, "answers": mode == "online" and wandb.server_answers()}
 
 
@@ -297,9 +296,9 @@ def judge_wandb(facts: Sequence[Fact]) -> Judgement:
     return "pass", mode
 
 
-def _existing_folder(patient: Patient) -> Path:
+def _existing_folder(probe: Probe) -> Path:
     """The run directory, or the nearest folder above it that exists."""
-    wanted = Path(patient.config.output.run_dir or RUNS)
+    wanted = Path(probe.config.output.run_dir or RUNS)
     return next(path for path in (wanted, *wanted.parents, Path.cwd()) if path.exists())
 
 

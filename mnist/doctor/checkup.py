@@ -1,7 +1,7 @@
 """A check: something that every rank measures, and a judgement of all ranks' answers.
 
-In: a `Patient`, this rank of an opened process group, and a `Check`. Out: a `Finding`, equal on every rank: pass, warn,
-fail, or skip where there is nothing to judge, and one line that says what to do.
+In: a `Probe` of this rank and a `Check`. Out: a `Finding`, equal on every rank: pass, warn, fail, or skip where there
+is nothing to judge, and one line that says what to do.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import socket
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from accelerate import Accelerator
@@ -25,11 +26,18 @@ Judgement = tuple[Verdict, str]
 
 
 @dataclass(frozen=True)
-class Patient:
-    """This rank: an accelerator, and the run that would be started on it."""
+class Probe:
+    """What a check can look at on this rank.
+
+    Attributes:
+        accelerator: over all ranks.
+        config: of the run that would be started.
+        nccl_log: the file to which NCCL writes which links it takes, if there is one.
+    """
 
     accelerator: Accelerator
     config: TrainConfig
+    nccl_log: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -52,13 +60,13 @@ class Check:
     """One line of the report."""
 
     name: str
-    measure: Callable[[Patient], Any]
+    measure: Callable[[Probe], Any]
     judge: Callable[[Sequence[Fact]], Judgement]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What came out of a check; `values` are those of the ranks, in order."""
+    """The result of a check; `values` are those of the ranks, in order."""
 
     name: str
     verdict: Verdict
@@ -66,21 +74,21 @@ class Finding:
     values: tuple[Any, ...] = ()
 
 
-def run_check(check: Check, patient: Patient) -> Finding:
-    """Measures on every rank, and judges; every rank must call this. An error on a rank fails the check, no more.
+def run_check(check: Check, probe: Probe) -> Finding:
+    """Measures on every rank, and judges; every rank must call this. An error on a rank fails this check only.
 
     Raises:
         RuntimeError: another rank has died, or does not answer.
     """
     value, error = None, None
     try:
-        value = check.measure(patient)
-    except Exception as caught:  # whatever it is, it belongs into the report
+        value = check.measure(probe)
+    except Exception as caught:  # any error belongs into the report
         if ranks.is_lost_contact(caught):
             raise
         kind = "" if isinstance(caught, UserError | RunError) else f"{type(caught).__name__}: "
         error = kind + " ".join(str(caught).split())
-    own = (patient.accelerator.process_index, socket.gethostname(), value, error)
+    own = (probe.accelerator.process_index, socket.gethostname(), value, error)
     facts = [Fact(*row) for row in gather_object([own])]
     values = tuple(fact.value for fact in facts)
     for fact in facts:

@@ -23,6 +23,7 @@ from mnist.doctor import __main__ as doctor
 from mnist.doctor import checks_compute, checks_machine
 from mnist.doctor.__main__ import Options
 from mnist.doctor.checkup import Fact, Judgement, judge_equal
+from mnist.doctor.links import Links
 from mnist.errors import UserError
 from mnist.system.accelerator import open_accelerator
 from tests.data.test_datasets import TRAIN_IMAGES, write_files
@@ -63,7 +64,7 @@ def test_a_healthy_machine_is_fit_and_nothing_is_left_behind(
     assert all(len(ranks) == world_size for ranks in values.values())
     assert values["all-reduce"] == [{"float32": 0, "int64": 0, "float64": 0}] * world_size
     assert values["precision"][0]["works"] == ["no", "bf16"]
-    assert len(values["bandwidth"][0]) == 8
+    assert len(values["bandwidth"][0]["seconds"]) == 8
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -328,7 +329,7 @@ def threads(number: int, *cores: int, quota: float | None = None, as_asked: bool
     return {"threads": number, "cores": list(cores), "quota": quota, "as_asked": as_asked}
 
 
-def memory(host: float | None, device_free: float | None = None) -> dict[str, Any]:
+def memory(host: float, device_free: float | None = None) -> dict[str, Any]:
     return {"host_gib": host, "device_gib": 80.0 if device_free else None, "device_free_gib": device_free}
 
 
@@ -344,11 +345,14 @@ def threads_gain(factor: float) -> dict[str, float]:
     return {"threads": 2, "all_s": 0.01, "one_s": 0.01 * factor}
 
 
-def bandwidth(first: float, last: float) -> list[float]:
-    return [first, *[0.001] * 6, last]
+def bandwidth(first: float, last: float, *used: str, **links: Any) -> dict[str, Any]:
+    """Seconds of the smallest and the largest all-reduce, 16 MB, or 256 MB on links of GPUs."""
+    num_sizes = 8 if used in ((), ("loopback",), ("Ethernet",)) else 10
+    seconds = [first, *[0.001] * (num_sizes - 2), last]
+    return {"seconds": seconds, "links": Links(used, **{"interface": "eth0", **links})}
 
 
-machine, compute = checks_machine, checks_compute
+machine, compute, judge_bandwidth = checks_machine, checks_compute, checks_compute.judge_bandwidth
 equal = judge_equal("mend it")
 CASES: list[tuple[Callable[[Any], Judgement], list[Any], str, str]] = [
     (equal, [{"torch": "2"}] * 3, "pass", "equal on 3 ranks"),
@@ -377,7 +381,6 @@ CASES: list[tuple[Callable[[Any], Judgement], list[Any], str, str]] = [
     (machine.judge_memory, [memory(8.0)] * 2, "pass", "8.0 GiB"),
     (machine.judge_memory, [memory(8.0), memory(8.0), memory(0.5)], "warn", "0.5 GiB are available to 1 rank on b"),
     (machine.judge_memory, [memory(8.0, 70.0), memory(8.0, 30.0)], "warn", "30.0 of 80.0 GiB of GPU memory"),
-    (machine.judge_memory, [memory(None)], "skip", "unknown"),
     (machine.judge_clock, [{"time_s": 100.0}, {"time_s": 100.2}], "pass", "200 ms"),
     (machine.judge_clock, [{"time_s": 100.0}, {"time_s": 101.0}, {"time_s": 97.0}], "warn", "rank 2 on b is -3.0 s"),
     (machine.judge_clock, [{"time_s": 100.0}], "skip", "one process"),
@@ -421,10 +424,41 @@ CASES: list[tuple[Callable[[Any], Judgement], list[Any], str, str]] = [
     (compute.judge_all_reduce, [{"float32": 0, "float64": 0}] * 2, "pass", "exact in float32, float64"),
     (compute.judge_all_reduce, [{"float32": 0}, {"float32": 3}], "fail", "3 wrong sums in float32 on rank 1 on a"),
     (compute.judge_all_reduce, [{"float32": 0}], "skip", "one process"),
-    (compute.judge_bandwidth, [bandwidth(2e-4, 0.016777216)] * 2, "pass", "0.20 ms for 1 KB, 1,000 MB/s for 16 MB"),
-    (compute.judge_bandwidth, [bandwidth(2e-4, 4.0)] * 2, "warn", "slow; is the right network used"),
-    (compute.judge_bandwidth, [bandwidth(0.2, 0.01)] * 2, "warn", "slow"),
-    (compute.judge_bandwidth, [bandwidth(1e-6, 1e-3)], "skip", "one process"),
+    (judge_bandwidth, [bandwidth(1e-6, 1e-3)], "skip", "one process"),
+    (
+        judge_bandwidth,
+        [bandwidth(2e-4, 0.016777216, "loopback", interface="lo")] * 2,
+        "pass",
+        "0.20 ms for 1 KB, 1,000 MB/s for 16 MB over loopback (lo)",
+    ),
+    (judge_bandwidth, [bandwidth(2e-4, 4.0, "loopback")] * 2, "warn", "slow, 10 MB/s are the least"),
+    (judge_bandwidth, [bandwidth(0.2, 0.01, "loopback")] * 2, "warn", "slow answers"),
+    (judge_bandwidth, [bandwidth(2e-4, 0.15, "Ethernet")] * 2, "pass", "112 MB/s for 16 MB over Ethernet (eth0)"),
+    (judge_bandwidth, [bandwidth(2e-4, 1.5, "Ethernet")] * 2, "warn", "slow, 50 MB/s are the least"),
+    (judge_bandwidth, [bandwidth(2e-4, 0.01)] * 2, "pass", "over unknown links"),
+    # 256 MB: NVLink of an H100 in 0.7 ms, PCIe 4.0 in 13 ms, 100 Gb/s InfiniBand in 25 ms, TCP in 300 ms.
+    (judge_bandwidth, [bandwidth(2e-5, 0.7e-3, "NVLink", has_nvlink=True)] * 2, "pass", "383,479 MB/s for 256 MB"),
+    (judge_bandwidth, [bandwidth(2e-5, 25e-3, "NVLink", has_nvlink=True)] * 2, "fail", "slow, 20,000 MB/s are the"),
+    (judge_bandwidth, [bandwidth(2e-5, 13e-3, "PCIe")] * 2, "pass", "MB/s for 256 MB over PCIe"),
+    (judge_bandwidth, [bandwidth(2e-5, 25e-3, "InfiniBand", "NVLink")] * 2, "pass", "over InfiniBand"),
+    (judge_bandwidth, [bandwidth(2e-5, 300e-3, "InfiniBand", "NVLink")] * 2, "fail", "slow, 3,000 MB/s are the least"),
+    (
+        judge_bandwidth,
+        [
+            bandwidth(2e-5, 300e-3, "NVLink", "InfiniBand", infiniband=("mlx5_0",)),
+            *[bandwidth(2e-5, 300e-3, "Ethernet", infiniband=("mlx5_0", "mlx5_1"))] * 2,
+        ],
+        "fail",
+        "rank 1 on a sends over TCP (eth0) although its host has InfiniBand (mlx5_0, mlx5_1)",
+    ),
+    (judge_bandwidth, [bandwidth(2e-5, 300e-3, "Ethernet")] * 2, "pass", "over Ethernet (eth0)"),
+    (
+        judge_bandwidth,
+        [bandwidth(2e-5, 30e-3, "shared memory", has_nvlink=True)] * 2,
+        "fail",
+        "rank 0 on a copies through host memory although NVLink connects its GPUs: look at NCCL_P2P_DISABLE",
+    ),
+    (judge_bandwidth, [bandwidth(2e-5, 30e-3, "shared memory")] * 2, "pass", "over shared memory"),
 ]
 
 
@@ -437,9 +471,8 @@ def test_judges(judge: Callable[[Any], Judgement], values: list[Any], verdict: s
 
 @pytest.mark.parametrize(("world_size", "share"), [(2, 1.0), (4, 1.5), (8, 1.75)])
 def test_bandwidth_is_what_each_link_carries(world_size: int, share: float) -> None:
-    table = compute.all_reduce_table([0.5] * 8, world_size)
-    assert table[0] == (1024, 0.5, share * 2048)
-    assert table[-1][0] == 16 << 20
+    assert compute.all_reduce_table([0.5] * 8, world_size)[0] == (1024, 0.5, share * 2048)
+    assert [compute.all_reduce_table([0.5] * sizes, world_size)[-1][0] >> 20 for sizes in (8, 10)] == [16, 256]
 
 
 def test_what_nccl_says_about_two_ranks_on_one_gpu_is_not_taken_for_a_lost_rank() -> None:
@@ -459,6 +492,6 @@ def test_a_collective_that_adds_wrongly_is_counted(monkeypatch: pytest.MonkeyPat
 
             torch.distributed.all_reduce = broken
             config = Options().config()
-            return compute.measure_all_reduce(checks_compute.Patient(accelerator, config))
+            return compute.measure_all_reduce(checks_compute.Probe(accelerator, config))
 
     assert run_ranks(add, 2) == [{"float32": 1, "int64": 1, "float64": 1}] * 2
