@@ -11,7 +11,8 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 : "${NNODES:?how many machines: 2, or 1:4 for an elastic job}" "${MASTER_ADDR:?the name or address of one of the machines}"
 MASTER_PORT=${MASTER_PORT:-29500}
 NPROC_PER_NODE=${NPROC_PER_NODE:-auto} # one process per GPU; without GPUs one per core
-RUN_DIR=${RUN_DIR:-runs/multi-node}    # one directory, one run: the same command continues it
+recipe=$(sed -nE 's/.*--recipe[= ]([a-z0-9_]+).*/-\1/p' <<<"$*")
+RUN_DIR=${RUN_DIR:-runs/multi-node$recipe} # one directory, one run: the same command continues it
 
 export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 # schedulers' SIGUSR1 reaches the ranks, too
 # After a restart torch 2.13 meets the keys of the ranks before in the launcher's store, and can wait for them for ever:

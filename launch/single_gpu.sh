@@ -4,7 +4,8 @@
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
-RUN_DIR=${RUN_DIR:-runs/single-gpu} # one directory, one run: the same command continues it
+recipe=$(sed -nE 's/.*--recipe[= ]([a-z0-9_]+).*/-\1/p' <<<"$*")
+RUN_DIR=${RUN_DIR:-runs/single-gpu$recipe} # one directory, one run: the same command continues it
 
 if ! python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     echo "single_gpu.sh: PyTorch sees no GPU on $HOSTNAME; launch/cpu.sh trains without one" >&2

@@ -30,7 +30,7 @@ _DESCRIPTION = """Trains an MNIST digit recogniser with Accelerate: on a CPU, a 
 
   accelerate launch train_ddp.py                                  the default recipe
   accelerate launch train_ddp.py --recipe lenet5 --epochs 3       another recipe, shorter
-  torchrun --nproc-per-node 2 train_ddp.py --wandb offline        two processes"""
+  torchrun --local-addr localhost --nproc-per-node 2 train_ddp.py two processes"""
 
 # What other training scripts call flags -> what they are here.
 _PROCESSES = "accelerate launch --num_processes, or torchrun --nproc-per-node"

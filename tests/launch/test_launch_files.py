@@ -103,6 +103,48 @@ def test_the_table_names_every_file() -> None:
     assert [path.name for path in FILES if f"`{path.name}`" not in text] == ["README.md"]
 
 
+@pytest.mark.parametrize(
+    ("script", "folder"), [("cpu.sh", "cpu"), ("multi_gpu.sh", "multi-gpu"), ("multi_node.sh", "multi-node")]
+)
+@pytest.mark.parametrize(
+    ("arguments", "suffix"),
+    [
+        ([], ""),
+        (["--recipe", "lenet5"], "-lenet5"),
+        (["--lr", "0.1", "--recipe=mlp_sigmoid", "--epochs", "2"], "-mlp_sigmoid"),
+    ],
+)
+def test_each_recipe_has_a_run_directory_of_its_own(
+    tmp_path: Path, script: str, folder: str, arguments: list[str], suffix: str
+) -> None:
+    """A second recipe in the directory of the first would be refused."""
+    for launcher in ("torchrun", "accelerate"):
+        (tmp_path / launcher).write_text('#!/bin/sh\necho "$@"\n')
+        (tmp_path / launcher).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{PATH}", "NUM_PROCESSES": "2", "NNODES": "1:2", "MASTER_ADDR": "a"}
+    done = finish([str(LAUNCH / script), *arguments], tmp_path, **environment)
+    assert done.out.split()[-1 - len(arguments) - 1 :] == ["--run-dir", f"runs/{folder}{suffix}", *arguments]
+
+
+def name_this_host(name: str) -> list[str]:
+    """A command line that runs the rest of it on a host of this name."""
+    return ["unshare", "--user", "--map-root-user", "--uts", "sh", "-c", f'hostname {name}; exec "$@"', "sh"]
+
+
+@pytest.mark.launch
+@pytest.mark.skipif(
+    shutil.which("unshare") is None
+    or subprocess.run([*name_this_host("x"), "true"], capture_output=True, check=False).returncode != 0,
+    reason="no user namespaces here",
+)
+@pytest.mark.parametrize("script", ["cpu.sh", "multi_gpu.sh"])
+def test_a_host_whose_own_name_does_not_resolve_does_not_wait(tmp_path: Path, script: str) -> None:
+    command = [*name_this_host("nowhere.invalid"), str(LAUNCH / script), "--list-recipes"]
+    done = finish(command, tmp_path, **WITHOUT_GPUS, NUM_PROCESSES="2", MAX_RESTARTS="1")
+    assert done.code == 0, done.err
+    assert done.out.startswith("fast ")
+
+
 # --- one machine -----------------------------------------------------------------------------------------------------
 
 
@@ -112,7 +154,7 @@ def test_cpu(tmp_path: Path, num_processes: int) -> None:
     command = [str(LAUNCH / "cpu.sh"), *SMOKE]
     done = finish(command, tmp_path, PATH=PATH, NUM_PROCESSES=str(num_processes))
     assert done.code == 0, done.err
-    assert run_of(tmp_path / "runs" / "cpu", num_processes)["backend"] == "gloo"
+    assert run_of(tmp_path / "runs" / "cpu-smoke", num_processes)["backend"] == "gloo"
 
 
 @pytest.mark.launch
@@ -163,7 +205,7 @@ def machines(**environment: str) -> list[dict[str, str]]:
 @pytest.mark.timeout(300)
 def test_two_machines_static_one_is_told_to_stop_and_both_go_on_later(tmp_path: Path) -> None:
     command = [str(LAUNCH / "multi_node.sh"), "--recipe", "smoke", "--epochs", "3", "--num-threads", "1"]
-    folder = tmp_path / "runs" / "multi-node"
+    folder = tmp_path / "runs" / "multi-node-smoke"
     first, second = machines(NNODES="2")
     with (
         started(command, tmp_path, **WITHOUT_GPUS, **first) as one,
@@ -175,7 +217,7 @@ def test_two_machines_static_one_is_told_to_stop_and_both_go_on_later(tmp_path: 
         assert left_behind(one) == left_behind(other) == []
     assert result(folder)["status"] == "preempted"
     outputs = together([command] * 2, machines(NNODES="2"), tmp_path)
-    assert "resuming runs/multi-node at step" in "".join(outputs)
+    assert "resuming runs/multi-node-smoke at step" in "".join(outputs)
     run_of(folder, 2)
 
 
