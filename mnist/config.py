@@ -58,6 +58,7 @@ def parse_fault(text: str) -> Fault:
     return Fault(kind, int(rank or 0), step=int(step))
 
 
+PROJECT = "mnist-ddp"  # of W&B, unless another one is named
 RUNS = Path("runs")  # where runs are kept whose --run-dir is not given
 
 DatasetName = Literal["auto", "mnist", "fashion_mnist", "kmnist", "digits"]
@@ -164,6 +165,16 @@ def _check_field(flag: str, value: Any, hint: Any, metadata: Mapping[str, Any]) 
         f"{flag} {value}: must lie in {metadata['limits']}",
     )
     _require(not metadata["is_path"] or value != "", f"{flag}: must not be empty")
+
+
+def check_wandb_words(place: str, words: Sequence[str], kind: Literal["name", "tag"]) -> None:
+    """Checks what W&B would refuse only after the run has begun: project names and run ids, or tags."""
+    pattern, limits = {
+        "name": (r"[^/\\#?%:]{1,128}", "1 to 128 characters without / \\ # ? % :"),
+        "tag": (r".{1,64}", "1 to 64 characters"),
+    }[kind]
+    for word in words:
+        _require(re.fullmatch(pattern, word, re.DOTALL) is not None, f"{place} {word}: W&B takes {limits}")
 
 
 def user_path(text: str) -> str:
@@ -366,6 +377,8 @@ class OutputConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        check_wandb_words("--wandb-project", [self.wandb_project or PROJECT], "name")
+        check_wandb_words("--wandb-tags", self.wandb_tags, "tag")
         for text in self.inject:
             try:
                 parse_fault(text)

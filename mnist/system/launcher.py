@@ -10,7 +10,7 @@ import os
 from dataclasses import replace
 from typing import Any, get_args
 
-from mnist.config import Precision, RuntimeConfig, TrainConfig, check_choice
+from mnist.config import Precision, RuntimeConfig, TrainConfig, check_choice, check_wandb_words
 from mnist.errors import UserError
 
 # Every number that the project reads from a launcher -> its least valid value.
@@ -59,6 +59,10 @@ def fill_in(config: TrainConfig) -> TrainConfig:
         UserError: names the variable that is wrong, or asks for what this project does not do.
     """
     check_variables()
+    if "disabled" not in (config.output.wandb, os.environ.get("WANDB_MODE")):
+        for name in ("WANDB_PROJECT", "WANDB_RUN_ID"):
+            check_wandb_words(name, list(filter(None, [os.environ.get(name)])), "name")
+        check_wandb_words("WANDB_TAGS", list(filter(None, os.environ.get("WANDB_TAGS", "").split(","))), "tag")
     steps = config.loop.gradient_accumulation_steps or os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     loop = replace(config.loop, gradient_accumulation_steps=int(steps))
     return replace(config, loop=loop, runtime=fill_in_runtime(config.runtime))

@@ -64,6 +64,26 @@ def test_a_setting_that_is_not_supported_is_named(
         fill_in_runtime(RuntimeConfig())
 
 
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"WANDB_TAGS": "a," + "b" * 65}, "WANDB_TAGS b{65}: W&B takes 1 to 64 characters"),
+        ({"WANDB_PROJECT": "team/mnist"}, "WANDB_PROJECT team/mnist: W&B takes"),
+        ({"WANDB_RUN_ID": "a:b"}, "WANDB_RUN_ID a:b: W&B takes"),
+    ],
+)
+def test_what_wandb_would_refuse_later_is_refused_at_the_start(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], words: str
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert fill_in(TrainConfig()), "WANDB_MODE is disabled in tests"
+    monkeypatch.delenv("WANDB_MODE")
+    assert fill_in(evolve(TrainConfig(), wandb="disabled"))
+    with pytest.raises(UserError, match=f"^{words}"):
+        fill_in(TrainConfig())
+
+
 @pytest.mark.parametrize("precision", ["fp32", "FP8"])
 def test_a_wrong_precision_of_the_launcher_is_one_line_before_training(tmp_path: Path, precision: str) -> None:
     done = finish(train("--recipe", "smoke"), tmp_path, ACCELERATE_MIXED_PRECISION=precision)

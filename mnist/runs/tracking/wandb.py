@@ -20,12 +20,9 @@ from urllib.request import getproxies
 
 from accelerate import Accelerator
 
-from mnist.config import OutputConfig
+from mnist.config import PROJECT, OutputConfig
 from mnist.runs.tracking.sink import Counts
 from mnist.system.files import write_atomically
-
-PROJECT = "mnist-ddp"
-
 
 INIT_TIMEOUT_S = 5  # W&B waits 10 s on top of it, and 90 s by default
 
