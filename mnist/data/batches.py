@@ -19,7 +19,7 @@ from mnist.seeding import derive_seed
 
 @dataclass(frozen=True)
 class Split:
-    """Images uint8 (N, 28, 28), 0 = paper, 255 = ink; labels int64 (N,), 0..9. Both on one device."""
+    """Images uint8 (N, H, W) or (N, C, H, W), 0 = paper, 255 = ink; labels int64 (N,). Both on one device."""
 
     images: Tensor
     labels: Tensor
@@ -30,11 +30,17 @@ class Split:
     def __getitem__(self, rows: slice) -> Split:
         return Split(self.images[rows], self.labels[rows])
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width."""
+        *channels, height, width = self.images.shape[1:]
+        return (channels[0] if channels else 1, height, width)
+
     def repeat(self, copies: int) -> Split:
         """Every image `copies` times: the whole split again and again. One copy is the split itself."""
         if copies == 1:
             return self
-        return Split(self.images.repeat(copies, 1, 1), self.labels.repeat(copies))
+        return Split(self.images.repeat(copies, *[1] * (self.images.ndim - 1)), self.labels.repeat(copies))
 
     def to(self, device: torch.device) -> Split:
         """The split on `device`. MNIST whole is 55 MB, so it lives there for the run."""
@@ -61,7 +67,7 @@ class MicroBatch:
 
     @property
     def images(self) -> Tensor:
-        """uint8 (B, 28, 28), gathered by one operation on the device each time they are asked for."""
+        """uint8 (B, H, W) or (B, C, H, W), gathered by one operation on the device each time they are asked for."""
         return self.split.images.index_select(0, self.indices)
 
     @property

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from mnist.config import DataConfig, DatasetName
 from mnist.data.batches import Split
-from mnist.data.download import download
-from mnist.data.idx import IMAGES_MAGIC, LABELS_MAGIC, read_idx
+from mnist.data.download import Transfer, download
+from mnist.data.idx import read_images, read_labels
 from mnist.errors import UserError
+from mnist.system.torchvision_compat import import_torchvision
 
 FILES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
@@ -33,10 +34,12 @@ _DIGIT_NAMES = tuple("0123456789")
 
 @dataclass(frozen=True)
 class Source:
-    """Where a data set comes from: its class (and folder) in torchvision, its class names, its files' sha256."""
+    """Where a data set comes from, and what its images and classes are."""
 
-    torchvision_class: str | None
+    torchvision_class: str | None  # also the name of its folder
     class_names: tuple[str, ...] = _DIGIT_NAMES
+    image_shape: tuple[int, int, int] = (1, 28, 28)  # channels, height, width
+    max_bytes: int = 0  # of the largest packed file as published
     sha256: tuple[str, ...] = ()  # of the four raw files in the order of FILES; empty = not pinned
     train_copies: int = 1  # how often each training image is stored, and so seen in one epoch
 
@@ -44,6 +47,7 @@ class Source:
 SOURCES = {
     "mnist": Source(
         "MNIST",
+        max_bytes=9_912_422,
         sha256=(
             "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
             "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
@@ -54,8 +58,9 @@ SOURCES = {
     "fashion_mnist": Source(
         "FashionMNIST",
         ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"),
+        max_bytes=26_421_880,
     ),
-    "kmnist": Source("KMNIST", ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo")),
+    "kmnist": Source("KMNIST", ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo"), max_bytes=18_165_135),
     "digits": Source(None, train_copies=42),  # 1,437 images: recipes made for MNIST's 60,000 keep their length
 }
 
@@ -86,6 +91,11 @@ class Dataset:
     fingerprint: str
     train_copies: int = 1
     warnings: tuple[str, ...] = ()
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width."""
+        return self.test.image_shape
 
     def to(self, device: torch.device) -> Dataset:
         """All splits on `device`."""
@@ -125,10 +135,12 @@ def fetch(name: str, data_dir: str) -> None:
     source = SOURCES[name]
     if source.torchvision_class is None or is_here(name, data_dir):
         return
+    folder = Path(data_dir, source.torchvision_class, "raw")
     try:
-        download(source.torchvision_class, Path(data_dir))
-    except OSError as error:
-        folder = Path(data_dir, source.torchvision_class, "raw")
+        published = getattr(import_torchvision("datasets"), source.torchvision_class)
+        transfer = Transfer(list(published.mirrors), published.resources, source.max_bytes)
+        download(transfer, Path(data_dir), folder, lambda: is_here(name, data_dir))
+    except (OSError, ImportError) as error:
         raise UserError(
             f"--dataset {name}: not in {folder} and the download failed ({error}); either name the folder that holds "
             f"{source.torchvision_class}/raw with --data-dir or $MNIST_DATA_DIR, or copy the four *-ubyte[.gz] files "
@@ -144,11 +156,19 @@ def is_here(name: str, data_dir: str) -> bool:
 
 
 def _find_file(source: Source, data_dir: str, name: str) -> Path | None:
-    assert source.torchvision_class is not None
-    for path in (Path(data_dir, source.torchvision_class, "raw", name + suffix) for suffix in ("", ".gz")):
-        if path.exists():
-            return path
-    return None
+    """The file `name`, packed or not, also as mirrors spell it (train-images.idx3-ubyte) or in a folder of its name.
+
+    `data_dir` may be the folder of the files itself, unless it is the one of another data set: their files have the
+    same names.
+    """
+    own = source.torchvision_class
+    assert own is not None
+    folders = [Path(data_dir, own, "raw")]
+    if Path(data_dir).resolve().parent.name not in {other.torchvision_class for other in SOURCES.values()} - {own}:
+        folders.append(Path(data_dir))
+    spellings = [spelling + packed for spelling in (name, name.replace("-idx", ".idx")) for packed in ("", ".gz")]
+    paths = (path for folder in folders for file in spellings for path in (folder / file, folder / file / file))
+    return next((path for path in paths if path.exists() and not path.is_dir()), None)
 
 
 def read(name: str, config: DataConfig) -> Dataset:
@@ -188,17 +208,20 @@ def _read_files(source: Source, data_dir: str) -> tuple[Split, Split, list[str]]
         images_path, labels_path = (_find_file(source, data_dir, name) for name in (images_name, labels_name))
         if images_path is None or labels_path is None:
             raise UserError(f"--data-dir {data_dir}: {images_name} or {labels_name} is missing on this node")
-        images, images_hash = read_idx(images_path, IMAGES_MAGIC)
-        labels, labels_hash = read_idx(labels_path, LABELS_MAGIC)
-        if images.shape[1:] != (28, 28):
-            raise UserError(f"{images_path}: images of {images.shape[1]}x{images.shape[2]} pixels, expected 28x28")
+        images, images_hash = read_images(images_path)
+        labels, labels_hash = read_labels(labels_path)
+        split, last = Split(images, labels), len(source.class_names) - 1
+        if split.image_shape != source.image_shape:
+            found, expected = ("x".join(map(str, shape)) for shape in (split.image_shape, source.image_shape))
+            raise UserError(f"{images_path}: images of {found} (channels, height, width), expected {expected}")
         if len(images) != len(labels):
             raise UserError(
                 f"{labels_path}: {len(labels):,} labels for the {len(images):,} images of {images_path.name}"
             )
-        if int(labels.max()) > 9:
-            raise UserError(f"{labels_path}: label {int(labels.max())}, expected 0 to 9")
-        splits.append(Split(images, labels.long()))
+        for label in (int(labels.min()), int(labels.max())):
+            if not 0 <= label <= last:
+                raise UserError(f"{labels_path}: label {label}, expected 0 to {last}")
+        splits.append(split)
         hashes += [images_hash, labels_hash]
     return splits[0], splits[1], hashes
 

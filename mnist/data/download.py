@@ -1,23 +1,27 @@
-"""Downloads a data set with torchvision's code (mirrors, checksums), made safe: one process, bounded, all or nothing.
+"""Downloads the files of a data set: one process, bounded in time and size, all or nothing.
 
-In: a data set's torchvision class name, and the folder it belongs in. Out: `<data_dir>/<name>/raw/*-ubyte`, complete,
-or an `OSError` and nothing. Other processes see the files only once they are whole.
+In: mirrors, file names and checksums, and the folder for the files. Out: that folder with all files unpacked, or an
+`OSError` and nothing. Other processes see the files only once they are whole. Mirrors and checksums are torchvision's;
+its own download function has no time-out and no limit of size, and some errors end its list of mirrors.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gzip
+import hashlib
 import os
 import shutil
-import socket
 import sys
 import threading
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from http.client import HTTPException
 from pathlib import Path
+from urllib.request import urlopen
 
 from filelock import FileLock, Timeout
-
-from mnist.system.torchvision_compat import import_torchvision
 
 MIRROR_VARIABLE = "MNIST_MIRROR"  # a base URL to try first, for clusters with a mirror of their own
 SOCKET_TIMEOUT_S = 8.0
@@ -26,93 +30,111 @@ MIN_BYTES_PER_S = 50_000
 LOCK_TIMEOUT_S = 600.0  # whoever holds the lock gives up by itself, long before that
 
 
-def download(class_name: str, data_dir: Path) -> None:
-    """Fetches the four files of `torchvision.datasets.<class_name>` into `data_dir`; one process per node calls this.
+@dataclass
+class Transfer:
+    """What is fetched, and how far it is.
 
-    The files arrive in `<data_dir>/.download-<pid>` and are renamed into place when all four are complete. A second job
-    on the same folder waits for the first and then finds its files.
+    Attributes:
+        mirrors: base URLs, in the order in which they are asked; one that failed is removed.
+        files: name and md5 of each file, packed with gzip.
+        max_bytes: size of the largest file as published; a server that sends more has failed.
+    """
+
+    mirrors: list[str]
+    files: Sequence[tuple[str, str]]
+    max_bytes: int
+    num_bytes: int = 0
+    failures: list[str] = field(default_factory=list)
+    is_given_up: bool = False
+    error: Exception | None = None
+
+
+def download(transfer: Transfer, data_dir: Path, raw: Path, is_complete: Callable[[], bool]) -> None:
+    """Fetches all files into `raw`, a folder below `data_dir`; one process per node calls this.
+
+    The files arrive in `<data_dir>/.download-<pid>` and are renamed into place when all are complete. A second job on
+    the same folder waits for the first, and then finds it complete.
 
     Raises:
-        OSError: no network, no answer in time, wrong checksums, or `data_dir` not writable.
+        OSError: no network, no answer in time, wrong checksums, or `data_dir` not writable. New folders are removed.
     """
-    is_new = not data_dir.exists()
-    data_dir.mkdir(parents=True, exist_ok=True)
-    lock = data_dir / ".download.lock"
+    new_folders = [folder for folder in (raw, *raw.parents) if not folder.exists()]
+    lock, staging = data_dir / ".download.lock", data_dir / f".download-{os.getpid()}"
     try:
+        data_dir.mkdir(parents=True, exist_ok=True)
         with FileLock(lock, timeout=LOCK_TIMEOUT_S):
             try:
-                _download_unless_there(class_name, data_dir)
+                if not is_complete():  # or else another job was faster
+                    staging.mkdir(exist_ok=True)
+                    _download_within_time(transfer, staging)
+                    raw.mkdir(parents=True, exist_ok=True)
+                    for path in staging.iterdir():
+                        path.replace(raw / path.name)
             finally:
+                shutil.rmtree(staging, ignore_errors=True)
                 with contextlib.suppress(OSError):  # Windows does not remove an open file
                     lock.unlink()
     except Timeout as error:
         raise OSError(f"another process holds {lock}") from error
     finally:
-        if is_new:
-            with contextlib.suppress(OSError):  # it goes only if it is empty
-                data_dir.rmdir()
+        for folder in new_folders:
+            with contextlib.suppress(OSError):  # only an empty one goes
+                folder.rmdir()
 
 
-def _download_unless_there(class_name: str, data_dir: Path) -> None:
-    raw = data_dir / class_name / "raw"
-    if len(list(raw.glob("*-ubyte"))) == 4:
-        return  # another job was faster
-    staging = data_dir / f".download-{os.getpid()}"
-    try:
-        _download_within_time(class_name, staging)
-        raw.mkdir(parents=True, exist_ok=True)
-        for path in staging.glob("*-ubyte"):
-            path.replace(raw / path.name)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _download_within_time(class_name: str, staging: Path) -> None:
-    """Downloads in a thread, which is left to end by itself when too little comes in (names can take long)."""
-    errors: list[Exception] = []
-    given_up = threading.Event()
-
-    def work() -> None:
-        previous = socket.getdefaulttimeout()
-        socket.setdefaulttimeout(SOCKET_TIMEOUT_S)  # torchvision opens URLs without one
-        try:
-            _fetch_files(class_name, staging, given_up)
-        except Exception as error:  # handed over to the caller below, whatever it is
-            errors.append(error)
-        finally:
-            socket.setdefaulttimeout(previous)
-
+def _download_within_time(transfer: Transfer, staging: Path) -> None:
+    """Waits for a thread as long as enough comes in, then leaves it: looking up a host name knows no time-out."""
+    thread = threading.Thread(target=_fetch_files, args=(transfer, staging), daemon=True, name="download")
     start = time.monotonic()
-    thread = threading.Thread(target=work, daemon=True, name="download")
     thread.start()
     while thread.is_alive():
         thread.join(timeout=0.1)
+        if sys.stderr.isatty():
+            sys.stderr.write(f"\rdownloading: {transfer.num_bytes / 1e6:.1f} MB " if thread.is_alive() else "\r\033[K")
         elapsed = time.monotonic() - start
-        if elapsed > GIVE_UP_AFTER_S and _bytes_below(staging) < elapsed * MIN_BYTES_PER_S:
-            given_up.set()
+        if elapsed > GIVE_UP_AFTER_S and transfer.num_bytes < elapsed * MIN_BYTES_PER_S:
+            transfer.is_given_up = True
             raise OSError(f"no answer from the servers within {GIVE_UP_AFTER_S:.0f} s")
-    if errors:
-        raise OSError(" ".join(str(errors[0]).split())) from errors[0]
+    if transfer.error is not None:
+        raise OSError(" ".join(str(transfer.error).split())) from transfer.error
 
 
-def _fetch_files(class_name: str, staging: Path, given_up: threading.Event) -> None:
-    """The four files, unpacked, from the first mirror that has them; one that failed is not asked again."""
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # no bars in log files
-    dataset = getattr(import_torchvision("datasets"), class_name)
-    utils = import_torchvision("datasets.utils")
+def _fetch_files(transfer: Transfer, staging: Path) -> None:
     own = os.environ.get(MIRROR_VARIABLE)
-    mirrors = [*([own.rstrip("/") + "/"] if own else []), *dataset.mirrors]
-    for name, md5 in dataset.resources:
-        while not given_up.is_set():
-            try:
-                utils.download_and_extract_archive(mirrors[0] + name, str(staging), filename=name, md5=md5)
-                break
-            except (OSError, RuntimeError) as error:
-                failed = mirrors.pop(0)
-                if not mirrors:
-                    raise OSError(f"{failed}: {error}") from error
+    transfer.mirrors = [*([own] if own else []), *transfer.mirrors]
+    try:
+        for name, md5 in transfer.files:
+            _fetch_from_mirrors(transfer, staging / name, md5)
+    except Exception as error:  # handed over to the thread that waits, whatever it is
+        transfer.error = error
 
 
-def _bytes_below(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*.gz"))
+def _fetch_from_mirrors(transfer: Transfer, path: Path, md5: str) -> None:
+    """One file, unpacked, from the first mirror that has it; raises an OSError that tells why each one failed."""
+    while transfer.mirrors:
+        url = f"{transfer.mirrors[0].rstrip('/')}/{path.name}"
+        try:
+            return _fetch(transfer, url, path, md5)
+        except (OSError, EOFError, ValueError, HTTPException) as error:
+            if transfer.is_given_up:
+                raise
+            transfer.failures.append(f"{url}: {error}")
+            transfer.mirrors.pop(0)
+    raise OSError(", and ".join(transfer.failures))
+
+
+def _fetch(transfer: Transfer, url: str, path: Path, md5: str) -> None:
+    if not url.startswith(("http://", "https://")):
+        raise ValueError("not an http:// or https:// address")
+    content = bytearray()
+    with urlopen(url, timeout=SOCKET_TIMEOUT_S) as response:  # noqa: S310
+        while chunk := response.read1(1 << 16):
+            content += chunk
+            transfer.num_bytes += len(chunk)
+            if transfer.is_given_up:
+                raise OSError("given up")
+            if len(content) > transfer.max_bytes:
+                raise OSError(f"sends more than the {transfer.max_bytes:,} bytes of the published file")
+    if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
+        raise OSError(f"{len(content):,} bytes that are not the published file (md5)")
+    path.with_suffix("").write_bytes(gzip.decompress(content))

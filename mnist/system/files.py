@@ -87,7 +87,7 @@ def read_regular(path: Path, max_bytes: int) -> bytes:
             raise RecordError(f"{path}: not a regular file")
         if facts.st_size > max_bytes:
             raise RecordError(f"{path}: {facts.st_size:,} bytes, expected at most {max_bytes:,}")
-        return file.read(max_bytes)
+        return file.read(facts.st_size)  # reading max_bytes would first allocate them
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -75,6 +75,56 @@ def test_files_become_splits_packed_or_not(tmp_path, name, folder, is_packed):
     assert (dataset.name, dataset.val, len(dataset.class_names)) == (name, None, 10)
 
 
+def dotted(raw):
+    for path in list(raw.iterdir()):
+        path.rename(raw / path.name.replace("-idx", ".idx"))
+
+
+def in_folders(raw):
+    for path in list(raw.iterdir()):
+        aside = path.rename(raw / "aside")
+        path.mkdir()
+        aside.rename(path / path.name)
+
+
+def named_gz(raw):
+    for path in list(raw.iterdir()):
+        path.rename(raw / f"{path.name}.gz")
+
+
+def not_named_gz(raw):
+    for path in list(raw.iterdir()):
+        content = gzip.compress(path.read_bytes())
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize("arrange", [dotted, in_folders, named_gz, not_named_gz])
+@pytest.mark.parametrize("is_raw", [False, True], ids=["data folder", "raw folder"])
+def test_files_are_found_as_mirrors_name_and_unpack_them(tmp_path, no_network, arrange, is_raw):
+    arrays = write_files(tmp_path)
+    arrange(tmp_path / "MNIST" / "raw")
+    config = DataConfig(dataset="auto", data_dir=str(tmp_path / "MNIST" / "raw" if is_raw else tmp_path))
+    assert datasets.choose(config) == datasets.Choice("mnist")
+    dataset = datasets.read("mnist", config)
+    assert np.array_equal(dataset.train.images, arrays[TRAIN_IMAGES])
+    assert np.array_equal(dataset.test.labels, arrays[TEST_LABELS])
+
+
+def test_the_raw_folder_of_mnist_is_not_taken_for_kmnist(tmp_path):
+    write_files(tmp_path)
+    assert datasets.is_here("mnist", str(tmp_path / "MNIST" / "raw"))
+    assert not datasets.is_here("kmnist", str(tmp_path / "MNIST" / "raw"))
+
+
+@pytest.mark.timeout(20)
+def test_a_fifo_in_the_place_of_a_file_is_named(tmp_path, no_network):
+    write_files(tmp_path, train_labels=None)
+    os.mkfifo(tmp_path / "MNIST" / "raw" / TRAIN_LABELS)
+    config = DataConfig(dataset="mnist", data_dir=str(tmp_path))
+    with pytest.raises(UserError, match=f"{TRAIN_LABELS}: cannot be read .not a regular file"):
+        datasets.read(datasets.choose(config).name, config)
+
+
 def test_the_validation_split_is_the_end_of_the_training_set(tmp_path):
     arrays = write_files(tmp_path)
     dataset = datasets.read("mnist", DataConfig(data_dir=str(tmp_path), val_size=7))
@@ -98,7 +148,7 @@ def test_a_validation_split_that_leaves_nothing_to_train_on_is_refused(tmp_path,
         ({"train_labels": np.full(30, 10, np.uint8)}, f"{TRAIN_LABELS}: label 10, expected 0 to 9"),
         ({"train_labels": np.zeros((30, 28, 28), np.uint8)}, f"{TRAIN_LABELS}: holds images, expected labels"),
         ({"test_images": np.zeros(100, np.uint8)}, f"{TEST_IMAGES}: holds labels, expected images"),
-        ({"test_images": np.zeros((10, 32, 32), np.uint8)}, f"{TEST_IMAGES}: images of 32x32 pixels, expected 28x28"),
+        ({"test_images": np.zeros((10, 32, 32), np.uint8)}, f"{TEST_IMAGES}: images of 1x32x32 .*, expected 1x28x28"),
         ({"train_labels": None}, f"{TRAIN_LABELS} is missing"),
     ],
 )
