@@ -14,7 +14,7 @@ import pytest
 from tests.processes import TORCHRUN, finish, members, started, train
 from tests.runs.test_run import metrics, weights
 
-pytestmark = [pytest.mark.soak, pytest.mark.launch, pytest.mark.timeout(3000)]
+pytestmark = [pytest.mark.soak, pytest.mark.launch, pytest.mark.timeout(7200)]
 
 NUM_KILLS = 50
 ARGUMENTS = [
@@ -37,7 +37,7 @@ def kill_once(tmp_path: Path, chance: random.Random) -> None:
     folder = tmp_path / "b"
     before = step_of(folder)
     with started(train(*ARGUMENTS, "--run-dir", "b", launcher=LAUNCHER), tmp_path) as process:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while step_of(folder) <= before and process.poll() is None:
             assert time.monotonic() < deadline, "no progress"
             time.sleep(0.05)
@@ -46,9 +46,9 @@ def kill_once(tmp_path: Path, chance: random.Random) -> None:
         ranks = json.loads((folder / "environment.json").read_text())["ranks"]
         pid = ranks[int(way[-1])]["pid"] if way.startswith("kill rank") else process.pid
         os.kill(pid, signal.SIGTERM if way.startswith("terminate") else signal.SIGKILL)
-        process.wait(timeout=40)
+        process.wait(timeout=300)
         while members(process):
-            assert time.monotonic() < deadline + 60, "a rank has outlived its launcher"
+            assert time.monotonic() < deadline + 300, "a rank has outlived its launcher"
             time.sleep(0.05)
 
 
@@ -56,9 +56,9 @@ def test_fifty_kills_change_nothing(tmp_path: Path) -> None:
     chance = random.Random(0)
     for _ in range(NUM_KILLS):
         kill_once(tmp_path, chance)
-    finish(train(*ARGUMENTS, "--run-dir", "b", launcher=LAUNCHER), tmp_path, timeout=1200)
-    finish(train(*ARGUMENTS, "--run-dir", "a", launcher=LAUNCHER), tmp_path, timeout=1200)
+    finish(train(*ARGUMENTS, "--run-dir", "b", launcher=LAUNCHER), tmp_path, timeout=3000)
+    finish(train(*ARGUMENTS, "--run-dir", "a", launcher=LAUNCHER), tmp_path, timeout=3000)
     assert step_of(tmp_path / "b") == 20_000
     assert weights(tmp_path / "a") == weights(tmp_path / "b")
     assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
-    assert not [path for path in (tmp_path / "b").rglob("*") if "tmp" in path.name]
+    assert not list((tmp_path / "b").rglob(".tmp-*")), "the last start removes what killed ones left"
