@@ -164,7 +164,7 @@ def _write(folder: Path, checkpoint: Checkpoint, num_records: int) -> None:
     manifest = {"format_version": FORMAT_VERSION, **numbers, "num_records": num_records, "num_bytes": len(content)}
     manifest["tensors_sha256"] = hashlib.sha256(content).hexdigest()
     manifest["sha256"] = _digest(manifest)
-    write_json(folder / MANIFEST, manifest)  # the last file: it vouches for the other one, and for itself
+    write_json(folder / MANIFEST, manifest)  # the last file, with the checksums of both
 
 
 def _digest(manifest: dict[str, Any]) -> str:
@@ -179,7 +179,7 @@ def _prune(folder: Path, newest: int, keep_last: int, keep_best: int) -> None:
     keep = {*sorted(steps)[-keep_last:], *ranked[:keep_best]}
     for path in [path for step, path in steps.items() if step not in keep]:
         with contextlib.suppress(OSError):  # one checkpoint too many is no reason to end a run
-            shutil.rmtree(path.rename(temporary_path(path)))  # half a checkpoint has no final name
+            shutil.rmtree(path.rename(temporary_path(path)))  # a half removed one must not have a final name
 
 
 def _val_accuracy(path: Path) -> float:

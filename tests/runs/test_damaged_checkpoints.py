@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mnist.config import OptimConfig, TrainConfig, evolve, to_flat
-from mnist.errors import RunError
 from mnist.models import build_model
 from mnist.runs import checkpoint_files
 from mnist.runs.checkpoint_files import Checkpoint, load_newest, save_checkpoint
@@ -235,31 +234,3 @@ def test_a_damaged_checkpoint_is_skipped_and_named(
 
 def test_there_are_more_than_60_damages() -> None:
     assert len(DAMAGES) > 60
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        OptimConfig(model="tinynet", optimizer="sgd"),
-        OptimConfig(model="tinynet", optimizer="sgd", momentum=0.9),
-        OptimConfig(model="tinynet", optimizer="adam"),
-        OptimConfig(model="lenet5", optimizer="adamw"),
-        OptimConfig(model="convnet", optimizer="adadelta"),
-    ],
-    ids=lambda config: f"{config.optimizer} {config.momentum}",
-)
-def test_what_was_saved_fits_the_objects_that_it_was_saved_from(tmp_path: Path, config: OptimConfig) -> None:
-    size = 32 if config.model == "lenet5" else 28
-    model = build_model(config.model)
-    optimizer = build_optimizer(model.parameters(), config)
-    fresh = build_optimizer(model.parameters(), config)
-    model(torch.rand(4, 1, size, size)).square().mean().backward()
-    optimizer.step()
-    saved = make_checkpoint(3, model, optimizer, copy.deepcopy(model))
-    names = {name: getattr(config, name) for name in ("model", "optimizer", "momentum")}
-    saved.config = to_flat(evolve(TrainConfig(), image_size=size, **names))
-    save_checkpoint(tmp_path, saved, 1, 0)
-    found, _ = load_newest(tmp_path, lambda found: check_fits(found, model, fresh, model))
-    assert found is not None
-    with pytest.raises(RunError, match=r"no valid checkpoint .* ema.* must be missing"):
-        load_newest(tmp_path, lambda found: check_fits(found, model, fresh, None))
