@@ -118,7 +118,9 @@ def curve_figure(histories: Sequence[History]) -> Figure:
     status = history.result and history.result.status
     ending = f", {status}" if status in ENDINGS else ""
     title = f"{history.name} on {history.dataset}, step {history.last_step:,}{ending}"
-    return draw_curves(histories, title, "training: the mean since the last record; validation and test: the whole set")
+    subtitle = "training: the mean since the last record; validation and test: the whole set"
+    subtitle += "; the training loss includes label smoothing" if history.is_smoothed else ""
+    return draw_curves(histories, title, subtitle)
 
 
 def feature_figure(

@@ -14,6 +14,7 @@ from typing import Literal
 
 from mnist.errors import UserError
 from mnist.runs.records import Result, check_record, read_result
+from mnist.system.files import read_json
 
 SPLITS = ("train", "val", "test")
 
@@ -53,6 +54,7 @@ class History:
         result: result.json; None where there is none.
         curves: by split, those that have records.
         epoch_steps: steps per epoch; nan before the first whole record.
+        is_smoothed: whether the training loss includes label smoothing, by config.json.
     """
 
     name: str
@@ -60,6 +62,7 @@ class History:
     result: Result | None
     curves: dict[str, Curve]
     epoch_steps: float
+    is_smoothed: bool = False
 
     @property
     def last_step(self) -> int:
@@ -93,6 +96,7 @@ def read_history(run_dir: Path) -> History:
         result=read_result(run_dir),
         curves={split: curve for split, curve in curves.items() if curve.steps},
         epoch_steps=last.step / last.epoch if last.epoch > 0 else math.nan,
+        is_smoothed=bool(read_json(run_dir / "config.json").get("label_smoothing")),
     )
 
 

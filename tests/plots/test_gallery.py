@@ -10,13 +10,13 @@ import torch
 from PIL import Image
 from torch import nn
 
-from mnist.config import TrainConfig, evolve
+from mnist.config import TrainConfig, evolve, to_flat
 from mnist.data import datasets
 from mnist.data.batches import TrainLoader
 from mnist.data.transforms import Augmentation, BatchTransform
 from mnist.models import build_model
 from mnist.plots import gallery, pictures
-from mnist.plots.history import Curve, History
+from mnist.plots.history import Curve, History, read_history
 from mnist.recipes import RECIPES
 from mnist.runs.records import Result, ScoreRecord
 
@@ -126,6 +126,15 @@ def test_augmented_samples_are_what_training_makes_of_them(drawn: dict[str, Any]
     expected = [augment(step.images, number, slice(0, 32), 32) for number, (step,) in enumerate(loader.steps(0, 2))]
     assert torch.equal(drawn["augmented"], torch.cat(expected)[:50])
     assert not torch.equal(drawn["augmented"], drawn["images"].float())
+
+
+@pytest.mark.parametrize(("recipe", "is_smoothed"), [("fast", True), ("lenet5", False)])
+def test_curves_speak_of_label_smoothing_where_there_is_some(tmp_path: Path, recipe: str, is_smoothed: bool) -> None:
+    record = {"step": 20, "epoch": 0.5, "split": "train", "dataset": "digits", "loss": 1.0, "accuracy": 0.5}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    (tmp_path / "config.json").write_text(json.dumps(to_flat(RECIPES[recipe]())))
+    texts = [text.get_text() for text in gallery.curve_figure([read_history(tmp_path)]).texts]
+    assert any("includes label smoothing" in text for text in texts) is is_smoothed
 
 
 @pytest.mark.parametrize(
