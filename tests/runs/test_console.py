@@ -159,3 +159,13 @@ def test_an_error_is_one_line_from_rank_0(
     assert capsys.readouterr().err == ""
     print_error(MachineError("8 processes but 4 GPUs on here"))  # which rank 0, elsewhere, may know nothing of
     assert capsys.readouterr().err == "error: 8 processes but 4 GPUs on here\n"
+
+
+def test_the_recorded_picture_of_a_run_shows_colours_and_the_bar(tmp_path: Path) -> None:
+    command = [sys.executable, "docs/record.py", str(tmp_path / "run.svg"), sys.executable, "-c", SPEAK]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=60)
+    svg = (tmp_path / "run.svg").read_text().replace("&#160;", " ")
+    assert svg.count("━") > 10
+    assert "accuracy 99.00%" in svg
+    assert "importing torch" not in svg
+    assert len(set(re.findall(r"fill: (#\w{6})", svg))) >= 4
