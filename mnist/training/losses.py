@@ -44,7 +44,8 @@ def mse_sigmoid(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _squared_error(outputs: Tensor, labels: Tensor) -> Tensor:
-    targets = F.one_hot(labels, num_classes=outputs.shape[1]).to(outputs.dtype)
+    # Not F.one_hot, which reads the largest label on the host.
+    targets = torch.zeros_like(outputs).scatter_(1, labels.unsqueeze(1), 1.0)
     return (outputs - targets).square().mean(dim=1)
 
 
