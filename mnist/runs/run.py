@@ -43,9 +43,10 @@ from mnist.runs.tracking.tensorboard import TensorBoardRun
 from mnist.runs.tracking.tracker import Tracker
 from mnist.runs.tracking.wandb import wandb_mode
 from mnist.system import ranks, signals
-from mnist.system.accelerator import executed_precision, is_out_of_memory
+from mnist.system.accelerator import executed_precision, hand_stalls_to_watchdog, is_out_of_memory
 from mnist.system.environment import describe_environment, peak_memory_mb
 from mnist.system.files import write_json
+from mnist.system.roll_call import RollCall
 from mnist.system.watchdog import Watchdog
 from mnist.training.cuda_graph import choose_step_mode
 from mnist.training.evaluation import evaluate
@@ -100,7 +101,8 @@ class Run:
         self._saved_step = -1
         self._has_begun = False
         self._has_resumed = is_restart()
-        self._watchdog = Watchdog(self.config.runtime.timeout_s)
+        self._roll_call = RollCall(self.accelerator, lambda: self.state.step)
+        self._watchdog = Watchdog(self.config.runtime.timeout_s, self._roll_call.answer, self._note_stall)
         self._hints: list[Hint] = []
         self._drawn: list[Hint] = []
 
@@ -204,6 +206,7 @@ class Run:
         warm_up(self.train_step.model, self.train_step.transform(zeros))
         if self.goes_on():
             self._choose_step_mode(train_loader)
+        self._watchdog.timeout_s = hand_stalls_to_watchdog(self.config.runtime.timeout_s)
         self.warmup_time_s = time.perf_counter() - started
         self.console.start_progress(
             self.plan.num_steps,
@@ -242,6 +245,12 @@ class Run:
         """Shows that this rank is alive; says whether a signal has asked it to end."""
         self._watchdog.sign_of_life()
         return signals.stop_requested()
+
+    def _note_stall(self, reason: str) -> None:
+        """For the watchdog's thread, which ends the process afterwards."""
+        reason = self._roll_call.explain(reason)
+        if self._directory is not None:
+            self._directory.write_result("failed", **self._facts, reason=reason, steps=self.state.step)
 
     def goes_on(self) -> bool:
         """Whether another step is to be taken."""

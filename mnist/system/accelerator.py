@@ -5,6 +5,7 @@ In: the `runtime` section and the launcher's environment. Out: an `Accelerator` 
 
 from __future__ import annotations
 
+import atexit
 import os
 import socket
 import traceback
@@ -26,24 +27,40 @@ from mnist.config import RuntimeConfig
 from mnist.errors import MachineError
 from mnist.system.launcher import fill_in_runtime
 from mnist.system.process import num_usable_cores
+from mnist.system.watchdog import ended_after
+
+CLOSE_S = 60.0  # for taking down the process group; then the process ends with its stacks
 
 
 @contextmanager
 def open_accelerator(config: RuntimeConfig, trackers: Sequence[str] = ()) -> Iterator[Accelerator]:
-    """`build_accelerator`, and a tidy end of the process group, after errors too.
+    """`build_accelerator`, and the end of the process group in order.
 
-    A gloo process that exits inside its group sometimes aborts, and fails the whole job. And whoever holds a DDP model
-    longer than the group can hang: freeing the model then frees the group as well, and waits for gloo's threads with
-    Python's global lock held, for which one of them may be waiting. So the models go first.
+    After an error on NCCL nothing is taken down, because that can wait for the other ranks for ever: the error goes on
+    to be printed, and the process then leaves without the rest of Python's end. A gloo group is always taken down: a
+    process that exits inside it sometimes aborts, and fails the whole job.
     """
     accelerator, is_first = None, not PartialState._shared_state  # a notebook may have its own
     try:
         accelerator = build_accelerator(config, trackers)
         yield accelerator
     except BaseException as error:
+        if torch.distributed.is_available() and torch.distributed.is_initialized() and _backend() == "nccl":
+            atexit.register(os._exit, 1)  # where the interpreter prints the traceback; `process.leave` has the code
+            raise
         traceback.clear_frames(error.__traceback__)  # their variables hold the model
+        _close(accelerator, is_first)
         raise
-    finally:
+    _close(accelerator, is_first)
+
+
+def _close(accelerator: Accelerator | None, is_first: bool) -> None:
+    """Frees the models, then the process group.
+
+    Whoever holds a DDP model longer than the group can hang: freeing the model then frees the group as well, and waits
+    for gloo's threads with Python's global lock held, for which one of them may be waiting.
+    """
+    with ended_after(CLOSE_S):
         if accelerator is not None:
             accelerator.free_memory()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -51,6 +68,26 @@ def open_accelerator(config: RuntimeConfig, trackers: Sequence[str] = ()) -> Ite
         if is_first:  # a later run in this process may have another precision
             AcceleratorState._reset_state(reset_partial_state=True)
             GradientState._reset_state()
+
+
+def _backend() -> str:
+    return str(torch.distributed.get_backend())
+
+
+def hand_stalls_to_watchdog(timeout_s: int) -> float:
+    """Sets the process group's time-out for the steps, once the first one is done; returns the watchdog's, in seconds.
+
+    The watchdog tells which rank is silent, and does not count time in which the processes were stopped; so it comes
+    first. Communication has been set up by now: on NCCL a sixth of --timeout-s is enough, and NCCL's own watchdog
+    follows 30 s later, in case Python does not run. Gloo notices by itself when another process ends.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return timeout_s
+    is_nccl = _backend() == "nccl"
+    watchdog_s = min(timeout_s, max(60.0, timeout_s / 6)) if is_nccl else timeout_s
+    group_timeout = timedelta(seconds=watchdog_s + 30) if is_nccl else timedelta(days=30)
+    torch.distributed.distributed_c10d._set_pg_timeout(group_timeout)
+    return watchdog_s
 
 
 def build_accelerator(config: RuntimeConfig, trackers: Sequence[str] = ()) -> Accelerator:

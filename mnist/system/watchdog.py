@@ -9,11 +9,13 @@ import contextlib
 import faulthandler
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from mnist.system.process import TICK_S, RunningClock
 
+LINGER_S = 3.0  # other ranks hear of a stall within about a second, and then all end together
 END_S = 20.0  # for what is done at a stall, before the stacks are printed and the process ends
 
 
@@ -59,7 +61,7 @@ class Watchdog:
         while not self._resting.wait(tick_s):
             self._now = clock.read()
             silent_s = self._now - self._last_sign
-            with _ended_after(self.timeout_s):  # it may talk to another machine
+            with ended_after(self.timeout_s):  # it may talk to another machine
                 reason = self._each_tick(silent_s)
             if reason is None and silent_s >= self.timeout_s:
                 reason = f"no progress for {self.timeout_s:.0f} s"
@@ -67,15 +69,16 @@ class Watchdog:
                 self._end(reason)
 
     def _end(self, reason: str) -> None:
-        with _ended_after(END_S), contextlib.suppress(Exception):  # the stacks are printed in any case
+        with ended_after(END_S), contextlib.suppress(Exception):  # the stacks are printed in any case
             self._at_stall(reason)
         with contextlib.suppress(OSError):  # nobody reads them
             faulthandler.dump_traceback(file=2)
+        time.sleep(LINGER_S)
         os._exit(1)
 
 
 @contextmanager
-def _ended_after(seconds: float) -> Iterator[None]:
+def ended_after(seconds: float) -> Iterator[None]:
     """Ends the process with its stacks where the body takes longer, also where no Python can run."""
     try:
         faulthandler.dump_traceback_later(seconds, exit=True, file=2)

@@ -7,13 +7,14 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import resource
 import shutil
 import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from mnist.system.drills import inject
 from mnist.system.files import remove_leftovers
 from mnist.training.plan import build_plan
 from tests.launch.test_launch import LONG, has_records, wait_until
-from tests.processes import CONFIGURED, TORCHRUN, Finished, finish, left_behind, started, train
+from tests.processes import CONFIGURED, PYTHON, ROOT, TORCHRUN, Finished, finish, left_behind, started, train
 from tests.ranks import run_ranks
 from tests.runs.test_checkpoint_files import make_checkpoint
 from tests.runs.test_run import SMALL, metrics, result, run, weights
@@ -226,12 +227,74 @@ def test_a_launcher_that_restarts_goes_on_by_itself(tmp_path: Path, launcher: li
 
 
 @pytest.mark.launch
-def test_a_rank_that_hangs_shows_where_and_ends_the_job(tmp_path: Path) -> None:
-    done = drill(tmp_path, "hang@rank1:33", arguments=("--timeout-s", "4"))
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_hangs_is_named_shows_where_and_the_run_has_failed(tmp_path: Path, rank: int) -> None:
+    done = drill(tmp_path, f"hang@rank{rank}:33", arguments=("--timeout-s", "6"))
     assert done.code != 0
+    line = f"rank {rank} on {socket.gethostname()} after step 32 hangs: no progress for 6 s, and the other ranks wait"
+    assert done.err.count(f"error: {line}") == 1, done.err
     assert "drills.py" in done.err, "the stack of the rank that hangs"
     assert "_happen" in done.err
-    assert done.seconds < 60
+    found = result(tmp_path / "run")
+    assert (found["status"], found["reason"][: len(line)]) == ("failed", line)
+
+
+@pytest.mark.launch
+def test_a_single_process_that_hangs_has_failed(tmp_path: Path) -> None:
+    done = finish(train(*SMALL, "--run-dir", "run", "--inject", "hang@33", "--timeout-s", "6"), tmp_path)
+    assert done.code == 1
+    assert "error: no progress for 6 s after step 32" in done.err
+    assert result(tmp_path / "run")["status"] == "failed"
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("by", ["time-out", "signal"])
+def test_a_rank_that_does_not_answer_is_named_and_the_run_has_failed(tmp_path: Path, by: str) -> None:
+    timeout = ["--timeout-s", "6" if by == "time-out" else "600"]
+    with started(train(*LONG, *timeout, "--run-dir", "run", launcher=TWO), tmp_path) as process:
+        wait_until(lambda: has_records(tmp_path / "run"))
+        os.kill(pid_of_rank(tmp_path / "run", 1), signal.SIGSTOP)
+        if by == "signal":
+            os.kill(pid_of_rank(tmp_path / "run", 0), signal.SIGTERM)
+        wait_until(lambda: result(tmp_path / "run")["status"] != "running", timeout=60)
+        found = result(tmp_path / "run")
+        os.kill(pid_of_rank(tmp_path / "run", 1), signal.SIGKILL)
+        process.wait(timeout=60)
+        assert process.stderr is not None
+        error = process.stderr.read()
+    assert found["status"] == "failed"
+    assert re.match(r"rank 1 on \S+ after step \d+ no longer answers \(no progress", found["reason"])
+    assert "was not obeyed in time" not in error
+
+
+def standing_in(change: str, *arguments: str, launcher: Sequence[str]) -> list[str]:
+    """The command line of a run in which `change` has been made to `mnist.system.accelerator`."""
+    program = f"import runpy, time\nfrom mnist.system import accelerator\n{change}\n"
+    program += f"runpy.run_path({str(ROOT / 'train_ddp.py')!r}, run_name='__main__')\n"
+    return [*launcher, *(["--no-python"] if launcher is TWO else []), *PYTHON, "-c", program, *arguments]
+
+
+@pytest.mark.launch
+def test_an_error_is_printed_and_ends_the_run_where_the_end_of_nccl_would_block_for_ever(tmp_path: Path) -> None:
+    change = "accelerator._backend = lambda: 'nccl'\n"
+    change += "accelerator.torch.distributed.destroy_process_group = lambda: time.sleep(10_000)"
+    arguments = [*SMALL, "--run-dir", "run", "--inject", "raise@rank1:33"]
+    done = finish(standing_in(change, *arguments, launcher=TWO), tmp_path)
+    assert done.code != 0
+    assert "RuntimeError: --inject asked for this" in done.err
+    assert "on rank 1 after step 32" in done.err
+    assert "rank 0 after step" in done.err
+    assert "was not obeyed in time" not in done.err
+    assert result(tmp_path / "run")["status"] == "failed"
+
+
+@pytest.mark.launch
+def test_a_finished_run_whose_process_group_does_not_close_ends_with_its_stacks(tmp_path: Path) -> None:
+    change = "accelerator.torch.distributed.destroy_process_group = lambda: time.sleep(10_000)\n"
+    change += "accelerator.CLOSE_S = 3"
+    done = finish(standing_in(change, *SMALL, "--run-dir", "run", launcher=TWO), tmp_path)
+    assert "in _close" in done.err
+    assert result(tmp_path / "run")["status"] == "finished"
 
 
 @pytest.mark.launch
