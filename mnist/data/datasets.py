@@ -234,22 +234,23 @@ def _read_digits() -> tuple[Split, Split, list[str]]:
 
 
 def to_mnist_form(images: Tensor) -> Tensor:
-    """8x8 grey digits as MNIST would show them: 20x20 pixels, centred by mass in 28x28.
+    """8x8 grey digits as MNIST would show them: 20x20 pixels, centred by mass on a larger page.
 
     Args:
         images: uint8 (N, 8, 8), 0..16.
 
     Returns:
-        uint8 (N, 28, 28), 0..255.
+        uint8 (N, H, W), 0..255, with the sides that the table says.
     """
     grey = images.unsqueeze(1).float() * (255 / 16)
     box = F.interpolate(grey, size=20, mode="bicubic", align_corners=False).clamp(0, 255)
-    padded = F.pad(box, (4, 4, 4, 4)).squeeze(1)
-    pixels = torch.arange(28.0)  # MNIST's centres of mass lie on pixel 14 on the average
+    side = SOURCES["digits"].image_shape[-1]
+    padded = F.pad(box, [(side - 20) // 2] * 4).squeeze(1)
+    pixels, middle = torch.arange(float(side)), side // 2  # MNIST's centres of mass lie on pixel 14 on the average
     mass = padded.sum(dim=(1, 2))
-    shift_y = (14 - (padded.sum(dim=2) @ pixels) / mass).round().long()
-    shift_x = (14 - (padded.sum(dim=1) @ pixels) / mass).round().long()
-    rows = (torch.arange(28) - shift_y[:, None]).remainder(28)  # a shift of at most 4: only paper wraps around
-    columns = (torch.arange(28) - shift_x[:, None]).remainder(28)
+    shift_y = (middle - (padded.sum(dim=2) @ pixels) / mass).round().long()
+    shift_x = (middle - (padded.sum(dim=1) @ pixels) / mass).round().long()
+    rows = (torch.arange(side) - shift_y[:, None]).remainder(side)  # a shift of at most 4: only paper wraps around
+    columns = (torch.arange(side) - shift_x[:, None]).remainder(side)
     samples = torch.arange(len(padded))[:, None, None]
     return padded[samples, rows[:, :, None], columns[:, None, :]].round().to(torch.uint8)

@@ -1,12 +1,13 @@
 """Batched image operations, on the device: no image is ever handled alone.
 
-In: uint8 batches (B, 28, 28). Out: float32 batches (B, 1, S, S), normalised. Letters: B images of this process's share,
-G images of the global batch, S side of the network's input in pixels.
+In: uint8 batches (B, H, W) or (B, C, H, W). Out: float32 batches (B, C, S, S), normalised. Letters: B images of this
+process's share, G images of the global batch, C channels, S side of the network's input in pixels.
 """
 
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +18,7 @@ from mnist.seeding import derive_seed
 
 
 class BatchTransform:
-    """uint8 or float pixels in 0..255 (B, H, W) -> float32 (B, 1, S, S), normalised.
-
-    One and the same object serves training, evaluation and prediction.
-    """
+    """Resizes and normalises. One and the same object serves training, evaluation and prediction."""
 
     def __init__(self, config: ImageConfig) -> None:
         self.size = config.image_size
@@ -28,8 +26,8 @@ class BatchTransform:
         self.offset = -config.mean / config.std
 
     def __call__(self, images: Tensor) -> Tensor:
-        """(B, H, W) uint8 or float pixels in 0..255 -> (B, 1, S, S) float32."""
-        batch = images.unsqueeze(1)
+        """(B, H, W) or (B, C, H, W), uint8 or float pixels in 0..255 -> (B, C, S, S) float32."""
+        batch = images.unsqueeze(1) if images.ndim == 3 else images
         if batch.shape[-2:] != (self.size, self.size):
             batch = F.interpolate(batch.float(), size=self.size, mode="bilinear", align_corners=False, antialias=True)
         return batch.mul(self.factor).add_(self.offset)
@@ -48,7 +46,6 @@ class Augmentation:
         self.generator = torch.Generator(device)
         self.is_affine = any((config.rotation, config.translation, config.scale, config.shear))
         self.is_identity = not (self.is_affine or config.horizontal_flip or config.elastic)
-        self.blur = _gaussian_matrix(28, config.elastic_sigma).to(device) if config.elastic else None
 
     def reseed(self, step: int) -> None:
         """Fixes the random numbers of `apply` for an optimizer step."""
@@ -64,12 +61,12 @@ class Augmentation:
         """Augments this process's part of a global batch.
 
         Args:
-            images: uint8 (B, 28, 28), rows `rows` of the global batch.
+            images: uint8 (B, H, W) or (B, C, H, W), rows `rows` of the global batch.
             rows: place of `images` in the global batch.
             global_batch_size: G.
 
         Returns:
-            (B, 28, 28) pixels in 0..255: float32, or the uint8 input itself where nothing is to be done.
+            Pixels in 0..255 of the same shape: float32, or the uint8 input itself where nothing is to be done.
         """
         if self.is_identity:
             return images
@@ -78,20 +75,24 @@ class Augmentation:
         batch = images.float()
         if self.config.horizontal_flip:
             flipped = draws[:, 0] < self.config.horizontal_flip
-            batch = torch.where(flipped[:, None, None], batch.flip(-1), batch)
-        if not (self.is_affine or self.blur is not None):
+            batch = torch.where(flipped.view(-1, *[1] * (batch.ndim - 1)), batch.flip(-1), batch)
+        if not (self.is_affine or self.config.elastic):
             return batch
-        grid = F.affine_grid(self._affine(2 * draws[:, 1:] - 1), [len(batch), 1, 28, 28], align_corners=False)
-        if self.blur is not None:
-            noise = torch.rand(global_batch_size, 2, 28, 28, generator=self.generator, device=device)[rows]
-            field = self.blur @ (2 * noise - 1) @ self.blur.T
-            grid = grid + self.config.elastic * field.permute(0, 2, 3, 1)
-        return F.grid_sample(batch.unsqueeze(1), grid, align_corners=False).squeeze(1)
+        height, width = batch.shape[-2:]
+        maps = self._affine(2 * draws[:, 1:] - 1, height / width)
+        grid = F.affine_grid(maps, [len(batch), 1, height, width], align_corners=False)
+        if self.config.elastic:
+            noise = torch.rand(global_batch_size, 2, height, width, generator=self.generator, device=device)[rows]
+            vertical, horizontal = (_gaussian_matrix(n, self.config.elastic_sigma, device) for n in (height, width))
+            grid = grid + self.config.elastic * (vertical @ (2 * noise - 1) @ horizontal.T).permute(0, 2, 3, 1)
+        pixels = batch.unsqueeze(1) if batch.ndim == 3 else batch
+        return F.grid_sample(pixels, grid, align_corners=False).view_as(batch)
 
-    def _affine(self, draws: Tensor) -> Tensor:
+    def _affine(self, draws: Tensor, aspect: float) -> Tensor:
         """Draws in [-1, 1], (B, 5) -> maps from output to input coordinates (B, 2, 3), in [-1, 1] units.
 
-        The inverse of scale x rotation x shear, and a shift, as torchvision's RandomAffine composes them.
+        The inverse of scale x rotation x shear, and a shift, as torchvision's RandomAffine composes them. `aspect`,
+        height / width, turns equal distances in pixels into distances in those units.
         """
         c = self.config
         angle = draws[:, 0] * math.radians(c.rotation)
@@ -99,14 +100,16 @@ class Augmentation:
         shear = torch.tan(draws[:, 2] * math.radians(c.shear))
         cos, sin = angle.cos() / zoom, angle.sin() / zoom
         shift = draws[:, 3:] * (2 * c.translation)
-        linear = torch.stack([cos + shear * sin, sin - shear * cos, -sin, cos], dim=1).view(-1, 2, 2)
+        terms = [cos + shear * sin, (sin - shear * cos) * aspect, -sin / aspect, cos]
+        linear = torch.stack(terms, dim=1).view(-1, 2, 2)
         return torch.cat([linear, -(linear @ shift.unsqueeze(2))], dim=2)
 
 
-def _gaussian_matrix(size: int, sigma: float) -> Tensor:
+@lru_cache(maxsize=8)
+def _gaussian_matrix(size: int, sigma: float, device: torch.device) -> Tensor:
     """(size, size): applied from the left and, transposed, from the right it blurs an image, with zeros outside it."""
     pixels = torch.arange(size, dtype=torch.float64)
     weights = torch.exp(-((pixels[:, None] - pixels[None, :]) ** 2) / (2 * sigma**2))
     radius = math.ceil(4 * sigma)
     kernel = torch.exp(-(torch.arange(-radius, radius + 1, dtype=torch.float64) ** 2) / (2 * sigma**2))
-    return (weights / kernel.sum()).float()
+    return (weights / kernel.sum()).float().to(device)

@@ -34,7 +34,7 @@ def evaluate(
 
     Args:
         model: the bare module: a DDP wrapper would wait for other ranks in its forward pass (accelerate#3861).
-        split: images uint8 (N, 28, 28), labels int64 (N,).
+        split: images uint8 (N, H, W) or (N, C, H, W), labels int64 (N,).
         accelerator: to reduce over ranks.
         loss_fn: (logits, labels) -> (B,).
         transform: pixels -> network input.

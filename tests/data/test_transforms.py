@@ -112,7 +112,7 @@ def test_the_input_of_a_transform_stays_what_it_is(noise, dtype):
 def test_an_affine_map_is_that_of_torchvision(affine, noise, draws):
     """Shear is symmetric about 0, so that its sign, which is the other one in torchvision, means nothing."""
     row = [draws.get(name, 0.0) for name in ("rotation", "scale", "shear", "right", "down")]
-    maps = Augmentation(ImageConfig(**LIMITS), 0, CPU)._affine(torch.tensor([row]).expand(6, 5))
+    maps = Augmentation(ImageConfig(**LIMITS), 0, CPU)._affine(torch.tensor([row]).expand(6, 5), 1.0)
     grid = F.affine_grid(maps, [6, 1, 28, 28], align_corners=False)
     ours = F.grid_sample(noise.float()[:, None], grid, align_corners=False).squeeze(1)
     expected = affine(
@@ -234,3 +234,40 @@ def test_augmentation_leaves_its_input_alone(noise):
     images = noise.clone()
     augment(images, **EVERYTHING)
     assert torch.equal(images, noise)
+
+
+def as_colours(images):
+    """(N, H, W) -> (N, 3, H, W): the image, its negative, and half of it."""
+    return torch.stack([images, 255 - images, images // 2], dim=1)
+
+
+@pytest.mark.parametrize("size", [28, 32])
+def test_every_channel_is_transformed_as_an_image_of_its_own(blobs, size):
+    transform = BatchTransform(ImageConfig(image_size=size))
+    colours = as_colours(blobs)
+    result = transform(colours)
+    assert result.shape == (64, 3, size, size)
+    for channel in range(3):
+        assert torch.equal(result[:, channel : channel + 1], transform(colours[:, channel]))
+
+
+@pytest.mark.parametrize(("height", "width"), [(28, 28), (40, 48), (48, 40)])
+def test_all_channels_of_an_image_move_together(height, width):
+    generator = torch.Generator().manual_seed(0)
+    colours = as_colours(torch.randint(0, 256, (5, height, width), dtype=torch.uint8, generator=generator))
+    result = augment(colours, **EVERYTHING)
+    assert result.shape == (5, 3, height, width)
+    for channel in (0, 2):
+        assert torch.equal(result[:, channel], augment(colours[:, channel], **EVERYTHING))
+
+
+def test_a_rotation_keeps_lengths_on_a_wide_image():
+    """A quarter turn of a bar in the middle of 40x80 pixels: as long as before, not stretched to the page."""
+    image = torch.zeros(1, 40, 80, dtype=torch.uint8)
+    image[:, 19:21, 30:50] = 255
+    augmentation = Augmentation(ImageConfig(rotation=90.0), seed=0, device=CPU)
+    maps = augmentation._affine(torch.tensor([[1.0, 0, 0, 0, 0]]), 40 / 80)
+    grid = F.affine_grid(maps, [1, 1, 40, 80], align_corners=False)
+    turned = F.grid_sample(image[:, None].float(), grid, align_corners=False)[0, 0]
+    rows, columns = (turned.amax(dim=axis) > 127 for axis in (1, 0))
+    assert (int(rows.sum()), int(columns.sum())) == (20, 2)
