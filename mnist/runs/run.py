@@ -55,6 +55,7 @@ from mnist.training.losses import build_loss
 from mnist.training.metrics import Scores, TrainSums
 from mnist.training.plan import Plan
 from mnist.training.step import DivergedError, TrainStep, warm_up
+from mnist.training.threads import advise_on_threads
 
 EXIT_FINISHED, EXIT_FAILED = 0, 1
 
@@ -203,7 +204,10 @@ class Run:
         started = time.perf_counter()
         self.console.show("warming up")
         zeros = self.dataset.train.images.new_zeros((self.plan.micro_batch_size, 28, 28))
-        warm_up(self.train_step.model, self.train_step.transform(zeros))
+        inputs = self.train_step.transform(zeros)
+        warm_up(self.train_step.model, inputs)
+        if advice := advise_on_threads(self.model, inputs):
+            self.console.warn(advice)
         if self.goes_on():
             self._choose_step_mode(train_loader)
         self._watchdog.timeout_s = hand_stalls_to_watchdog(self.config.runtime.timeout_s)
