@@ -24,6 +24,7 @@ import yaml
 from mnist.config import DataConfig, TrainConfig, check_choice, evolve, sections, to_flat, user_path
 from mnist.errors import RunError, UserError, is_first_rank, print_error
 from mnist.recipes import RECIPES, list_recipes
+from mnist.runs.continued import continued_config
 from mnist.system import launcher, process
 
 _DESCRIPTION = """Trains an MNIST digit recogniser with Accelerate: on a CPU, a GPU, or many.
@@ -86,12 +87,25 @@ def parse_command_line(argv: Sequence[str] | None = None) -> TrainConfig:
         check_choice("--recipe", recipe, list(RECIPES))
         if recipe != from_file.get("recipe", recipe) and "model" in from_file:
             raise UserError(f"--recipe {recipe}: --config {file} holds all of recipe {from_file['recipe']}; omit one")
-        config = evolve(RECIPES[recipe](), **{**from_file, **typed})
+        changes = {**from_file, **typed}
+        config = evolve(_continued(changes) or RECIPES[recipe](), **changes)
         if not asked:
             return config
         if is_first_rank():
             _print(asked, config)
     raise SystemExit(0)
+
+
+def _continued(changes: dict[str, Any]) -> TrainConfig | None:
+    """The configuration of the run that --resume names; takes from `changes` what that settles. None without one."""
+    resume = changes.get("resume", "auto")
+    if resume in ("auto", "never"):
+        return None
+    config = continued_config(resume, changes.pop("run_dir", None))
+    del changes["resume"]
+    if "recipe" in changes and evolve(config, recipe=changes["recipe"]) != config:
+        raise UserError(f"--recipe {changes['recipe']}: --resume {resume} is of recipe {config.recipe}; omit --recipe")
+    return config
 
 
 def _print(asked: set[str], config: TrainConfig) -> None:

@@ -1,7 +1,7 @@
 """From files to splits in memory: find, download, verify, read; and the digits that are always there.
 
 In: the `data` section. Out: `Dataset`, three splits of uint8 images and int64 labels. Deciding (`choose`) is for rank
-0, fetching (`fetch`) for one process per node, reading (`read`) for everyone; the entry says who calls when.
+0, fetching (`fetch`) for one process per node, reading (`read`) for everyone; `load` does all three.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from torch import Tensor
 
 from mnist.config import DataConfig, DatasetName
@@ -20,6 +21,7 @@ from mnist.data.batches import Split
 from mnist.data.download import Transfer, download
 from mnist.data.idx import read_images, read_labels
 from mnist.errors import UserError
+from mnist.system import ranks
 from mnist.system.torchvision_compat import import_torchvision
 
 FILES = {
@@ -81,6 +83,7 @@ class Dataset:
         train: holds each training image `train_copies` times, so that an epoch shows it that often.
         fingerprint: 16 digits of each file's sha256; equal on two machines if their data is.
         warnings: what a person must know about the files.
+        fallback_reason: why these are the embedded digits, where `auto` meant MNIST; else None.
     """
 
     name: str
@@ -91,6 +94,7 @@ class Dataset:
     fingerprint: str
     train_copies: int = 1
     warnings: tuple[str, ...] = ()
+    fallback_reason: str | None = None
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -108,6 +112,21 @@ def relocate(config: DataConfig, dataset: DatasetName | None, data_dir: str | No
     folder = data_dir or os.environ.get("MNIST_DATA_DIR") or config.data_dir
     val_size = config.val_size if dataset in (None, config.dataset) else 0
     return replace(config, dataset=dataset or config.dataset, data_dir=folder, val_size=val_size)
+
+
+def load(config: DataConfig, accelerator: Accelerator) -> Dataset:
+    """The data set of a run, on the device of this rank. Every rank must call this.
+
+    Rank 0 decides what --dataset means, one process a node downloads what is missing, every rank reads.
+
+    Raises:
+        UserError: on all ranks, if any of them has no data, broken data, or other data than rank 0.
+    """
+    choice = ranks.together(accelerator, lambda: choose(config))
+    ranks.together(accelerator, lambda: fetch(choice.name, config.data_dir), on="local_main")
+    dataset = ranks.together(accelerator, lambda: read(choice.name, config), on="all")
+    ranks.require_agreement(accelerator, data_files=dataset.fingerprint)
+    return replace(dataset.to(accelerator.device), fallback_reason=choice.fallback_reason)
 
 
 def choose(config: DataConfig) -> Choice:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from mnist.errors import UserError
-from mnist.runs.records import Result, check_record, read_result
+from mnist.runs.records import ResultRecord, check_record, read_result
 from mnist.system.files import read_json
 
 SPLITS = ("train", "val", "test")
@@ -59,7 +59,7 @@ class History:
 
     name: str
     dataset: str
-    result: Result | None
+    result: ResultRecord | None
     curves: dict[str, Curve]
     epoch_steps: float
     is_smoothed: bool = False

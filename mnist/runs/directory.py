@@ -1,110 +1,97 @@
-"""The run directory: found or made, locked, and told what happened.
+"""The run directory: one directory is one run, and a run only goes forward.
 
-In: the resolved configuration. Out: a folder with config.json, environment.json and result.json, held under a lock that
-the kernel releases when the process ends, however it ends. Only rank 0 comes here.
+In: the resolved configuration. Out: a folder with config.json, environment.json and result.json, locked until the
+process ends, however it ends. Rank 0 alone touches the disk; every rank knows what is there.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
+import errno
 import os
-import shutil
 import socket
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-with contextlib.suppress(ImportError):  # Windows has none
-    import fcntl
+import psutil
+from accelerate import Accelerator
+from filelock import FileLock, Timeout
 
-from mnist.config import RUNS, TrainConfig, fields_on_resume, to_flat
-from mnist.errors import RunError, UserError
-from mnist.system.files import read_json, write_atomically, write_json
+from mnist.config import RUNS, TrainConfig
+from mnist.errors import UserError
+from mnist.runs.records import MANIFEST, ResultRecord, read_config, read_result
+from mnist.system import ranks
+from mnist.system.files import RecordError, read_json, refuse_symlink, write_json
 
-UNFINISHED = ("running", "preempted")
-# What a run writes; `--resume never` sets it aside.
-CONTENTS = (
-    *("config.json", "environment.json", "metrics.jsonl", "result.json", "wandb_id"),
-    *("checkpoints", "export", "pictures", "tensorboard"),
-)
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP)  # what file systems without locks answer
 
 
-class RunDir:
-    """A run directory, locked where the file system has locks."""
+@dataclass(frozen=True)
+class RunDirectory:
+    """A run directory as this start has found it.
 
-    def __init__(self, path: Path, lock: TextIO, is_locked: bool) -> None:
-        self.path = path
-        self.is_locked = is_locked
-        self._lock = lock
+    Attributes:
+        path: of the directory.
+        config: config.json of the start before this one; None where this is the first.
+        result: result.json of the start before this one, likewise.
+        lock: held by rank 0; None on other ranks, and where the file system has no locks.
+    """
+
+    path: Path
+    config: TrainConfig | None
+    result: ResultRecord | None
+    lock: FileLock | None
 
     @property
     def checkpoints(self) -> Path:
-        """Folder of the checkpoints."""
+        """The folder of the checkpoints."""
         return self.path / "checkpoints"
 
-    def read(self, name: str) -> dict[str, Any]:
-        """What config.json or result.json says of an earlier start, {} where there is none."""
-        return read_json(self.path / name)
+    @property
+    def belongs_to_this_job(self) -> bool:
+        """Whether an earlier attempt of the same job, which its launcher or scheduler has restarted, began it."""
+        return is_restart() and self.result is not None and self.result.job == job_id()
 
-    def has_records(self) -> bool:
-        """Whether an earlier start has written any into metrics.jsonl."""
-        metrics = self.path / "metrics.jsonl"
-        return metrics.exists() and metrics.stat().st_size > 0
+    def write_start(self, config: dict[str, Any], environment: dict[str, Any], facts: dict[str, Any]) -> None:
+        """Writes what is known before the first step. Rank 0 alone calls it."""
+        write_json(self.path / "config.json", config)
+        write_json(self.path / "environment.json", environment)
+        self.write_result("running", **facts)
 
     def write_result(self, status: str, **facts: Any) -> None:
-        """Replaces result.json; status is running, finished, preempted, failed or diverged."""
-        write_json(self.path / "result.json", {"status": status, **facts})
-
-    def set_aside(self) -> Path | None:
-        """Moves what an earlier run left here into before-<time>/, so that a new one can start; says where it is."""
-        return self.move_aside([self.path / name for name in CONTENTS if (self.path / name).exists()])
-
-    def rewind(self, step: int, later: list[Path]) -> None:
-        """Moves what belongs to later steps into before-<time>/, so that the run can take another way from `step` on.
-
-        W&B cannot take points back: the run gets a new id there.
+        """Replaces result.json. Rank 0 alone calls it.
 
         Args:
-            step: records up to this step stay.
-            later: checkpoints of later steps.
+            status: running, finished, preempted, failed or diverged.
+            facts: everything else.
         """
-        metrics = self.path / "metrics.jsonl"
-        lines = metrics.read_bytes().splitlines(keepends=True) if metrics.exists() else []
-        try:
-            kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= step]
-        except (ValueError, KeyError, TypeError) as error:
-            raise RunError(f"{metrics}: a line is no record; mend it, or start over elsewhere") from error
-        if not later and kept == lines:
-            return
-        wandb_id = self.path / "wandb_id"
-        folder = self.move_aside([*later, *([wandb_id] if wandb_id.exists() else [])]) or self._make_before()
-        if kept != lines:
-            shutil.copy(metrics, folder)
-            write_atomically(metrics, b"".join(kept))  # a kill leaves all records, or these
-
-    def move_aside(self, paths: list[Path]) -> Path | None:
-        """Moves files or folders of this run into a new before-<time>/; says where they are."""
-        if not paths:
-            return None
-        folder = self._make_before()
-        for path in paths:
-            shutil.move(path, folder / path.name)
-        return folder
-
-    def _make_before(self) -> Path:
-        folder = self.path / f"before-{datetime.now():%Y%m%d-%H%M%S-%f}"
-        folder.mkdir()
-        return folder
+        write_json(self.path / "result.json", {"status": status, "job": job_id(), **facts})
 
 
-class InUseError(UserError):
-    """Another process holds the lock of a run directory."""
+def open_run_directory(config: TrainConfig, dataset: str, accelerator: Accelerator) -> RunDirectory:
+    """The directory of this run, made and locked. Every rank must call this.
+
+    `--run-dir` names it. Without one a new directory is made below runs/, named <recipe>-<dataset>-<date>-<time>.
+
+    Raises:
+        UserError: another process writes there (named with host and pid), or nobody can.
+    """
+
+    def lock() -> FileLock | None:
+        return _lock(path) if accelerator.is_main_process else None
+
+    path = ranks.together(accelerator, lambda: _choose_path(config, dataset))
+    held = ranks.together(accelerator, lock, on="all")
+    config_before, result_before = ranks.together(accelerator, lambda: _read_before(path))
+    return RunDirectory(path, config_before, result_before, held)
 
 
-def resume_mode(config: TrainConfig) -> str:
-    """--resume, but auto when a launcher or a scheduler has restarted the job: it has started over once already."""
-    return "auto" if is_restart() else config.output.resume
+def branch_origin(config: TrainConfig) -> Path | None:
+    """The checkpoint that a new run begins from (--resume PATH), or None."""
+    wanted = config.output.resume
+    return None if wanted in ("auto", "never") else Path(wanted).resolve()
 
 
 def is_restart() -> bool:
@@ -113,24 +100,42 @@ def is_restart() -> bool:
     return any(os.environ.get(name, "0") != "0" for name in names)
 
 
-def open_run_dir(config: TrainConfig, dataset: str) -> RunDir:
-    """The run directory, locked: the one asked for, an unfinished one of the same configuration, or a new one.
+def job_id() -> str:
+    """Names the job that this process belongs to; a restarted job keeps its name.
 
-    Raises:
-        InUseError: another process writes there (named with host and pid).
-        UserError: not writable.
+    The SLURM job, or the launcher's process, or this process.
     """
+    if "SLURM_JOB_ID" in os.environ:
+        return f"slurm-{os.environ['SLURM_JOB_ID']}"
+    own = psutil.Process()
+    top = (own.parent() if "TORCHELASTIC_RUN_ID" in os.environ else None) or own
+    return f"{socket.gethostname()}-{top.pid}-{top.create_time():.0f}"
+
+
+def _read_before(path: Path) -> tuple[TrainConfig | None, ResultRecord | None]:
+    has_config = (path / "config.json").exists()
+    return read_config(path / "config.json") if has_config else None, read_result(path)
+
+
+def _choose_path(config: TrainConfig, dataset: str) -> Path:
+    origin = branch_origin(config)
+    if origin is not None and not (origin / MANIFEST).is_file():
+        raise UserError(
+            f"--resume {config.output.resume}: no checkpoint; give auto, never, last, a run directory or one of its "
+            "checkpoints/step-... directories"
+        )
     if config.output.run_dir is not None:
-        return _lock(Path(config.output.run_dir))
-    if resume_mode(config) == "auto":
-        for path in _unfinished_runs(config):
-            with contextlib.suppress(InUseError):
-                return _lock(path)
-    return _lock(_new_folder(f"{config.recipe}-{dataset}-{datetime.now():%Y%m%d-%H%M%S}"))
+        return Path(config.output.run_dir)
+    if is_restart():
+        for result in RUNS.glob("*/result.json"):
+            with contextlib.suppress(RecordError):  # another run's damage is no concern of this one
+                if read_json(result).get("job") == job_id():
+                    return result.parent
+    return _make_new(f"{config.recipe}-{dataset}-{datetime.now():%Y%m%d-%H%M%S}")
 
 
-def _new_folder(name: str) -> Path:
-    """A folder below runs/ that nobody else has, also where several runs start in the same second."""
+def _make_new(name: str) -> Path:
+    """A folder below runs/ that no other run has, also where several start in the same second."""
     number = 1
     while True:
         path = RUNS / (name if number == 1 else f"{name}-{number}")
@@ -143,50 +148,20 @@ def _new_folder(name: str) -> Path:
         return path  # where it could not be made, the attempt to lock it says why
 
 
-def _unfinished_runs(config: TrainConfig) -> list[Path]:
-    wanted = _essentials(to_flat(config))
-    found = []
-    for path in sorted(RUNS.glob("*/"), key=lambda p: p.stat().st_mtime, reverse=True):
-        status = read_json(path / "result.json").get("status")
-        is_unfinished = status in UNFINISHED or (status == "failed" and any((path / "checkpoints").glob("step-*")))
-        if is_unfinished and _essentials(read_json(path / "config.json")) == wanted:
-            found.append(path)
-    return found
-
-
-def _essentials(flat: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in flat.items() if name not in fields_on_resume("free")}
-
-
-def _lock(path: Path) -> RunDir:
+def _lock(path: Path) -> FileLock | None:
+    lock = FileLock(path / ".lock", blocking=False)
+    refuse_symlink(path / ".lock")
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock = (path / ".lock").open("a+")
-        is_locked = _flock(lock)
-        lock.truncate(0)
-        lock.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
-        lock.flush()
-    except BlockingIOError as error:
-        lock.seek(0)
-        holder = lock.read().strip() or "another process"
-        raise InUseError(f"--run-dir {path}: in use by {holder}; choose another directory, or wait") from error
+        lock.acquire()
+    except Timeout as error:
+        holder = "another process"
+        with contextlib.suppress(RecordError):
+            found = read_result(path)
+            holder = f"pid {found.pid} on {found.host}" if found is not None else holder
+        raise UserError(f"--run-dir {path}: in use by {holder}; choose another directory, or wait") from error
     except OSError as error:
+        if error.errno in _NO_LOCKS:
+            return None
         raise UserError(f"--run-dir {path}: not writable ({error.strerror or error})") from error
-    return RunDir(path, lock, is_locked)
-
-
-def _flock(file: TextIO) -> bool:
-    """Locks an open file; false where the platform (Windows) or the file system has no locks.
-
-    Raises:
-        BlockingIOError: another process has locked it.
-    """
-    if os.name != "posix":
-        return False
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise
-    except OSError:
-        return False
-    return True
+    return lock

@@ -42,8 +42,8 @@ class BestRecord(ScoreRecord):
 
 
 @dataclass(frozen=True)
-class Result:
-    """What is read back from result.json: the first seven from the start of a run on, the others at its end."""
+class ResultRecord:
+    """What is read back from result.json: the first eleven from the start of a run on, the others at its end."""
 
     status: Status
     recipe: str
@@ -52,6 +52,10 @@ class Result:
     num_params: int
     world_size: int
     precision: str
+    job: str
+    host: str
+    pid: int
+    origin: str | None
     epochs: float = 0.0
     steps: int = 0
     planned_steps: int = 0
@@ -71,7 +75,7 @@ class Result:
             raise ValueError("test must be an object in a finished run")
 
 
-def read_result(run_dir: Path) -> Result | None:
+def read_result(run_dir: Path) -> ResultRecord | None:
     """result.json of a run; None where there is none.
 
     Raises:
@@ -79,7 +83,7 @@ def read_result(run_dir: Path) -> Result | None:
     """
     path = run_dir / "result.json"
     content = read_json(path)
-    return check_record(path, content, Result, complete=content.get("status") != "running") if content else None
+    return check_record(path, content, ResultRecord, complete=content.get("status") != "running") if content else None
 
 
 def read_config(path: Path) -> TrainConfig:

@@ -15,8 +15,14 @@ import torch
 from accelerate import Accelerator
 
 from mnist.config import TrainConfig
-from mnist.data.datasets import Choice, Dataset
+from mnist.data.datasets import Dataset
+from mnist.models import count_parameters
 from mnist.runs.console import count
+from mnist.runs.directory import branch_origin
+from mnist.runs.setup import RunSetup
+from mnist.runs.tracking.wandb import wandb_mode
+from mnist.system.accelerator import executed_precision
+from mnist.system.environment import launcher
 from mnist.system.process import num_usable_cores
 from mnist.training.loop import TrainState
 from mnist.training.metrics import Scores
@@ -25,10 +31,9 @@ from mnist.training.plan import Plan
 Rows = list[tuple[str, str]]
 
 
-def banner(
-    config: TrainConfig, plan: Plan, dataset: Dataset, facts: dict[str, Any], environment: dict[str, Any]
-) -> Rows:
+def banner(setup: RunSetup, facts: dict[str, Any], environment: dict[str, Any]) -> Rows:
     """The plan of a run, a row per fact."""
+    config, plan, dataset = setup.config, setup.plan, setup.dataset
     copies = dataset.train_copies
     sizes = f"{len(dataset.train):,} train" + (f" ({len(dataset.train) // copies:,} x {copies})" if copies > 1 else "")
     sizes += f" / {len(dataset.val):,} val" if dataset.val is not None else ""
@@ -43,13 +48,48 @@ def banner(
         ("precision", facts["precision"]),
         ("batch", f"{plan.global_batch_size} = processes x micro-batches x images {share}"),
         ("plan", f"{plan.describe_length()}; {optim.optimizer} {optim.lr:g}, {optim.schedule}"),
+        ("run", str(setup.directory.path)),
+        ("W&B", wandb_mode(config.output)),
     ]
 
 
-def data_warnings(dataset: Dataset, choice: Choice) -> list[str]:
+def run_facts(setup: RunSetup) -> dict[str, Any]:
+    """What result.json says of a run from its first step on."""
+    config, accelerator = setup.config, setup.accelerator
+    origin = branch_origin(config)
+    return {
+        "recipe": config.recipe,
+        "dataset": setup.dataset.name,
+        "seed": config.loop.seed,
+        "num_params": count_parameters(setup.train_step.bare_model),
+        "world_size": accelerator.num_processes,
+        "precision": executed_precision(accelerator),
+        "evaluation": config.loop.evaluation,
+        "origin": None if origin is None else str(origin),
+    }
+
+
+def warnings(setup: RunSetup, *, has_resumed: bool) -> list[str]:
+    """What one must know before believing a number of this run."""
+    found = [*hardware_warnings(setup.accelerator), *data_warnings(setup.dataset)]
+    return [*found, *drill_warnings(setup.config, has_resumed=has_resumed)]
+
+
+def command_to_continue(run_dir: Path) -> str:
+    """The command that continues a run on this machine, ready to be typed."""
+    num_local = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    starts = {
+        "torchrun": f"torchrun --nproc-per-node {num_local} train_ddp.py",
+        "accelerate launch": f"accelerate launch --num_processes {num_local} train_ddp.py",
+    }
+    start = starts.get(launcher(), "python train_ddp.py") if num_local != "1" else "python train_ddp.py"
+    return f"{start} --resume {shlex.quote(str(run_dir))}"
+
+
+def data_warnings(dataset: Dataset) -> list[str]:
     """What one must know about the data before believing a number."""
-    fallback = f"NOT MNIST: training on the 1,797 embedded digits, because it is {choice.fallback_reason}"
-    return [*([fallback] if choice.fallback_reason is not None else []), *dataset.warnings]
+    fallback = f"NOT MNIST: training on the 1,797 embedded digits, because it is {dataset.fallback_reason}"
+    return [*([fallback] if dataset.fallback_reason is not None else []), *dataset.warnings]
 
 
 def drill_warnings(config: TrainConfig, *, has_resumed: bool) -> list[str]:
@@ -60,16 +100,15 @@ def drill_warnings(config: TrainConfig, *, has_resumed: bool) -> list[str]:
     return [f"DRILL: --inject {' '.join(config.output.inject)}: {meaning}"]
 
 
-def result(plan: Plan, state: TrainState, scores: dict[str, Scores], val: dict[str, Any] | None) -> dict[str, Any]:
+def result(plan: Plan, state: TrainState, test: Scores | None) -> dict[str, Any]:
     """The numbers of result.json, apart from the facts that were known before the first step."""
-    test = scores.get("test")
     return {
-        "epochs": round(state.step / plan.epoch_steps, 4),
+        "epochs": plan.epochs_done(state.step),
         "steps": state.step,
         "planned_steps": plan.num_steps,
         "stop_reason": state.stop_reason,
         "test": None if test is None else test.as_dict(),
-        "val": val,
+        "val": state.val_scores,
         "best": state.best,
         "test_confusion": None if test is None else test.confusion,
         "train_time_s": round(state.run_sums.time_s, 3),
@@ -77,10 +116,11 @@ def result(plan: Plan, state: TrainState, scores: dict[str, Scores], val: dict[s
     }
 
 
-def closing(test: Scores, dataset: Dataset, choice: Choice, plan: Plan, state: TrainState) -> Rows:
+def closing(setup: RunSetup, test: Scores) -> Rows:
     """How a finished run went."""
+    dataset, plan, state = setup.dataset, setup.plan, setup.state
     chosen = "weights with the best validation accuracy" if dataset.val is not None else "last weights"
-    name = f"NOT MNIST, {dataset.name}" if choice.fallback_reason is not None else dataset.name
+    name = f"NOT MNIST, {dataset.name}" if dataset.fallback_reason is not None else dataset.name
     counts = f"{test.num_correct:,}/{test.num_samples:,}"
     rows = [("test", f"{name}: accuracy {test.accuracy:.2%} ({counts}), loss {test.loss:.4f}, {chosen}")]
     if state.stop_reason:

@@ -1,144 +1,129 @@
-"""Taking a run up where an earlier start left it: what is continued, from which checkpoint, and how.
+"""What may continue a run, and what it says about it: pure functions of configurations, plans and facts.
 
-In: the live objects of a run and its directory. Out: a checkpoint of them, or the objects as a checkpoint has them.
+In: what an earlier start has left, and the configuration of this one. Out: yes, notes for people, or a one-line error.
+The fields of the configuration themselves say what a difference means (`on_resume`, mnist/config.py).
 """
 
 from __future__ import annotations
 
-import dataclasses
+import shlex
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from mnist.config import TrainConfig, fields_on_resume, to_flat
+from mnist.config import TrainConfig, fields_on_resume, from_flat, to_flat
 from mnist.errors import RunError, UserError
-from mnist.runs.checkpoint_files import Checkpoint, list_steps, load_checkpoint, load_newest
-from mnist.runs.compatibility import LENGTH_BOUND_SCHEDULES, check_compatible, check_same_run
-from mnist.runs.directory import RunDir, is_restart, resume_mode
-from mnist.runs.live_state import module_tensors, optimizer_tensors, restore_optimizer
-from mnist.runs.records import MANIFEST
-from mnist.training.loop import TrainState
-from mnist.training.metrics import Scores
+from mnist.runs.checkpoint_files import Checkpoint
+from mnist.runs.directory import RunDirectory, branch_origin
 from mnist.training.plan import Plan
-from mnist.training.step import TrainStep
 
+LENGTH_BOUND_SCHEDULES = ("cosine", "one_cycle")  # laid out over the whole run: they cannot be made longer
 _STOPPING_FIELDS = ("target_accuracy", "target_loss", "patience")
 
 
-def check_finished(previous: dict[str, Any], old: dict[str, Any], config: TrainConfig, plan: Plan, path: Path) -> bool:
-    """Whether an earlier start in this directory has done all that is asked for now.
+def check_directory(directory: RunDirectory, config: TrainConfig) -> None:
+    """Whether this start may write into `directory`: it is empty, or holds the same run.
+
+    Raises:
+        UserError: it holds another run, or any run with --resume never. Names the fields that differ, and what to do.
+        RunError: it holds this run, which diverged, and would again.
+    """
+    before, result = directory.config, directory.result
+    if before is None:
+        return
+    place, checkpoints = f"--run-dir {directory.path}", shlex.quote(str(directory.checkpoints))
+    if config.output.resume == "never" and not directory.belongs_to_this_job:
+        raise UserError(f"--resume never: {directory.path} holds a run already; choose another --run-dir")
+    origin = branch_origin(config)
+    if origin is not None and (result is None or result.origin != str(origin)):
+        raise UserError(
+            f"--resume {config.output.resume}: starts a new run, but {directory.path} holds one already; "
+            "choose another --run-dir, or none"
+        )
+    changes = _differences(before, config, (*fields_on_resume("fixed"), *fields_on_resume("course")))
+    if changes:
+        raise UserError(
+            f"{place}: the run there (recipe {before.recipe}) has another configuration: {changes}; choose another "
+            f"--run-dir for a new run, or start one from a checkpoint of this run: --resume {checkpoints}/step-..."
+        )
+    if result is not None and result.status == "diverged":
+        raise RunError(
+            f"{place}: this run diverged at step {result.steps} and would again; start a new one from an earlier "
+            f"checkpoint with a smaller --lr: --resume {checkpoints}/step-..."
+        )
+
+
+def is_finished(directory: RunDirectory, config: TrainConfig, plan: Plan) -> bool:
+    """Whether an earlier start in this directory has done all that is asked for now."""
+    before, result = directory.config, directory.result
+    if before is None or result is None or result.status != "finished":
+        return False
+    stopped_for_other_reasons = result.stop_reason is not None and bool(_differences(before, config, _STOPPING_FIELDS))
+    return plan.num_steps <= result.planned_steps and not stopped_for_other_reasons
+
+
+def check_checkpoint(saved: Checkpoint, config: TrainConfig, plan: Plan, facts: dict[str, Any]) -> list[str]:
+    """Whether the run may go on from `saved`; returns a note on each thing that changes from here on.
 
     Args:
-        previous: its result.json, {} where there is none.
-        old: its config.json, likewise.
-        config: the configuration of this start.
-        plan: the plan of this start.
-        path: the run directory.
+        saved: a checkpoint of this run, or of the run that this one branches from.
+        config: of this start.
+        plan: of this start.
+        facts: what the result depends on besides the configuration: data files, code, precision, threads.
 
     Raises:
-        UserError: that start had another configuration.
-        RunError: that start diverged, and would again.
+        UserError: the mathematics or the data would be others, or the schedule does not fit the new length.
     """
-    status = previous.get("status")
-    if resume_mode(config) != "auto" or status not in ("finished", "diverged"):
-        return False
-    check_same_run(old, config)
-    if status == "diverged":
-        raise RunError(
-            f"--run-dir {path}: this run diverged at step {previous['steps']} and would again; start over with a "
-            f"smaller --lr and --resume never, or name an earlier checkpoint with --resume PATH"
+    before = from_flat(saved.config)
+    changes = _differences(before, config, fields_on_resume("fixed"))
+    if changes:
+        raise UserError(f"the checkpoint of step {saved.step} is of another run: {changes}; start a new run without it")
+    if saved.facts.get("data_files") != facts["data_files"]:
+        raise UserError("the data files have changed since this run began; start a new run in another --run-dir")
+    old_steps, schedules = saved.plan["num_steps"], (before.optim.schedule, config.optim.schedule)
+    bound = [name for name in schedules if name in LENGTH_BOUND_SCHEDULES]
+    if plan.num_steps != old_steps and bound:
+        raise UserError(
+            f"--epochs/--max-steps: the {bound[0]} schedule was laid out for {old_steps} steps and cannot be made "
+            f"{plan.num_steps}; start a new run in another --run-dir"
         )
-    stopped_otherwise = previous["stop_reason"] is not None and not _is_alike(old, config, _STOPPING_FIELDS)
-    return plan.num_steps <= previous["planned_steps"] and not stopped_otherwise
+    if plan.num_steps < saved.step:
+        raise UserError(f"--epochs/--max-steps: {plan.num_steps} steps, but the checkpoint has done {saved.step}")
+    return _notes(saved, before, config, plan, facts)
 
 
-def ways_on(config: TrainConfig) -> str:
-    """What can be done in the directory of a finished run."""
-    more = "a larger --max-steps" if config.loop.max_steps else "more --epochs"
-    longer = "" if config.optim.schedule in LENGTH_BOUND_SCHEDULES else f"continue it with {more}, "
-    return f"{longer}start over with --resume never, or name another --run-dir"
+def _notes(saved: Checkpoint, before: TrainConfig, config: TrainConfig, plan: Plan, facts: dict[str, Any]) -> list[str]:
+    names = (*fields_on_resume("course"), *fields_on_resume("noted"))
+    changes = _differences(before, config, names)
+    notes = [f"from here on: {changes}"] if changes else []
+    for name, was in saved.facts.items():
+        if name == "code" and was != facts.get(name):
+            notes.append("the code that trains has changed since this checkpoint was written: no longer bit for bit")
+        elif was != facts.get(name):
+            notes.append(f"from here on: {name} {was} -> {facts.get(name)}")
+    if plan.accumulation_steps != saved.plan["accumulation_steps"]:
+        notes.append(f"from here on: accumulation {saved.plan['accumulation_steps']} -> {plan.accumulation_steps}")
+    if plan.world_size != saved.plan["world_size"]:
+        notes.append(f"from here on: processes {saved.plan['world_size']} -> {plan.world_size} (same global batches)")
+    return notes
 
 
-def _is_alike(old: dict[str, Any], config: TrainConfig, names: Sequence[str]) -> bool:
-    new = to_flat(config)
-    return all(old.get(name) == new[name] for name in names)
-
-
-def find_checkpoint(
-    directory: RunDir, config: TrainConfig, plan: Plan, facts: dict[str, Any]
-) -> tuple[Checkpoint, list[str]] | None:
-    """The newest valid checkpoint, or the one named by --resume, and notes for people; None = start from scratch.
-
-    Raises:
-        UserError: it belongs to another run, or there is none at the path given.
-        CheckpointError: there are checkpoints, and none is valid.
-    """
-    wanted = resume_mode(config)
-    if wanted == "never":
-        return None
-    saved, skipped = load_newest(directory.checkpoints) if wanted == "auto" else (None, [])
-    if saved is None and config.output.resume not in ("auto", "never"):  # also where a restart finds none of its own
-        wanted = config.output.resume
-        if not Path(wanted, MANIFEST).is_file():
-            raise UserError(f"--resume {wanted}: no checkpoint; give auto, never or the path of a step-... directory")
-        saved = load_checkpoint(Path(wanted))
-    last = directory.read("config.json")  # of the start that made the latest records
-    if saved is None:
-        if last and directory.has_records():  # it ended before its first checkpoint
-            check_same_run(last, config)
-            if not _is_alike(last, config, fields_on_resume("course")):
-                directory.rewind(0, [])
-        return None
-    changes = check_compatible(saved, config, plan, facts)
-    steps = list_steps(directory.checkpoints)
-    later = [path for step, path in steps.items() if step > saved.step]
-    if not _is_alike(last or saved.config, config, fields_on_resume("course")) or (
-        wanted != "auto" and not is_restart()
-    ):
-        directory.rewind(saved.step, later)
-    else:
-        directory.move_aside(later)  # the broken ones, which must not pass for this run's steps again
-    if saved.loop["best"] is not None and saved.loop["best"]["step"] not in steps:
-        saved.loop["best"] = None  # it stayed behind in another directory
-    if saved.plan["num_steps"] != plan.num_steps or not _is_alike(saved.config, config, _STOPPING_FIELDS):
-        saved.loop["stop_reason"] = None  # whoever asks for something else wants to go on
-    notes = [f"skipped a broken checkpoint: {line}" for line in skipped]
-    return saved, notes + [f"from here on: {change}" for change in changes]
-
-
-def capture(
-    train_step: TrainStep,
-    state: TrainState,
-    scores: dict[str, Scores],
-    *,
-    config: TrainConfig,
-    plan: Plan,
-    facts: dict[str, Any],
-) -> Checkpoint:
-    """The state of a run after the step that it has just done."""
-    scaler = train_step.accelerator.scaler
-    tensors = {"model": module_tensors(train_step.bare_model), "optimizer": optimizer_tensors(train_step.optimizer)}
-    if train_step.average is not None:
-        tensors["ema"] = module_tensors(train_step.average.module)
-    return Checkpoint(
-        step=state.step,
-        tensors=tensors,
-        loop=dataclasses.asdict(state),
-        scaler=None if scaler is None else scaler.state_dict(),
-        config=to_flat(config),
-        plan=dataclasses.asdict(plan),
-        facts=facts,
-        scores={name: score.as_dict() for name, score in scores.items()},
+def wants_to_go_on(saved: Checkpoint, config: TrainConfig, plan: Plan) -> bool:
+    """Whether this start asks for something else than what ended the run of `saved` early."""
+    return saved.plan["num_steps"] != plan.num_steps or bool(
+        _differences(from_flat(saved.config), config, _STOPPING_FIELDS)
     )
 
 
-def restore(saved: Checkpoint, train_step: TrainStep) -> TrainState:
-    """Puts the live objects where `saved` has them; returns the loop's state. Every rank must call this."""
-    train_step.bare_model.load_state_dict(saved.tensors["model"])
-    if train_step.average is not None:
-        train_step.average.module.load_state_dict(saved.tensors["ema"])
-    restore_optimizer(train_step.optimizer, saved.tensors["optimizer"])
-    scaler = train_step.accelerator.scaler
-    if scaler is not None and saved.scaler is not None:
-        scaler.load_state_dict(saved.scaler)
-    return TrainState.from_dict({**saved.loop, "is_stopping": False})
+def how_to_continue(directory: RunDirectory, config: TrainConfig) -> str:
+    """What can be typed in the directory of a finished run."""
+    more = "a larger --max-steps" if config.loop.max_steps else "more --epochs"
+    is_bound = config.optim.schedule in LENGTH_BOUND_SCHEDULES
+    longer = "" if is_bound else f"--resume {shlex.quote(str(directory.path))} with {more} continues it; "
+    return f"{longer}another --run-dir, or none, starts a new run"
+
+
+def _differences(before: TrainConfig, config: TrainConfig, names: Sequence[str]) -> str:
+    """The fields that differ, with both values, for people; empty if none does."""
+    old, new = to_flat(before), to_flat(config)
+    changed = [name for name in names if old[name] != new[name]]
+    return ", ".join(f"--{name.replace('_', '-')} was {old[name]}, now {new[name]}" for name in changed)

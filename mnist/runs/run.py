@@ -1,60 +1,48 @@
-"""What happens around the steps of a run: records, scores, checkpoints, the end.
+"""A run from its first record to its last: what is written at the start, at the end, and when it fails.
 
-In: the pieces that `train_ddp.py` has built. Out: a run directory, and an exit code. Every method must be called by
-every rank; what only rank 0 may do is done inside.
+In: the objects that `train_ddp.py` has built. Out: a run directory that says how the run ended, and a `Result`. Every
+rank must call everything here; what only rank 0 may do is done inside.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
+import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator
-from torch import nn
 
-from mnist.config import Fault, TrainConfig, evolve, fields_on_resume, parse_fault, to_flat
-from mnist.data.batches import TrainLoader
-from mnist.data.datasets import Choice, Dataset, Split
+from mnist.config import TrainConfig, evolve, to_flat
+from mnist.data.batches import MicroBatch, TrainLoader
 from mnist.errors import RankError
-from mnist.models import count_parameters
 from mnist.runs import report
-from mnist.runs import resume as resuming
-from mnist.runs.checkpoint_files import (
-    Checkpoint,
-    CheckpointError,
-    load_checkpoint,
-    save_checkpoint,
-)
+from mnist.runs.checkpointing import Checkpointing
 from mnist.runs.console import Console
-from mnist.runs.directory import RunDir, is_restart, open_run_dir, resume_mode
+from mnist.runs.directory import RunDirectory, is_restart
 from mnist.runs.export import export_model
 from mnist.runs.live_state import module_tensors
-from mnist.runs.report import hardware_warnings
+from mnist.runs.resume import how_to_continue
+from mnist.runs.setup import RunSetup
 from mnist.runs.tracking.sink import Hint
 from mnist.runs.tracking.tensorboard import TensorBoardRun
 from mnist.runs.tracking.tracker import Tracker
-from mnist.runs.tracking.wandb import wandb_mode
+from mnist.runs.validation import Validation
 from mnist.system import ranks, signals
-from mnist.system.accelerator import executed_precision, hand_stalls_to_watchdog, is_out_of_memory
+from mnist.system.accelerator import hand_stalls_to_watchdog, is_out_of_memory
+from mnist.system.drills import faults_on_rank, inject
 from mnist.system.environment import describe_environment, peak_memory_mb
-from mnist.system.files import write_json
 from mnist.system.roll_call import RollCall
 from mnist.system.watchdog import Watchdog
 from mnist.training.cuda_graph import choose_step_mode
-from mnist.training.evaluation import evaluate
-from mnist.training.loop import TrainRecord, TrainState
-from mnist.training.losses import build_loss
-from mnist.training.metrics import Scores, TrainSums
-from mnist.training.plan import Plan
-from mnist.training.step import DivergedError, TrainStep, warm_up
+from mnist.training.loop import TrainRecord
+from mnist.training.metrics import Scores
+from mnist.training.step import DivergedError, warm_up
 from mnist.training.threads import advise_on_threads
 
 EXIT_FINISHED, EXIT_FAILED = 0, 1
@@ -62,480 +50,338 @@ EXIT_FINISHED, EXIT_FAILED = 0, 1
 T = TypeVar("T")
 
 
-@dataclass
-class Run:
-    """A run in progress, a context manager: however it ends, result.json says how.
+@dataclass(frozen=True)
+class Result:
+    """How a run ended.
 
     Attributes:
-        config: resolved configuration.
-        plan: its algebra.
-        dataset: splits on the device.
-        choice: why it is this one.
-        accelerator, console: of this process.
-        train_step: model, optimizer, schedule and, where there is one, the average of the weights.
-        started: `time.perf_counter()` at the start of the process.
-        draw: writes the pictures of a finished run; takes the run directory and what `_draw` hands over, returns the
-            files by name.
+        run_dir: where everything is.
+        status: finished or preempted; other ends are exceptions.
+        exit_code: of the command: 0, 1 if the accuracy misses --min-accuracy, 75 if preempted.
+        numbers: what result.json says.
     """
 
-    config: TrainConfig
-    plan: Plan
-    dataset: Dataset
-    choice: Choice
-    accelerator: Accelerator
-    console: Console
-    train_step: TrainStep
-    started: float
-    draw: Callable[..., dict[str, Path]]
+    run_dir: Path
+    status: str
+    exit_code: int
+    numbers: dict[str, Any]
 
-    def __post_init__(self) -> None:
-        self.state = TrainState()
-        self.model = cast("nn.Sequential", self.train_step.bare_model)
-        average = self.train_step.average
-        self.eval_model = self.model if average is None else cast("nn.Sequential", average.module)
-        self.eval_loss = build_loss(self.config.optim.loss)  # without smoothing, which is a means of training
-        self._scores: dict[str, Scores] = {}  # of the last evaluation
-        self._scores_step = -1
-        self.val_scores: dict[str, Any] | None = None  # of the last evaluation on validation
-        self.warmup_time_s = 0.0
-        self._directory: RunDir | None = None  # on rank 0
-        self._saved_step = -1
-        self._has_begun = False
-        self._has_resumed = is_restart()
-        self._roll_call = RollCall(self.accelerator, lambda: self.state.step)
-        self._watchdog = Watchdog(self.config.runtime.timeout_s, self._roll_call.answer, self._note_stall)
-        self._hints: list[Hint] = []
-        self._drawn: list[Hint] = []
 
-    # --- beginning -----------------------------------------------------------------------------------------------
+@contextmanager
+def start_run(
+    setup: RunSetup, console: Console, *, notes: Sequence[str], started_s: float, draw: Callable[..., dict[str, Path]]
+) -> Iterator[Run]:
+    """Shows the plan, writes it down and opens the trackers; however the block ends, result.json says how.
 
-    def __enter__(self) -> Self:
-        opened = self._together(lambda: self._open(open_run_dir(self.config, self.dataset.name)))
-        self.path = Path(opened["path"])
-        self.previous = opened["result"]
-        self._previous_config = opened["config"]
-        self._facts = {
-            "recipe": self.config.recipe,
-            "dataset": self.dataset.name,
-            "seed": self.config.loop.seed,
-            "num_params": count_parameters(self.model),
-            "world_size": self.accelerator.num_processes,
-            "precision": executed_precision(self.accelerator),
-            "evaluation": self.config.loop.evaluation,
-        }
-        self.tracker = Tracker(None, self.dataset.name, self.console.warn)
-        return self
+    Args:
+        setup: the parts of the run.
+        console: of this rank.
+        notes: what a resume starts from, and what changes; empty where the run begins at its first step.
+        started_s: `time.perf_counter()` at the start of the process.
+        draw: writes the pictures of a finished run and returns the files by name.
+    """
+    has_resumed = is_restart() or bool(notes)
+    environment = describe_environment(setup.accelerator)
+    facts = {**report.run_facts(setup), **environment["ranks"][0]}
+    console.banner(report.banner(setup, facts, environment))
+    for line in notes[:1]:
+        console.say(line)
+    for line in [*notes[1:], *report.warnings(setup, has_resumed=has_resumed)]:
+        console.warn(line)
+    tracker = ranks.together(setup.accelerator, lambda: _open_tracker(setup, facts, environment, console), on="all")
+    run = Run(setup, console, tracker, facts=facts, has_resumed=has_resumed, started_s=started_s, draw=draw)
+    try:
+        yield run
+    except BaseException as error:
+        run.record_failure(error)
+        raise
+    finally:
+        run.stop_watching()
 
-    def _open(self, directory: RunDir) -> dict[str, Any]:
-        self._directory = directory
-        if not directory.is_locked:
-            self.console.warn(f"--run-dir {directory.path}: no locks on this file system; start no second run there")
-        if resume_mode(self.config) == "never":
-            before = directory.set_aside()
-            if before is not None:
-                self.console.say(f"the run that was here is in {before}")
-        return {
-            "path": str(directory.path),
-            "result": directory.read("result.json"),
-            "config": directory.read("config.json"),
-        }
 
-    def is_finished(self) -> bool:
-        """Whether an earlier start in this directory has done all that is asked for now; says so.
+def _open_tracker(setup: RunSetup, facts: dict[str, Any], environment: dict[str, Any], console: Console) -> Tracker:
+    name, path, config = setup.dataset.name, setup.directory.path, setup.config
+    if not setup.accelerator.is_main_process:
+        return Tracker(None, name, console.warn)
+    setup.directory.write_start(to_flat(config), environment, facts)
+    tracker = Tracker(path, name, console.warn)
+    tags = [name, config.optim.model, facts["precision"], f"w{facts['world_size']}"]
+    run_config = {**to_flat(config), "environment": environment}
+    tracker.start_wandb(setup.accelerator, config.output, path, run_config, tags)
+    if config.output.tensorboard:
+        tracker.attach("TensorBoard", partial(TensorBoardRun, path, tracker.next_step))
+    return tracker
 
-        Raises:
-            UserError: that start had another configuration.
-            RunError: that start diverged, and would again.
-        """
-        if not resuming.check_finished(self.previous, self._previous_config, self.config, self.plan, self.path):
-            return False
-        steps, accuracy = self.previous["steps"], self.previous["test"]["accuracy"]
-        self._warn_of_changes()
-        rows = [
-            ("finished", f"{self.path}: {steps} steps, test accuracy {accuracy:.2%}"),
-            ("", resuming.ways_on(self.config)),
-        ]
-        self.console.summary(rows, report.next_commands(self.path))
-        return True
 
-    def exit_code(self) -> int:
-        """0, or 1 if the finished run misses the gate."""
-        return self._gate(self.previous["test"]["accuracy"])
+def report_finished(directory: RunDirectory, config: TrainConfig, console: Console) -> Result:
+    """What to say and return where an earlier start has done all that is asked for."""
+    found = directory.result
+    assert found is not None
+    assert found.test is not None  # or the record of a finished run would have been refused
+    accuracy = found.test["accuracy"]
+    rows = [
+        ("finished", f"{directory.path}: {found.steps} steps, test accuracy {accuracy:.2%}"),
+        ("", how_to_continue(directory, config)),
+    ]
+    console.summary(rows, report.next_commands(directory.path))
+    return Result(directory.path, "finished", _gate(config, accuracy, console), dataclasses.asdict(found))
 
-    def _warn_of_changes(self) -> None:
-        for name in (*fields_on_resume("noted"), *fields_on_resume("course")):
-            was, now = self._previous_config.get(name), to_flat(self.config)[name]
-            if was != now:
-                self.console.warn(f"--{name.replace('_', '-')} was {was}, now {now}: not trained again")
 
-    def resume(self) -> None:
-        """Takes up the newest valid checkpoint, or the one named by --resume, if there is any."""
-        found = self._together(self._find_checkpoint)
-        if found is None:
-            return
-        saved, notes = found
-        self.state = resuming.restore(saved, self.train_step)
-        self.val_scores = saved.scores.get("val")
-        self._saved_step = self.state.step
-        self._has_resumed = True
-        way_out = "" if self.config.output.run_dir else "; --resume never would start a new run"
-        self.console.say(f"resuming {self.path} at step {self.state.step}{way_out}")
-        for note in notes:
-            self.console.warn(note)
+def _gate(config: TrainConfig, accuracy: float, console: Console) -> int:
+    gate = config.loop.min_accuracy
+    if gate is None or accuracy >= gate:
+        return EXIT_FINISHED
+    console.warn(f"--min-accuracy {gate}: missed with {accuracy:.4f}")
+    return EXIT_FAILED
 
-    def _find_checkpoint(self) -> tuple[Checkpoint, list[str]] | None:
-        assert self._directory is not None
-        return resuming.find_checkpoint(self._directory, self.config, self.plan, self._checkpoint_facts())
 
-    def begin(self, train_loader: TrainLoader) -> None:
-        """Writes down what is about to happen, starts the trackers, shows the plan, warms up."""
-        environment = describe_environment(self.accelerator)
-        plan = report.banner(self.config, self.plan, self.dataset, self._facts, environment)
-        self.console.banner([*plan, ("run", str(self.path)), ("W&B", wandb_mode(self.config.output))])
-        warnings = hardware_warnings(self.accelerator)
-        warnings += report.data_warnings(self.dataset, self.choice)
-        warnings += report.drill_warnings(self.config, has_resumed=self._has_resumed)
-        for line in warnings:
-            self.console.warn(line)
-        self._together(lambda: self._write_down(environment))
-        self._has_begun = True
+class Run:
+    """A run in progress; made by `start_run`."""
+
+    def __init__(
+        self,
+        setup: RunSetup,
+        console: Console,
+        tracker: Tracker,
+        *,
+        facts: dict[str, Any],
+        has_resumed: bool,
+        started_s: float,
+        draw: Callable[..., dict[str, Path]],
+    ) -> None:
+        self.tracker = tracker
+        self._setup = setup
+        self._config = setup.config
+        self._plan = setup.plan
+        self._state = setup.state
+        self._train_step = setup.train_step
+        self._accelerator = setup.accelerator
+        self._path = setup.directory.path
+        self._console = console
+        self._roll_call = RollCall(setup.accelerator, lambda: setup.state.step)
+        self._watchdog = Watchdog(setup.config.runtime.timeout_s, self._roll_call.answer, self._record_stall)
+        self._facts = facts
+        self._has_resumed = has_resumed
+        self._started_s = started_s
+        self._draw = draw
+        self._warmup_time_s = 0.0
+
+    # --- while it trains ---------------------------------------------------------------------------------------------
+
+    def warm_up(self, train_loader: TrainLoader) -> None:
+        """Does what happens once, before the first step: kernels are chosen, a step is captured. Not training time."""
         self._watchdog.sign_of_life()
         signals.training_begins()
         started = time.perf_counter()
-        self.console.show("warming up")
-        zeros = self.dataset.train.images.new_zeros((self.plan.micro_batch_size, 28, 28))
-        inputs = self.train_step.transform(zeros)
-        warm_up(self.train_step.model, inputs)
-        if advice := advise_on_threads(self.model, inputs):
-            self.console.warn(advice)
-        if self.goes_on():
-            self._choose_step_mode(train_loader)
-        self._watchdog.timeout_s = hand_stalls_to_watchdog(self.config.runtime.timeout_s)
-        self.warmup_time_s = time.perf_counter() - started
-        self.console.start_progress(
-            self.plan.num_steps,
-            lambda: self.state.step,
-            self.plan.epoch_steps,
-            best=self.state.best["accuracy"] if self.state.best else 0.0,
-            loss="smoothed loss" if self.config.optim.label_smoothing else "train loss",
+        self._console.show("warming up")
+        images = self._setup.dataset.train.images
+        zeros = images.new_zeros((self._plan.micro_batch_size, *images.shape[1:]))
+        inputs = self._train_step.transform(zeros)
+        warm_up(self._train_step.model, inputs)
+        if advice := advise_on_threads(self._train_step.bare_model, inputs):
+            self._console.warn(advice)
+        if not self.is_over():
+            mode, remark = choose_step_mode(
+                self._train_step,
+                self._config.runtime.step_mode,
+                self._plan.accumulation_steps,
+                lambda: train_loader.steps(self._state.step, self._plan.num_steps),
+            )
+            self._facts["step_mode"] = mode
+            if remark is not None:
+                self._console.warn(remark)
+        self._watchdog.timeout_s = hand_stalls_to_watchdog(self._config.runtime.timeout_s)
+        self._warmup_time_s = time.perf_counter() - started
+        self._console.start_progress(
+            self._plan.num_steps,
+            lambda: self._state.step,
+            self._plan.epoch_steps,
+            best=self._state.best["accuracy"] if self._state.best else 0.0,
+            loss="smoothed loss" if self._config.optim.label_smoothing else "train loss",
         )
-
-    def _choose_step_mode(self, train_loader: TrainLoader) -> None:
-        mode, remark = choose_step_mode(
-            self.train_step,
-            self.config.runtime.step_mode,
-            self.plan.accumulation_steps,
-            lambda: train_loader.steps(self.state.step, self.plan.num_steps),
-        )
-        self._facts["step_mode"] = mode
-        if remark is not None:
-            self.console.warn(remark)
-
-    def _write_down(self, environment: dict[str, Any]) -> None:
-        assert self._directory is not None
-        write_json(self.path / "config.json", to_flat(self.config))
-        write_json(self.path / "environment.json", environment)
-        self._directory.write_result("running", **self._facts, **environment["ranks"][0])
-        self.tracker = Tracker(self.path, self.dataset.name, self.console.warn)
-        tags = [self.dataset.name, self.config.optim.model, self._facts["precision"], f"w{self._facts['world_size']}"]
-        run_config = {**to_flat(self.config), "environment": environment}
-        self.tracker.start_wandb(self.accelerator, self.config.output, self.path, run_config, tags)
-        if self.config.output.tensorboard:
-            self.tracker.attach("TensorBoard", partial(TensorBoardRun, self.path, self.tracker.next_step))
-
-    # --- during --------------------------------------------------------------------------------------------------
 
     def heartbeat(self) -> bool:
-        """Shows that this rank is alive; says whether a signal has asked it to end."""
+        """Shows that this rank is alive; returns whether a signal has asked it to end."""
         self._watchdog.sign_of_life()
         return signals.stop_requested()
 
-    def _note_stall(self, reason: str) -> None:
-        """For the watchdog's thread, which ends the process afterwards."""
-        reason = self._roll_call.explain(reason)
-        if self._directory is not None:
-            self._directory.write_result("failed", **self._facts, reason=reason, steps=self.state.step)
-
-    def goes_on(self) -> bool:
-        """Whether another step is to be taken."""
-        return self.state.step < self.plan.num_steps and not self.state.is_stopping and self.state.stop_reason is None
-
-    def faults(self) -> list[Fault]:
-        """What --inject has in store for this rank; nothing once it has been started again, or it would never end."""
-        if self._has_resumed:
-            return []
-        rank = self.accelerator.process_index
-        return [fault for fault in map(parse_fault, self.config.output.inject) if fault.rank == rank]
-
-    @property
-    def scores(self) -> dict[str, Scores]:
-        """By split, of the weights of this very step; empty where they have not been evaluated."""
-        return self._scores if self._scores_step == self.state.step else {}
-
-    @property
-    def _epoch(self) -> float:
-        """Epochs done, fractions included."""
-        return self.state.step / self.plan.epoch_steps
-
-    def next_epoch_end(self) -> int:
-        """The step at which the current epoch, or the run, is over."""
-        epoch_steps = self.plan.epoch_steps
-        return min(self.plan.num_steps, (self.state.step // epoch_steps + 1) * epoch_steps)
+    def is_over(self) -> bool:
+        """Whether no other step is to be taken."""
+        state = self._state
+        return state.step >= self._plan.num_steps or state.stop_reason is not None or state.is_stopping
 
     def log(self, record: TrainRecord) -> None:
         """Writes a training record down."""
         speed, means = record.sums.images_per_s, record.sums.means()
         performance = {
             "images_per_s": round(speed, 1),
-            "images_per_s_per_device": round(speed / self.plan.world_size, 1),
-            "memory_mb": round(peak_memory_mb(self.accelerator.device)),
+            "images_per_s_per_device": round(speed / self._plan.world_size, 1),
+            "memory_mb": round(peak_memory_mb(self._accelerator.device)),
         }
-        if self.plan.epoch_ends_at(record.step):
-            performance["epoch_time_s"] = round(self.state.epoch_sums.time_s, 3)
+        if self._plan.epoch_ends_at(record.step):
+            performance["epoch_time_s"] = round(self._state.epoch_sums.time_s, 3)
         self.tracker.log(
             "train",
             record.step,
-            self._epoch,
+            self._plan.epochs_done(record.step),
             **means,
             lr=record.lr,
             grad_norm=record.grad_norm,
             **performance,
         )
-        if not self.plan.evaluates_at(record.step):  # an evaluation prints a row of its own
-            self.console.progress(record.step, means["loss"], means["accuracy"], speed)
+        if not self._plan.evaluates_at(record.step):  # an evaluation prints a row of its own
+            self._console.progress(record.step, means["loss"], means["accuracy"], speed)
 
-    def score(self) -> None:
-        """Evaluates on validation, or on test where nothing is held out, and decides about best and early stopping."""
-        self._together(self.tracker.check)
-        split = "test" if self.dataset.val is None else "val"
-        scores = self._evaluate(split, self.dataset.val or self.dataset.test)
-        best = self.state.best
-        is_new_best = best is None or scores.accuracy > best["accuracy"]
-        if is_new_best or split == "test":  # without validation, "best" can only mean "last"
-            self.state.best = {"step": self.state.step, **scores.as_dict()}
-        self.state.evals_since_best = 0 if is_new_best else self.state.evals_since_best + 1
-        self.state.stop_reason = self._reason_to_stop(scores)
-        self._show(scores, split)
-        if self.plan.epoch_ends_at(self.state.step):
-            self.state.epoch_sums = TrainSums()
+    def with_drills(self, steps: Iterator[Sequence[MicroBatch]]) -> Iterator[Sequence[MicroBatch]]:
+        """`steps` with the faults that --inject asks for; a resumed run is spared."""
+        faults = faults_on_rank(self._config.output.inject, self._accelerator.process_index)
+        weights = self._train_step.model.parameters()
+        return inject(steps, [] if self._has_resumed else faults, self._state.step, weights)
 
-    def _evaluate(self, name: str, split: Split) -> Scores:
-        with self.console.doing("evaluating"):
-            scores = evaluate(
-                self.eval_model,
-                split,
-                accelerator=self.accelerator,
-                loss_fn=self.eval_loss,
-                transform=self.train_step.transform,
-                sharded=self.config.loop.evaluation == "sharded",
-                after_chunk=lambda _: self._watchdog.sign_of_life(),
-            )
-        self._watchdog.sign_of_life()
-        if not math.isfinite(scores.loss):
-            raise DivergedError(self.state.step, 0)
-        self._scores = {**self.scores, name: scores}
-        self._scores_step = self.state.step
-        if name == "val":
-            self.val_scores = scores.as_dict()
-        self.tracker.log(name, self.state.step, self._epoch, **scores.as_dict())
-        return scores
+    # --- the end -----------------------------------------------------------------------------------------------------
 
-    def _reason_to_stop(self, scores: Scores) -> str | None:
-        loop = self.config.loop
-        targets = [
-            loop.target_accuracy is None or scores.accuracy >= loop.target_accuracy,
-            loop.target_loss is None or scores.loss <= loop.target_loss,
-        ]
-        if all(targets) and (loop.target_accuracy is not None or loop.target_loss is not None):
-            return "target reached"
-        if loop.patience and self.state.evals_since_best >= loop.patience:
-            return f"no better for {loop.patience} evaluations"
-        return None
-
-    def _show(self, scores: Scores, split: str) -> None:
-        means = self.state.epoch_sums.means()
-        self.console.epoch_row(
-            round(self._epoch, 2),
-            self.state.step,
-            (means["loss"], means["accuracy"]),
-            split,
-            (scores.loss, scores.accuracy),
-            lr=self.train_step.lr,
-            seconds=self.state.epoch_sums.time_s,
-        )
-
-    def save(self) -> None:
-        """Writes a checkpoint of this step, unless it is there."""
-        if self._saved_step == self.state.step:
-            return
-        finite = torch.stack([weight.isfinite().all() for weight in self.model.parameters()])
-        if not bool(finite.all()):  # alike on every rank
-            raise DivergedError(self.state.step, self.accelerator.process_index, "weights are")
-        self._together(self._write_checkpoint)
-        self._saved_step = self.state.step
-
-    def _checkpoint_facts(self) -> dict[str, Any]:
-        return {
-            "data_files": self.dataset.fingerprint,
-            "precision": self._facts["precision"],
-            "threads": torch.get_num_threads(),
-        }
-
-    def _write_checkpoint(self) -> None:
-        assert self._directory is not None
-        self.tracker.check()
-        saved = resuming.capture(
-            self.train_step,
-            self.state,
-            self.scores,
-            config=self.config,
-            plan=self.plan,
-            facts=self._checkpoint_facts(),
-        )
-        output = self.config.output
-        save_checkpoint(self._directory.checkpoints, saved, output.keep_last, output.keep_best)
-
-    def should_save(self) -> bool:
-        """Whether this step's checkpoint is due: by its cadence, or as the best on validation so far."""
-        best_step = self.state.best["step"] if self.state.best and self.dataset.val is not None else None
-        return self.plan.saves_at(self.state.step) or best_step == self.state.step or self.state.stop_reason is not None
-
-    # --- end -----------------------------------------------------------------------------------------------------
-
-    def finish(self) -> int:
-        """Exports weights, scores the test set, writes result.json, closes the trackers; returns the exit code."""
-        if self.state.is_stopping and self.state.step < self.plan.num_steps and self.state.stop_reason is None:
+    def finish(self, validation: Validation, checkpointing: Checkpointing) -> Result:
+        """Exports the weights, scores the test set, writes result.json, closes the trackers."""
+        state = self._state
+        if state.is_stopping and state.step < self._plan.num_steps and state.stop_reason is None:
+            checkpointing.save()
             return self._end_preempted()
         self._together(self.tracker.check)
         self._export("last")
-        if self.dataset.val is not None:
-            self._load_best()
-        if self.dataset.val is not None or "test" not in self.scores:
-            self._evaluate("test", self.dataset.test)
+        scored_step = self._load_best(checkpointing)
+        test = validation.score_test()
         self._export("best")
-        test = self.scores["test"]
-        code = self._gate(test.accuracy)
-        self._together(lambda: self._show_results(test))
-        self._together(lambda: self._close("finished", gate_passed=code == EXIT_FINISHED))
+        code = _gate(self._config, test.accuracy, self._console)
+        drawn = self._together(lambda: self._show_results(test, scored_step))
+        numbers, hints = self._together(lambda: self._close("finished", test, gate_passed=code == EXIT_FINISHED))
         rows = [
-            *report.closing(test, self.dataset, self.choice, self.plan, self.state),
-            ("worst", report.worst_classes(test, self.dataset.class_names)),
+            *report.closing(self._setup, test),
+            ("worst", report.worst_classes(test, self._setup.dataset.class_names)),
         ]
         starts, span = (" over all starts", "since this start") if self._has_resumed else ("", "in all")
-        times = f"{self.state.run_sums.time_s:.1f} s training{starts}, {self._total_time_s():.1f} s {span}"
-        rows += [("time", times), ("run", str(self.path)), *self._drawn, *self._hints]
-        self.console.summary(rows, report.next_commands(self.path))
-        return code
+        times = f"{state.run_sums.time_s:.1f} s training{starts}, {self._total_time_s():.1f} s {span}"
+        rows += [("time", times), ("run", str(self._path)), *drawn, *hints]
+        self._console.summary(rows, report.next_commands(self._path))
+        return Result(self._path, "finished", code, numbers)
 
-    def _end_preempted(self) -> int:
-        self.save()
-        self._together(lambda: self._close("preempted", signal=signals.signal_name()))
-        again = "type the same command again" + (", without --resume" if self.config.output.resume != "auto" else "")
-        self.console.summary([("preempted", f"after step {self.state.step}"), ("continue", again)])
-        return signals.EXIT_PREEMPTED
+    def _end_preempted(self) -> Result:
+        numbers, _ = self._together(lambda: self._close("preempted", signal=signals.signal_name()))
+        again = report.command_to_continue(self._path)
+        self._console.summary([("preempted", f"after step {self._state.step}"), ("continue", again)])
+        return Result(self._path, "preempted", signals.EXIT_PREEMPTED, numbers)
 
-    def _gate(self, accuracy: float) -> int:
-        gate = self.config.loop.min_accuracy
-        if gate is None or accuracy >= gate:
-            return EXIT_FINISHED
-        self.console.warn(f"--min-accuracy {gate}: missed with {accuracy:.4f}")
-        return EXIT_FAILED
+    def _load_best(self, checkpointing: Checkpointing) -> int:
+        """Puts the weights of the best validation score into the scored model, for its one look at the test set.
 
-    def _load_best(self) -> None:
-        """Puts the weights of the best validation score into the evaluated model, for its one look at the test set."""
-        assert self.state.best is not None
-        best_step = int(self.state.best["step"])
-        if best_step == self.state.step:
-            return
-
-        def read() -> dict[str, Any] | str:
-            assert self._directory is not None
-            try:
-                saved = load_checkpoint(self._directory.checkpoints / f"step-{best_step:08d}")
-            except CheckpointError as error:
-                return str(error)
-            return saved.tensors["model" if self.train_step.average is None else "ema"]
-
-        found = self._together(read)
-        if isinstance(found, str):
-            self.console.warn(f"the best weights are lost ({found}); the last ones are scored and exported instead")
-            self.state.best = {**self.state.best, "step": self.state.step}
-        else:
-            self.eval_model.load_state_dict(found)
+        Returns:
+            The step of the weights that the model has then.
+        """
+        best, last_step = self._state.best, self._state.step
+        if self._setup.dataset.val is None or best is None or best["step"] == last_step:
+            return last_step
+        problem = checkpointing.load_weights(int(best["step"]), self._train_step.eval_model)
+        if problem is None:
+            return int(best["step"])
+        self._console.warn(f"the best weights are lost ({problem}); the last ones are scored and exported instead")
+        self._state.best = None
+        return last_step
 
     def _export(self, name: str) -> None:
         executed = evolve(
-            self.config, mixed_precision=self.accelerator.mixed_precision, num_threads=torch.get_num_threads()
+            self._config, mixed_precision=self._accelerator.mixed_precision, num_threads=torch.get_num_threads()
         )
-        weights = partial(module_tensors, self.eval_model)
-        self._together(lambda: export_model(self.path / "export" / name, weights(), to_flat(executed)))
+        folder = self._path / "export" / name
+        self._together(lambda: export_model(folder, module_tensors(self._train_step.eval_model), to_flat(executed)))
 
-    def _show_results(self, test: Scores) -> None:
+    def _show_results(self, test: Scores, scored_step: int) -> list[Hint]:
         """Pictures, confusion matrix and models, for the run directory and the trackers."""
-        step = int(self.state.best["step"]) if self.state.best else self.state.step  # of the weights that were scored
-        if self.config.output.pictures:
-            with self.console.doing("drawing pictures"):
-                drawn = self._draw(test, step)
-                self.tracker.pictures(self.state.step, drawn)
-            self._drawn = [("pictures", str(self.path / "pictures"))] if drawn else []
-        self.tracker.confusion(self.state.step, test.confusion, self.dataset.class_names)
-        if step == self.state.step:
-            self.tracker.model(self.path / "export" / "best", ["best", "last"], {"step": step, **test.as_dict()})
+        step, drawn = self._state.step, []
+        if self._config.output.pictures:
+            try:
+                with self._console.doing("drawing pictures"):
+                    self.tracker.pictures(step, self._draw_pictures(test, scored_step))
+                drawn.append(("pictures", str(self._path / "pictures")))
+            except Exception as error:  # a full disk, a GPU without room: the run is whole without them
+                self._console.warn(f"no pictures ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]})")
+        self.tracker.confusion(step, test.confusion, self._setup.dataset.class_names)
+        export, scores = self._path / "export", {"step": scored_step, **test.as_dict()}
+        if scored_step == step:
+            self.tracker.model(export / "best", ["best", "last"], scores)
         else:
-            self.tracker.model(self.path / "export" / "last", ["last"], {"step": self.state.step})
-            self.tracker.model(self.path / "export" / "best", ["best"], {"step": step, **test.as_dict()})
+            self.tracker.model(export / "last", ["last"], {"step": step})
+            self.tracker.model(export / "best", ["best"], scores)
+        return drawn
 
-    def _draw(self, test: Scores, step: int) -> dict[str, Path]:
-        return self.draw(
-            self.path,
-            config=self.config,
-            dataset=self.dataset,
-            model=self.eval_model,
-            transform=self.train_step.transform,
-            augment=self.train_step.augment,
+    def _draw_pictures(self, test: Scores, scored_step: int) -> dict[str, Path]:
+        return self._draw(
+            self._path,
+            config=self._config,
+            dataset=self._setup.dataset,
+            model=self._train_step.eval_model,
+            transform=self._train_step.transform,
+            augment=self._train_step.augment,
             confusion=test.confusion,
-            step=step,
-            warn=self.console.warn,
+            step=scored_step,
         )
 
-    def _close(self, status: str, **facts: Any) -> None:
-        """result.json and trackers; nothing on other ranks than 0."""
-        if self._directory is None:
-            return
-        numbers = report.result(self.plan, self.state, self.scores, self.val_scores)
-        times = {"warmup_time_s": round(self.warmup_time_s, 3), "total_time_s": round(self._total_time_s(), 3)}
-        self._directory.write_result(status, **self._facts, **numbers, **times, **facts)
-        best = {f"best/{key}": value for key, value in (self.state.best or {}).items()}
-        with self.console.doing("closing W&B and other trackers"):
-            self._hints = self.tracker.finish(status, {**best, **times, "train_time_s": numbers["train_time_s"]})
+    def _close(self, status: str, test: Scores | None = None, **more: Any) -> tuple[dict[str, Any], list[Hint]]:
+        """Writes result.json and closes the trackers, on rank 0; returns the numbers, and what to type next."""
+        numbers = self._write_result(status, test, **more)
+        best = {f"best/{key}": value for key, value in (self._state.best or {}).items()}
+        times = {name: numbers[name] for name in ("warmup_time_s", "total_time_s", "train_time_s")}
+        with self._console.doing("closing W&B and other trackers"):
+            hints = self.tracker.finish(status, {**best, **times})
+        return numbers, hints
+
+    def _write_result(self, status: str, test: Scores | None, **more: Any) -> dict[str, Any]:
+        times = {"warmup_time_s": round(self._warmup_time_s, 3), "total_time_s": round(self._total_time_s(), 3)}
+        content = {**self._facts, **report.result(self._plan, self._state, test), **times, **more}
+        self._setup.directory.write_result(status, **content)
+        return content
 
     def _total_time_s(self) -> float:
-        return time.perf_counter() - self.started
+        return time.perf_counter() - self._started_s
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.console.stop_progress()
-        self._watchdog.rest()
-        if error is None or not self._has_begun:
-            return
-        where = f"rank {self.accelerator.process_index} after step {self.state.step}"
-        with contextlib.suppress(OSError):  # on a full disk; the error itself says so
-            if isinstance(error, DivergedError):
-                self.state.step = error.step
-                self._close("diverged", reason=str(error), rank=error.rank)
-            else:
-                self._close("failed", reason=f"{type(error).__name__}: {error}", where=where)
+    # --- errors ------------------------------------------------------------------------------------------------------
+
+    def record_failure(self, error: BaseException) -> None:
+        """Writes into result.json how the run failed; says it in one line where that is possible.
+
+        Raises:
+            RankError: the run has lost another rank, or has no memory left; only this rank knows.
+        """
+        where = f"rank {self._accelerator.process_index} after step {self._state.step}"
+        if self._accelerator.is_main_process:
+            with contextlib.suppress(OSError):  # on a full disk; the error itself says so
+                self._write_failure(error, where)
         if ranks.is_lost_contact(error):
             cause = str(error).splitlines()[0]
             raise RankError(f"{where}: lost another rank, which has died or does not answer ({cause})") from error
         if is_out_of_memory(error):
-            parts = 2 * self.plan.accumulation_steps
+            parts = 2 * self._plan.accumulation_steps
             raise RankError(
                 f"{where}: out of memory; try --gradient-accumulation-steps {parts} or a smaller "
-                f"--global-batch-size than {self.plan.global_batch_size}"
+                f"--global-batch-size than {self._plan.global_batch_size}"
             ) from error
         error.add_note(f"on {where}")
 
+    def _write_failure(self, error: BaseException, where: str) -> None:
+        if isinstance(error, DivergedError):
+            self._state.step = error.step
+            self._close("diverged", reason=str(error), rank=error.rank)
+        else:
+            self._close("failed", reason=f"{type(error).__name__}: {error}", where=where)
+
+    def _record_stall(self, reason: str) -> None:
+        """For the watchdog's thread, which ends the process afterwards."""
+        reason = self._roll_call.explain(reason)
+        if self._accelerator.is_main_process:
+            self._write_result("failed", None, reason=reason)
+
+    def stop_watching(self) -> None:
+        """Takes the bar away and ends the watchdog: the run is over."""
+        self._console.stop_progress()
+        self._watchdog.rest()
+
     def _together(self, work: Callable[[], T]) -> T:
-        return ranks.together(self.accelerator, work)
+        return ranks.together(self._accelerator, work)

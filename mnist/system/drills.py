@@ -12,9 +12,14 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from mnist.config import Fault
+from mnist.config import Fault, parse_fault
 
 T = TypeVar("T")
+
+
+def faults_on_rank(texts: Sequence[str], rank: int) -> list[Fault]:
+    """What `--inject` asks for on this rank."""
+    return [fault for fault in map(parse_fault, texts) if fault.rank == rank]
 
 
 def inject(steps: Iterator[T], faults: Sequence[Fault], steps_done: int, weights: Iterable[Any]) -> Iterator[T]:

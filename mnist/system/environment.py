@@ -5,6 +5,7 @@ In: the process. Out: plain facts for environment.json and for people.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import socket
@@ -71,6 +72,18 @@ def launcher() -> str:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return "torchrun"
     return "srun" if "SLURM_PROCID" in os.environ else "python"
+
+
+def code_sha256() -> str:
+    """16 digits of the sha256 of the code that trains: the entry and what it imports, the commands' folders apart."""
+    root = Path(__file__).parents[2]
+    parts = [root / "train_ddp.py", *(root / "mnist").glob("*.py")]
+    for folder in ("data", "training", "runs", "system"):
+        parts += (root / "mnist" / folder).rglob("*.py")
+    digest = hashlib.sha256()
+    for path in sorted(parts):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _git_commit() -> str | None:

@@ -8,13 +8,27 @@ from __future__ import annotations
 from accelerate import Accelerator
 
 from mnist.config import TrainConfig
+from mnist.data.batches import Split, TrainLoader
 from mnist.data.transforms import Augmentation, BatchTransform
 from mnist.models import build_model, seed_initial_weights
 from mnist.system.accelerator import prepare_optimizer
 from mnist.training.cuda_graph import should_capture
 from mnist.training.losses import build_loss
 from mnist.training.optim import LearningRate, WeightAverage, build_optimizer
+from mnist.training.plan import Plan
 from mnist.training.step import TrainStep
+
+
+def build_train_loader(config: TrainConfig, plan: Plan, split: Split, accelerator: Accelerator) -> TrainLoader:
+    """This rank's share of every global batch of `split`."""
+    return TrainLoader(
+        split,
+        global_batch_size=plan.global_batch_size,
+        seed=config.loop.seed,
+        rank=accelerator.process_index,
+        world_size=plan.world_size,
+        accumulation_steps=plan.accumulation_steps,
+    )
 
 
 def build_train_step(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any
 
 import torch
 
@@ -31,6 +31,7 @@ class TrainState:
         run_sums: since the run began.
         best: record of the best evaluation so far.
         evals_since_best: evaluations after it.
+        val_scores: of the last evaluation on validation.
         stop_reason: why the run ends before its planned length, or None.
         is_stopping: a signal has arrived on some rank, and all ranks end after this step.
     """
@@ -41,14 +42,15 @@ class TrainState:
     run_sums: TrainSums = field(default_factory=TrainSums)
     best: dict[str, float] | None = None
     evals_since_best: int = 0
+    val_scores: dict[str, float] | None = None
     stop_reason: str | None = None
     is_stopping: bool = False
 
-    @classmethod
-    def from_dict(cls, saved: dict[str, Any]) -> Self:
-        """The state of `dataclasses.asdict(state)`."""
-        sums: dict[str, Any] = {name: TrainSums(**value) for name, value in saved.items() if name.endswith("_sums")}
-        return cls(**{**saved, **sums})
+    def load(self, saved: dict[str, Any]) -> None:
+        """Takes over `dataclasses.asdict(state)` of a checkpoint; nobody has asked this start to stop."""
+        for name, value in saved.items():
+            setattr(self, name, TrainSums(**value) if name.endswith("_sums") else value)
+        self.is_stopping = False
 
 
 @dataclass(frozen=True)

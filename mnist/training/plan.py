@@ -45,6 +45,14 @@ class Plan:
         """The largest batch that one forward pass of one process sees."""
         return math.ceil(self.global_batch_size / (self.world_size * self.accumulation_steps))
 
+    def epochs_done(self, step: int) -> float:
+        """Epochs done after `step` steps, fractions included."""
+        return round(step / self.epoch_steps, 4)
+
+    def next_epoch_end(self, step: int) -> int:
+        """The step at which the epoch that follows `step` steps, or the run, is over."""
+        return min(self.num_steps, (step // self.epoch_steps + 1) * self.epoch_steps)
+
     def epoch_ends_at(self, step: int) -> bool:
         """Whether an epoch, or the run, is over after `step` steps."""
         return step % self.epoch_steps == 0 or step == self.num_steps

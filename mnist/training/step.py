@@ -86,6 +86,11 @@ class TrainStep:
         # is 1 here: two operations for nothing, 2 % of LeNet-5's step on a CPU.
         self._backward = Tensor.backward if accelerator.scaler is None else accelerator.backward
 
+    @property
+    def eval_model(self) -> nn.Module:
+        """The bare network that is scored and exported: the averaged one where there is an average."""
+        return self.bare_model if self.average is None else self.average.module
+
     def __call__(self, micro_batches: Sequence[MicroBatch], step: int, measure_grad_norm: bool = False) -> None:
         """Trains on one global batch; `step` counts the steps done before it."""
         self.lr = self.learning_rate.set_step(step)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,9 +15,11 @@ import safetensors.torch
 
 import train_ddp
 from mnist.cli import parse_command_line
+from mnist.config import to_flat
 from mnist.data.batches import TrainLoader
 from mnist.runs.checkpoint_files import load_checkpoint, load_newest
 from mnist.system import signals
+from mnist.training.step import TrainStep
 from tests.ranks import run_ranks
 
 SMALL = [
@@ -112,31 +115,30 @@ def test_an_interrupted_run_ends_bit_for_bit_like_an_uninterrupted_one(tmp_path:
     assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
 
 
-def test_what_a_start_without_a_checkpoint_has_left_belongs_to_its_configuration(
+def test_records_of_a_start_without_a_checkpoint_are_continued_by_the_same_configuration_only(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     rare = [*SMALL, "--log-every", "5", "--checkpoint-every", "1000"]
     with pytest.raises(RuntimeError, match="a rank died"):
         run_ranks(run_and_signal, 1, signal.SIGKILL, 18, 0, tmp_path / "a", *rare)
     assert metrics(tmp_path / "a")[-1]["step"] == 15
-    assert run_ranks(run, 1, tmp_path / "a", *rare, "--seed", "5") == [2]
-    assert "--seed was 0, now 5" in capfd.readouterr().err
+    for flag, value in (("--seed", "5"), ("--lr", "0.001")):
+        assert run_ranks(run, 1, tmp_path / "a", *rare, flag, value) == [2]
+        assert f"{flag} was" in capfd.readouterr().err
     for folder in ("a", "b"):
-        run_ranks(run, 1, tmp_path / folder, *rare, "--lr", "0.001")
+        assert run_ranks(run, 1, tmp_path / folder, *rare) == [0]
     assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
-    (before,) = (tmp_path / "a").glob("before-*")
-    assert [record["step"] for record in metrics(before)] == [5, 10, 15]
 
 
 def test_a_stop_between_evaluations_claims_no_scores_of_its_weights(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = [*SMALL, "--eval-every", "10", "--val-size", "300", "--resume", "never"]
+    arguments = [*SMALL, "--eval-every", "10", "--val-size", "300"]
     assert run_ranks(run_and_signal, 1, signal.SIGTERM, 16, 0, tmp_path, *arguments) == [75]
     manifests = sorted((tmp_path / "checkpoints").glob("*/manifest.json"))
     scores = {path.parent.name: set(json.loads(path.read_text())["scores"]) for path in manifests}
     assert scores == {"step-00000010": {"val"}, "step-00000017": set()}
-    assert "type the same command again, without --resume" in capfd.readouterr().out
+    assert f"python train_ddp.py --resume {tmp_path}" in capfd.readouterr().out
 
 
 def test_a_killed_run_replays_the_lost_steps_and_doubles_no_record(tmp_path: Path) -> None:
@@ -189,7 +191,7 @@ def test_a_finished_run_offers_more_epochs_where_its_schedule_allows(
     run_ranks(run, 1, tmp_path, *arguments)
     capsys.readouterr()
     train_ddp.main(parse_command_line([*arguments, "--run-dir", str(tmp_path)]))
-    assert ("continue it with more --epochs" in capsys.readouterr().out) == is_offered
+    assert ("with more --epochs continues it" in capsys.readouterr().out) == is_offered
 
 
 def test_a_run_that_reached_its_target_goes_on_without_one(tmp_path: Path) -> None:
@@ -203,16 +205,15 @@ def test_a_run_that_reached_its_target_goes_on_without_one(tmp_path: Path) -> No
     assert weights(tmp_path / "a") == weights(tmp_path / "b")
 
 
-def test_a_finished_run_does_not_pass_for_one_with_another_rate(
+def test_a_finished_run_is_not_taken_for_one_with_another_learning_rate(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = [*SMALL, "--max-steps", "23", "--min-accuracy", "0.01"]
     run_ranks(run, 1, tmp_path, *arguments)
     capsys.readouterr()
-    command = [*arguments, "--lr", "1e-3", "--run-dir", str(tmp_path)]
-    assert train_ddp.main(parse_command_line(command)) == 0
-    assert "--lr was 0.005, now 0.001: not trained again" in capsys.readouterr().err
-    assert train_ddp.main(parse_command_line([*command, "--min-accuracy", "0.99"])) == 1
+    assert train_ddp.main(parse_command_line([*arguments, "--lr", "1e-3", "--run-dir", str(tmp_path)])) == 2
+    assert "--lr was 0.005, now 0.001" in capsys.readouterr().err
+    assert train_ddp.main(parse_command_line([*arguments, "--min-accuracy", "0.99", "--run-dir", str(tmp_path)])) == 1
     assert "--min-accuracy 0.99: missed with" in capsys.readouterr().err
 
 
@@ -220,7 +221,7 @@ def test_validation_scores_survive_a_restart_after_the_last_of_them(tmp_path: Pa
     arguments = [*SMALL, "--val-size", "300"]
     run_ranks(run, 1, tmp_path, *arguments)
     whole = result(tmp_path)
-    (tmp_path / "result.json").write_text('{"status": "running"}')  # as after a kill before the closing words
+    (tmp_path / "result.json").write_text(json.dumps({**whole, "status": "running"}))  # killed before the closing lines
     assert run_ranks(run, 1, tmp_path, *arguments) == [0]
     assert result(tmp_path)["val"] == whole["val"] is not None
 
@@ -236,7 +237,7 @@ def test_more_epochs_continue_a_finished_run_exactly(tmp_path: Path) -> None:
 def test_more_epochs_are_asked_for_as_a_person_would(tmp_path: Path) -> None:
     """Without --epochs at first, with them later."""
     arguments = ["--recipe", "mycnn", "--dataset", "digits", "--num-threads", "1", "--global-batch-size", "256"]
-    assert run_ranks(run, 1, tmp_path, *arguments, "--max-steps", "4") == [0]
+    assert run_ranks(run, 1, tmp_path, *arguments, "--epochs", "6", "--max-steps", "4") == [0]
     assert run_ranks(run, 1, tmp_path, *arguments, "--epochs", "6", "--max-steps", "8") == [0]
     assert result(tmp_path)["steps"] == 8
 
@@ -267,24 +268,35 @@ def test_a_broken_checkpoint_is_replaced_when_its_step_comes_again(tmp_path: Pat
     assert not skipped
     assert found is not None
     load_checkpoint(tmp_path / "checkpoints" / "step-00000046")
-    assert list(tmp_path.glob("before-*/step-00000046"))
 
 
-def test_a_run_that_begins_from_another_runs_checkpoint_finds_its_own_best(tmp_path: Path) -> None:
+def test_a_branch_finds_its_own_best_weights(tmp_path: Path) -> None:
     arguments = [*SMALL, "--val-size", "300", "--schedule", "constant"]
     run_ranks(run, 1, tmp_path / "a", *arguments)
-    start = str(tmp_path / "a" / "checkpoints" / "step-00000036")
-    start = start if Path(start).is_dir() else str(sorted((tmp_path / "a" / "checkpoints").iterdir())[0])
+    start = str(min((tmp_path / "a" / "checkpoints").iterdir()))
     assert run_ranks(run, 1, tmp_path / "b", *arguments, "--lr", "1e-9", "--resume", start) == [0]
-    assert result(tmp_path / "b")["status"] == "finished"
+    found = result(tmp_path / "b")
+    assert (found["status"], found["origin"]) == ("finished", start)
+    assert found["best"]["step"] in [record["step"] for record in metrics(tmp_path / "b")]
 
 
 def test_weights_that_the_last_step_broke_are_not_called_finished(tmp_path: Path) -> None:
-    arguments = [*SMALL, "--max-steps", "1", "--optimizer", "sgd", "--lr", "1e38", "--schedule", "constant"]
-    assert run_ranks(run, 2, tmp_path, *arguments) == [1, 1]
+    """The loss of a step is that of the weights before it."""
+
+    def break_the_last_step() -> int:
+        original = TrainStep.update
+
+        def update(self: TrainStep, measure_grad_norm: bool) -> None:
+            original(self, measure_grad_norm)
+            next(self.bare_model.parameters()).data.fill_(float("inf"))
+
+        TrainStep.update = update  # type: ignore[method-assign]
+        return run(tmp_path, *SMALL, "--max-steps", "1", "--schedule", "constant")
+
+    assert run_ranks(break_the_last_step, 2) == [1, 1]
     assert result(tmp_path)["status"] == "diverged"
     assert not (tmp_path / "export").exists()
-    assert not list((tmp_path / "checkpoints").glob("*")) if (tmp_path / "checkpoints").exists() else True
+    assert not list((tmp_path / "checkpoints").glob("*"))
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -296,39 +308,33 @@ def test_a_target_ends_the_run_at_the_evaluation_that_reaches_it(tmp_path: Path,
     assert run_ranks(run, world_size, tmp_path, *arguments) == [0] * world_size, "and it is finished"
 
 
-def test_a_job_that_is_started_again_before_its_first_checkpoint_begins_where_it_had_to(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run_ranks(run, 1, tmp_path / "a", *SMALL)
-    start = str(tmp_path / "a" / "checkpoints" / "step-00000046")
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert run_ranks(run, 1, tmp_path / "b", *SMALL, "--resume", start) == [0]
-    assert min(record["step"] for record in metrics(tmp_path / "b")) == 50
-    assert not list((tmp_path / "b").glob("before-*"))
+def test_a_branch_that_was_killed_before_its_first_checkpoint_begins_at_its_origin_again(tmp_path: Path) -> None:
+    constant = [*SMALL, "--schedule", "constant"]
+    run_ranks(run, 1, tmp_path / "a", *constant, "--keep-last", "3")
+    start = str(tmp_path / "a" / "checkpoints" / "step-00000023")
+    branch = [*constant, "--lr", "1e-3", "--resume", start]
+    with pytest.raises(RuntimeError, match="a rank died"):
+        run_ranks(run_and_signal, 1, signal.SIGKILL, 35, 0, tmp_path / "b", *branch)
+    assert run_ranks(run, 1, tmp_path / "b", *branch) == [0], "and again the same command"
+    assert run_ranks(run, 1, tmp_path / "c", *branch) == [0]
+    assert weights(tmp_path / "b") == weights(tmp_path / "c")
+    assert metrics(tmp_path / "b") == metrics(tmp_path / "c")
+    assert min(record["step"] for record in metrics(tmp_path / "b")) == 30
 
 
-@pytest.mark.parametrize(("rates", "kept"), [("ab", 0), ("aba", 0), ("abb", 1), ("aa", 1)])
-def test_records_of_another_course_are_set_aside_and_no_others(tmp_path: Path, rates: str, kept: int) -> None:
-    """Killed at step 35 with records to 30 and a checkpoint of 23, time and again; the last start goes to the end."""
-    arguments = [*SMALL, "--schedule", "constant", "--checkpoint-every", "23"]
-    lr = {"a": 1e-3, "b": 1e-6}
-    for rate in rates[:-1]:
-        with pytest.raises(RuntimeError, match="a rank died"):
-            run_ranks(run_and_signal, 1, signal.SIGKILL, 35, 0, tmp_path, *arguments, "--lr", str(lr[rate]))
-    folders = set(tmp_path.glob("before-*"))
-    assert run_ranks(run, 1, tmp_path, *arguments, "--lr", str(lr[rates[-1]])) == [0]
-    assert {r["lr"] for r in metrics(tmp_path) if r["split"] == "train" and r["step"] > 23} == {lr[rates[-1]]}
-    assert (set(tmp_path.glob("before-*")) == folders) is bool(kept)
-
-
-def test_a_restarted_job_goes_on_even_if_its_command_says_never(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_resume_never_holds_for_the_first_attempt_of_a_job_and_its_restarts_continue_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     arguments = [*SMALL, "--resume", "never"]
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
     assert run_ranks(run_and_signal, 1, signal.SIGTERM, 30, 0, tmp_path, *arguments) == [75]
+    assert run_ranks(run, 1, tmp_path, *arguments) == [2]
+    assert f"--resume never: {tmp_path} holds a run already" in capfd.readouterr().err
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    assert run_ranks(run, 1, tmp_path, *arguments) == [2], "a restart of another job, whose first attempt died early"
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
     assert run_ranks(run, 1, tmp_path, *arguments) == [0]
-    assert not list(tmp_path.glob("before-*"))
 
 
 def test_the_average_of_a_compiled_model_has_plain_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -340,7 +346,7 @@ def test_the_average_of_a_compiled_model_has_plain_names(tmp_path: Path, monkeyp
 def test_a_schedule_laid_out_for_a_length_is_not_stretched(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     run_ranks(run, 1, tmp_path, *SMALL)
     assert run_ranks(run, 1, tmp_path, *SMALL, "--max-steps", "92") == [2]
-    assert "--resume never" in capfd.readouterr().err
+    assert "the one_cycle schedule was laid out for 69 steps" in capfd.readouterr().err
     assert result(tmp_path)["status"] == "finished"
 
 
@@ -359,12 +365,20 @@ def test_another_configuration_is_refused_with_both_values(
     assert f"now {value}" in error
 
 
-def test_another_learning_rate_is_taken_and_mentioned(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_another_learning_rate_is_another_run_that_may_branch_off(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     arguments = [*SMALL, "--schedule", "constant"]
-    run_ranks(run, 1, tmp_path, *arguments, "--max-steps", "23")
-    assert run_ranks(run, 1, tmp_path, *arguments, "--lr", "1e-3") == [0]
-    assert "lr 0.005 -> 0.001" in capfd.readouterr().err
-    assert metrics(tmp_path)[-2]["lr"] == 1e-3
+    run_ranks(run, 1, tmp_path / "a", *arguments, "--max-steps", "23")
+    assert run_ranks(run, 1, tmp_path / "a", *arguments, "--lr", "1e-3") == [2]
+    assert "--lr was 0.005, now 0.001" in capfd.readouterr().err
+    start = str(tmp_path / "a" / "checkpoints" / "step-00000023")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "a").rglob("*")}
+    assert run_ranks(run, 1, tmp_path / "b", *arguments, "--lr", "1e-3", "--resume", start) == [0]
+    assert "from here on: --lr was 0.005, now 0.001" in capfd.readouterr().err
+    assert {record["lr"] for record in metrics(tmp_path / "b") if record["split"] == "train"} == {1e-3}
+    assert min(record["step"] for record in metrics(tmp_path / "b")) == 30
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "a").rglob("*")} == before
 
 
 def test_the_best_on_validation_is_what_the_test_set_sees_once(tmp_path: Path) -> None:
@@ -412,50 +426,73 @@ def test_a_diverged_run_says_where_and_is_not_resumed(tmp_path: Path, capfd: pyt
     assert found["status"] == "diverged"
     assert f"at step {found['steps']} on rank" in capfd.readouterr().err
     assert run_ranks(run, 2, tmp_path, *arguments) == [1, 1]
-    assert "--resume never" in capfd.readouterr().err
+    assert "this run diverged at step" in capfd.readouterr().err
 
 
-def test_resume_never_sets_the_old_run_aside(tmp_path: Path) -> None:
-    run_ranks(run, 1, tmp_path, *SMALL)
-    old = weights(tmp_path)
-    assert run_ranks(run, 1, tmp_path, *SMALL, "--seed", "5", "--resume", "never") == [0]
-    assert weights(tmp_path) != old
-    (before,) = tmp_path.glob("before-*")
-    assert (before / "export" / "last" / "model.safetensors").read_bytes() == old
-    assert len(metrics(tmp_path)) == len(metrics(before))
+def test_resume_never_refuses_a_directory_that_holds_a_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_ranks(run, 1, tmp_path, *SMALL, "--epochs", "1", "--min-accuracy", "None", "--resume", "never") == [0]
+    before = weights(tmp_path)
+    assert run_ranks(run, 1, tmp_path, *SMALL, "--seed", "5", "--resume", "never") == [2]
+    assert f"--resume never: {tmp_path} holds a run already; choose another --run-dir" in capfd.readouterr().err
+    assert weights(tmp_path) == before
 
 
-def test_a_run_can_go_back_and_take_another_way(tmp_path: Path) -> None:
-    arguments = [*SMALL, "--schedule", "constant"]
-    run_ranks(run, 1, tmp_path, *arguments, "--keep-last", "3")
-    old = metrics(tmp_path)
-    earlier = str(tmp_path / "checkpoints" / "step-00000023")
-    assert run_ranks(run, 1, tmp_path, *arguments, "--lr", "1e-3", "--resume", earlier) == [0]
-    new = metrics(tmp_path)
-    assert [(r["step"], r["split"]) for r in new] == [(r["step"], r["split"]) for r in old]
-    assert [a == b for a, b in zip(new, old, strict=True)] == [record["step"] <= 23 for record in old]
-    (before,) = tmp_path.glob("before-*")
-    assert sorted(path.name for path in before.iterdir()) == ["metrics.jsonl", "step-00000046", "step-00000069"]
-
-
-def test_without_a_run_dir_the_same_command_continues_what_was_interrupted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_without_a_run_dir_a_start_is_a_new_run_and_resume_names_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    arguments = [*SMALL, "--quiet"]
 
-    def start(at_step: int | None) -> int:
-        if at_step is not None:
+    def start(stop: bool, *arguments: str) -> int:
+        if stop:
             monkeypatch.setattr(signals, "stop_requested", lambda: True)
         return train_ddp.main(parse_command_line(arguments))
 
-    assert run_ranks(start, 1, 5) == [75]
-    assert run_ranks(start, 1, None) == [0]
-    (folder,) = (tmp_path / "runs").iterdir()
-    assert folder.name.startswith("smoke-digits-")
-    assert result(folder)["status"] == "finished"
-    assert run_ranks(start, 1, None) == [0]
-    assert len(list((tmp_path / "runs").iterdir())) == 2, "a finished run is not continued"
+    assert run_ranks(start, 1, True, *SMALL) == [75]
+    (first,) = Path("runs").iterdir()
+    assert first.name.startswith("smoke-digits-")
+    (command,) = re.findall(r"continue  (.*)", capfd.readouterr().out)
+    assert run_ranks(start, 1, False, *SMALL) == [0]
+    assert result(first)["status"] == "preempted"
+    assert run_ranks(start, 1, False, *command.split()[2:]) == [0], "the command that was printed, without other flags"
+    assert result(first)["status"] == "finished"
+    assert len(list(Path("runs").iterdir())) == 2
+    second = next(path for path in Path("runs").iterdir() if path != first)
+    assert weights(first) == weights(second)
+    assert metrics(first) == metrics(second)
+
+
+def test_resume_last_is_the_run_that_was_started_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        assert run_ranks(run, 1, Path("runs", name), *SMALL, "--epochs", "1", "--min-accuracy", "None") == [0]
+    config = parse_command_line(["--resume", "last", "--log-every", "7"])
+    assert config.output.run_dir == "runs/b"
+    assert (config.recipe, config.loop.epochs, config.loop.log_every) == ("smoke", 1, 7)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--resume", "last"], "--resume last: no run below runs/"),
+        (["--resume", "nowhere"], "--resume nowhere: no run there; give auto, never, last, a run directory"),
+        (["--resume", "made", "--recipe", "lenet5"], "--recipe lenet5: --resume made is of recipe smoke"),
+        (["--resume", "made", "--run-dir", "other"], "--run-dir other: --resume made continues the run in made"),
+    ],
+)
+def test_a_resume_that_cannot_be_is_one_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("made").mkdir()
+    Path("made", "config.json").write_text(json.dumps(to_flat(parse_command_line(SMALL))))
+    with pytest.raises(SystemExit) as end:
+        parse_command_line(arguments)
+    assert end.value.code == 2
+    assert capfd.readouterr().err.startswith(f"error: {message}")
 
 
 @pytest.mark.parametrize(
@@ -466,7 +503,7 @@ def test_without_a_run_dir_the_same_command_continues_what_was_interrupted(
         (["--mixed-precision", "fp16"], "--mixed-precision fp16: needs a GPU"),
         (["--gradient-accumulation-steps", "65"], "--global-batch-size 64: too small"),
         (["--model", "yannet", "--image-size", "32"], "--model yannet: needs --image-size 28, not 32"),
-        (["--resume", "nowhere"], "--resume nowhere: no checkpoint"),
+        (["--resume", "nowhere"], "--resume nowhere: no run there"),
         (["--run-dir", "/dev/null/x"], "--run-dir /dev/null/x: not writable"),
     ],
 )

@@ -1,0 +1,193 @@
+"""When a checkpoint is written, what it holds, and how a run goes on from one.
+
+In: the live objects of a run. Out: checkpoints of them, or the objects as a checkpoint has them. The files themselves
+are mnist/runs/checkpoint_files.py's, and what may continue what is mnist/runs/resume.py's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from mnist.config import to_flat
+from mnist.data.datasets import Dataset
+from mnist.runs.checkpoint_files import (
+    Checkpoint,
+    CheckpointError,
+    load_checkpoint,
+    load_newest,
+    missing_records,
+    save_checkpoint,
+)
+from mnist.runs.directory import RunDirectory, branch_origin
+from mnist.runs.live_state import check_fits, module_tensors, optimizer_tensors, restore_optimizer
+from mnist.runs.resume import check_checkpoint, wants_to_go_on
+from mnist.runs.setup import RunSetup
+from mnist.runs.tracking.tracker import Tracker
+from mnist.runs.validation import Validation
+from mnist.system import ranks
+from mnist.system.environment import code_sha256
+from mnist.system.files import remove_leftovers
+from mnist.training.step import DivergedError, TrainStep
+
+
+def resume_run(setup: RunSetup) -> list[str]:
+    """Takes up a run at its newest valid checkpoint, or at the one that it branches from. Every rank must call this.
+
+    Args:
+        setup: of the run; its training step and its state get what the checkpoint holds.
+
+    Returns:
+        Notes for people; empty where the run begins at its first step.
+
+    Raises:
+        UserError: the checkpoint is of another run.
+        CheckpointError: there are checkpoints, and none is valid.
+    """
+    found = ranks.together(setup.accelerator, lambda: _find(setup))
+    if found is None:
+        return []
+    saved, notes = found
+    _restore(saved, setup.train_step)
+    setup.state.load(saved.loop)
+    if wants_to_go_on(saved, setup.config, setup.plan):
+        setup.state.stop_reason = None
+    return notes
+
+
+def resume_facts(dataset: Dataset, accelerator: Accelerator) -> dict[str, Any]:
+    """What the weights of a run depend on besides its configuration; a resume says what has changed of it."""
+    return {
+        "data_files": dataset.fingerprint,
+        "code": code_sha256(),
+        "precision": accelerator.mixed_precision,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _find(setup: RunSetup) -> tuple[Checkpoint, list[str]] | None:
+    directory, origin = setup.directory, branch_origin(setup.config)
+    facts = resume_facts(setup.dataset, setup.accelerator)
+
+    def check(checkpoint: Checkpoint) -> list[str]:
+        changes = check_checkpoint(checkpoint, setup.config, setup.plan, facts)
+        average = setup.train_step.average
+        optimizer = setup.train_step.optimizer
+        check_fits(checkpoint, setup.train_step.bare_model, optimizer, None if average is None else average.module)
+        return changes
+
+    for folder in ("checkpoints", "export/last", "export/best", "pictures"):
+        remove_leftovers(directory.path / folder)
+    remove_leftovers(directory.path)
+    saved, skipped = load_newest(directory.checkpoints, check)
+    notes = [f"resuming {directory.path} at step {saved.step}"] if saved is not None else []
+    notes += [f"skipped a checkpoint: {line}" for line in skipped]
+    lost = missing_records(saved, directory.path / "metrics.jsonl") if saved is not None else None
+    notes += [lost] if lost is not None else []
+    if saved is None and origin is not None:
+        saved = load_checkpoint(origin)
+        notes.append(f"a new run from {origin}, step {saved.step}")
+        saved.loop["best"] = None  # its weights are the other run's
+    if saved is None:
+        return None
+    return saved, notes + check(saved)
+
+
+def _restore(saved: Checkpoint, train_step: TrainStep) -> None:
+    train_step.bare_model.load_state_dict(saved.tensors["model"])
+    if train_step.average is not None:
+        train_step.average.module.load_state_dict(saved.tensors["ema"])
+    restore_optimizer(train_step.optimizer, saved.tensors["optimizer"])
+    scaler = train_step.accelerator.scaler
+    if scaler is not None and saved.scaler is not None:
+        scaler.load_state_dict(saved.scaler)
+
+
+class Checkpointing:
+    """Saves a run. Every method must be called by every rank; rank 0 alone touches the disk.
+
+    Args:
+        setup: of the run.
+        tracker: its records are on the disk before the checkpoint that stands for them.
+        validation: knows the scores of this step.
+    """
+
+    def __init__(self, setup: RunSetup, tracker: Tracker, validation: Validation) -> None:
+        self._config = setup.config
+        self._plan = setup.plan
+        self._state = setup.state
+        self._directory = setup.directory
+        self._train_step = setup.train_step
+        self._accelerator = setup.accelerator
+        self._tracker = tracker
+        self._validation = validation
+        self._facts = resume_facts(setup.dataset, setup.accelerator)
+        self._saved_step = -1
+
+    def is_due(self) -> bool:
+        """Whether this step is to be saved: by the plan, as the best on validation so far, or because the run ends."""
+        state = self._state
+        is_best = self._config.data.val_size > 0 and state.best is not None and state.best["step"] == state.step
+        return self._plan.saves_at(state.step) or is_best or state.stop_reason is not None
+
+    def save(self) -> None:
+        """Writes a checkpoint of this step, unless it has been written.
+
+        Raises:
+            DivergedError: a weight is not finite. (The loss of the last step is that of the weights before it.)
+        """
+        if self._saved_step == self._state.step:
+            return
+        finite = torch.stack([weight.isfinite().all() for weight in self._train_step.bare_model.parameters()])
+        if not bool(finite.all()):  # alike on every rank
+            raise DivergedError(self._state.step, self._accelerator.process_index, "weights are")
+
+        def write() -> None:
+            self._tracker.check()
+            output = self._config.output
+            save_checkpoint(self._directory.checkpoints, self._capture(), output.keep_last, output.keep_best)
+
+        ranks.together(self._accelerator, write)
+        self._saved_step = self._state.step
+
+    def _capture(self) -> Checkpoint:
+        step = self._train_step
+        tensors = {"model": module_tensors(step.bare_model), "optimizer": optimizer_tensors(step.optimizer)}
+        if step.average is not None:
+            tensors["ema"] = module_tensors(step.average.module)
+        scaler = step.accelerator.scaler
+        return Checkpoint(
+            step=self._state.step,
+            tensors=tensors,
+            loop=dataclasses.asdict(self._state),
+            scaler=None if scaler is None else scaler.state_dict(),
+            config=to_flat(self._config),
+            plan=dataclasses.asdict(self._plan),
+            facts=self._facts,
+            scores={name: score.as_dict() for name, score in self._validation.scores.items()},
+        )
+
+    def load_weights(self, step: int, module: torch.nn.Module) -> str | None:
+        """Puts the evaluated weights of an earlier step into `module`; returns why it could not, or None."""
+
+        def read() -> dict[str, Any] | str:
+            try:
+                saved = load_checkpoint(checkpoint_path(self._directory, step))
+            except CheckpointError as error:
+                return str(error)
+            return saved.tensors["model" if self._train_step.average is None else "ema"]
+
+        found = ranks.together(self._accelerator, read)
+        if isinstance(found, str):
+            return found
+        module.load_state_dict(found)
+        return None
+
+
+def checkpoint_path(directory: RunDirectory, step: int) -> Path:
+    """Where the checkpoint of `step` is, or would be."""
+    return directory.checkpoints / f"step-{step:08d}"
