@@ -54,9 +54,8 @@ if __name__ == "__main__":
 import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console as RichConsole
-from rich.progress import Progress, TaskID
+from rich.progress import Progress
 from rich.table import Table
-from torch import Tensor
 
 from mnist.data import datasets
 from mnist.runs.console import Console
@@ -66,7 +65,7 @@ from mnist.system import ranks
 from mnist.system.accelerator import open_accelerator
 from mnist.training.evaluation import evaluate
 from mnist.training.losses import build_loss
-from mnist.training.metrics import NUM_CLASSES, Scores
+from mnist.training.metrics import Scores
 
 
 def main(options: Options) -> int:
@@ -74,21 +73,20 @@ def main(options: Options) -> int:
     trained = load_model(find_export(options.run))
     config = datasets.relocate(trained.config.data, options.dataset, options.data_dir)
     with open_accelerator(_settle_runtime(trained.config.runtime, options)) as accelerator:
-        together = partial(ranks.together, accelerator)
+        console, together = Console(accelerator.is_main_process), partial(ranks.together, accelerator)
         choice = together(lambda: datasets.choose(config))
         together(lambda: datasets.fetch(choice.name, config.data_dir), on="local_main")
         dataset = together(lambda: datasets.read(choice.name, config), on="all").to(accelerator.device)
         if trained.warning is not None:
-            Console(accelerator.is_main_process).warn(trained.warning)
+            console.warn(trained.warning)
         split = {"test": dataset.test, "val": dataset.val, "train": dataset.train}[options.split]
         if split is None:
             raise UserError("--split val: no images were held out when this model was trained; choose test or train")
         if choice.fallback_reason is not None:
-            Console(accelerator.is_main_process).warn(
-                f"NOT MNIST: the embedded digits, because it is {choice.fallback_reason}"
-            )
+            console.warn(f"NOT MNIST: the embedded digits, because it is {choice.fallback_reason}")
         prepared = accelerator.prepare_model(trained.model, evaluation_mode=True)
         with Progress(console=RichConsole(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+            task = bar.add_task(options.split, total=len(split))
             scores = evaluate(
                 accelerator.unwrap_model(prepared),
                 split,
@@ -96,7 +94,7 @@ def main(options: Options) -> int:
                 loss_fn=build_loss(trained.config.optim.loss),
                 transform=trained.transform,
                 sharded=options.evaluation == "sharded",
-                after_chunk=None if bar.disable else partial(_show, bar, bar.add_task("", total=len(split))),
+                after_chunk=None if bar.disable else lambda counts: bar.update(task, completed=int(counts.sum())),
             )
         if accelerator.is_main_process:
             report = Report(trained, choice.name, options.split, dataset.class_names, scores)
@@ -105,18 +103,13 @@ def main(options: Options) -> int:
 
 
 def _settle_runtime(trained: RuntimeConfig, options: Options) -> RuntimeConfig:
-    """The machine's side as it was in training, as far as this machine can."""
+    """The settings of the training, as far as this machine has what they need."""
     precision = options.mixed_precision or trained.mixed_precision
     if options.mixed_precision is None and precision == "fp16" and (options.cpu or not torch.cuda.is_available()):
         precision = "no"
     share = num_usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     threads = options.num_threads or (trained.num_threads if trained.num_threads <= share else 0)
     return replace(trained, mixed_precision=precision, num_threads=threads, cpu=options.cpu)
-
-
-def _show(bar: Progress, task: TaskID, confusion: Tensor) -> None:
-    done, correct = int(confusion.sum()), int(confusion.view(NUM_CLASSES, NUM_CLASSES).diagonal().sum())
-    bar.update(task, completed=done, description=f"accuracy {correct / done:.2%}")
 
 
 @dataclass(frozen=True)
@@ -130,14 +123,14 @@ class Report:
     scores: Scores
 
     def as_trained(self) -> ScoreRecord | None:
-        """What its training found with these weights on this split; None where it did not look."""
+        """The training's own scores of these weights on this split; None where it has none."""
         if self.trained.folder.name != "best" or self.split != "test":
             return None
         result = read_result(self.trained.folder.resolve().parents[1])
         return result.test if result is not None and result.dataset == self.dataset else None
 
     def as_json(self) -> str:
-        """One object: scores, per class and confusion, and what the training had found."""
+        """One object: scores, accuracy per class, confusion matrix, and the training's own scores."""
         content = {
             "model": str(self.trained.folder),
             "dataset": self.dataset,
@@ -150,15 +143,13 @@ class Report:
         return json.dumps(content, indent=2) + "\n"
 
     def as_text(self) -> str:
-        """A table with a row per class: its accuracy, and what its images were taken for."""
+        """A table with a row per class: its accuracy, and the predicted classes of its images."""
         table = Table("class", "accuracy", *self.class_names, box=SIMPLE_HEAD, pad_edge=False)
-        table.title = "rows: true class, columns: taken for"
-        for name, accuracy, row in zip(
-            self.class_names, self.scores.accuracy_per_class, self.scores.confusion, strict=True
-        ):
-            table.add_row(
-                name, "-" if accuracy is None else f"{accuracy:.2%}", *(str(count) if count else "" for count in row)
-            )
+        table.title = "rows: true class, columns: predicted class"
+        scores = self.scores
+        for name, accuracy, row in zip(self.class_names, scores.accuracy_per_class, scores.confusion, strict=True):
+            shown = "-" if accuracy is None else f"{accuracy:.2%}"
+            table.add_row(name, shown, *(str(count) if count else "" for count in row))
         for column in table.columns[1:]:
             column.justify = "right"
         console = RichConsole(width=200)  # a terminal may wrap long class names, but nothing is cut
@@ -171,12 +162,9 @@ class Report:
         line = f"{self.dataset} {self.split}: accuracy {scores.accuracy:.2%}"
         line += f" ({scores.num_correct:,}/{scores.num_samples:,}), loss {scores.loss:.4f}"
         if trained is not None:
-            same = trained["num_correct"] == scores.num_correct and trained["loss"] == scores.loss
-            line += (
-                ", exactly as in training"
-                if same
-                else f", in training {trained['num_correct']:,} and {trained['loss']}"
-            )
+            is_same = (trained["num_correct"], trained["loss"]) == (scores.num_correct, scores.loss)
+            theirs = f", in training {trained['num_correct']:,} and {trained['loss']}"
+            line += ", exactly as in training" if is_same else theirs
         return f"{line}\n{self.trained.folder}\n"
 
 

@@ -109,7 +109,10 @@ class TrainLoader:
         """The micro-batches of optimizer steps `first` .. `stop` - 1 of the run, across epochs."""
         while first < stop:
             epoch, offset = divmod(first, self.epoch_steps)
-            order = self.order(epoch).to(self.split.images.device)
+            order = self.order(epoch)
+            if self.split.images.is_cuda:
+                order = order.pin_memory()  # copying pageable memory would wait for the device
+            order = order.to(self.split.images.device, non_blocking=True)
             for start in range(offset, min(self.epoch_steps, offset + stop - first)):
                 yield self._micro_batches(order[start * self.global_batch_size : (start + 1) * self.global_batch_size])
             first = (epoch + 1) * self.epoch_steps

@@ -28,10 +28,10 @@ def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig, *, 
     Args:
         parameters: on their device.
         config: names the update rule.
-        capturable: keep learning rate and step count on the GPU, where a CUDA graph can read them. (In fp32, where a
-            number would be a double: eager steps have it so too, or they would differ from captured ones.)
+        capturable: for a step that is captured: keep learning rate (in fp32) and step count on the GPU, where a CUDA
+            graph reads them.
     """
-    if capturable:  # torch warns of each eager step, of which a captured run has a few
+    if capturable:  # torch warns at each eager step, and a captured run has a few of them
         warnings.filterwarnings("ignore", message="This instance was constructed with capturable=True")
     parameters = list(parameters)
     fused = all(p.device.type in ("cpu", "cuda") for p in parameters)
@@ -105,9 +105,9 @@ def _half_cosine(start: float, end: float, fraction: float) -> float:
 class LearningRate:
     """The schedule at work: writes each step's rate into the optimizer.
 
-    There is nothing in it to be saved, stepped or prepared. (A prepared scheduler of torch would step once per process,
-    accelerate#2926. Where the gradient scaler of fp16 skips an update, the schedule goes on: asking it would wait for
-    the device.)
+    It has no state: nothing to save, step or prepare. (A prepared scheduler of torch would step once per process,
+    accelerate#2926. Where the gradient scaler of fp16 skips an update, the schedule does not stop: asking it would
+    wait for the device.)
 
     Args:
         optimizer: of which all parameters have one rate.

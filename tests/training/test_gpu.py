@@ -10,11 +10,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mnist.config import RuntimeConfig
+from mnist.data.batches import TrainLoader
+from mnist.recipes import RECIPES
+from mnist.system.accelerator import build_accelerator
+from mnist.training.build import build_train_step
 from mnist.training.cuda_graph import choose_step_mode
 from tests.processes import finish, train
 from tests.training.test_cuda_graph import OPTIMIZERS, network, weights
 from tests.training.test_cuda_graph import train as train_steps
-from tests.training.test_step import make_step
+from tests.training.test_step import DIGITS, make_step
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
@@ -47,6 +52,23 @@ def test_where_recording_breaks_off_steps_are_eager_and_the_same() -> None:
     assert torch.cuda.current_stream() == stream
     assert train_steps(broken, loader, 10) == train_steps(eager, loader, 10)
     assert torch.equal(weights(broken), weights(eager))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_steps_of_this_recipe_never_wait_for_the_device(recipe: str) -> None:
+    """Across the end of a pass, where the next order is copied to the device."""
+    accelerator = build_accelerator(RuntimeConfig())
+    step = build_train_step(RECIPES[recipe](), accelerator, num_steps=40, epoch_steps=15)
+    loader = TrainLoader(DIGITS.train.to(accelerator.device), global_batch_size=100, seed=0)
+    for number, micro_batches in enumerate(loader.steps(0, 2)):
+        step(micro_batches, number, measure_grad_norm=True)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for number, micro_batches in enumerate(loader.steps(2, 20), start=2):
+            step(micro_batches, number, measure_grad_norm=True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert float(step.sums[-1]) == 20
 
 
 def run(folder: Path, *arguments: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
