@@ -13,7 +13,7 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar, get_args, get_type_hints
@@ -217,12 +217,15 @@ def run_command(command: Callable[[T], int], options: T) -> NoReturn:
     process.leave(code)
 
 
-def _hints() -> dict[str, Any]:
-    """Every field that the command line may set, with its type."""
-    hints: dict[str, Any] = {"recipe": str, "config": str, "help": bool, "list_recipes": bool, "print_config": bool}
+def _fields() -> dict[str, tuple[Any, bool]]:
+    """Every field that the command line may set: its type, and whether it is a path."""
+    switches = ("help", "list_recipes", "print_config")
+    found: dict[str, tuple[Any, bool]] = {"recipe": (str, False), "config": (str, True)}
+    found |= dict.fromkeys(switches, (bool, False))
     for section in sections().values():
-        hints |= get_type_hints(section)
-    return hints
+        hints = get_type_hints(section)
+        found |= {f.name: (hints[f.name], f.metadata["is_path"]) for f in fields(section)}
+    return found
 
 
 def _flag(name: str) -> str:
@@ -231,7 +234,7 @@ def _flag(name: str) -> str:
 
 def _read_tokens(tokens: Sequence[str]) -> dict[str, Any]:
     """The fields that `tokens` set: `--flag value`, `--flag=value`, `--flag`, `--no-flag`; hyphens or underscores."""
-    hints, found = _hints(), dict[str, Any]()
+    known, found = _fields(), dict[str, Any]()
     groups: list[tuple[str, list[str]]] = []
     for token in tokens:
         if token.startswith("--"):
@@ -247,22 +250,22 @@ def _read_tokens(tokens: Sequence[str]) -> dict[str, Any]:
         if name == "local_rank":  # python -m torch.distributed.launch adds it; LOCAL_RANK tells the same
             continue
         positive = name.removeprefix("no_")
-        if name != positive and name not in hints and hints.get(positive) is bool and not values:
+        if name not in known and known.get(positive, (None, False))[0] is bool and not values:
             name, values = positive, ["false"]  # noqa: PLW2901
-        if name not in hints:
-            raise UserError(f"{_flag(name)}: unknown{_suggest(name, hints, _flag)}")
-        found[name] = _convert(_flag(name), values, hints[name])
+        if name not in known:
+            raise UserError(f"{_flag(name)}: unknown{_suggest(name, known, _flag)}")
+        found[name] = _convert(_flag(name), values, *known[name])
     return found
 
 
-def _suggest(name: str, known: Sequence[str] | dict[str, Any], spell: Callable[[str], str]) -> str:
+def _suggest(name: str, known: Iterable[str], spell: Callable[[str], str]) -> str:
     if name in _FOREIGN:
         return f"; here it is {_FOREIGN[name]}"
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.7)
     return f"; did you mean {spell(near[0])}?" if near else "; --help lists all flags"
 
 
-def _convert(flag: str, values: Sequence[str], hint: Any) -> Any:
+def _convert(flag: str, values: Sequence[str], hint: Any, is_path: bool) -> Any:
     """Text -> a value of the field's type; whether it is valid, the configuration itself checks."""
     if hint == tuple[str, ...]:
         return tuple(values)
@@ -277,34 +280,31 @@ def _convert(flag: str, values: Sequence[str], hint: Any) -> Any:
     if type(None) in kinds and text == "None":
         return None
     try:
-        return int(text) if int in kinds else float(text) if float in kinds else _expand_path(flag, text)
+        return int(text) if int in kinds else float(text) if float in kinds else user_path(text) if is_path else text
     except ValueError:
         raise UserError(f"{flag} {text}: must be a {'whole ' if int in kinds else ''}number") from None
 
 
-def _expand_path(flag: str, text: str) -> str:
-    paths = {f.name for section in sections().values() for f in fields(section) if f.metadata["is_path"]}
-    return user_path(text) if flag[2:].replace("-", "_") in {*paths, "config"} else text
-
-
 def _read_file(path: Path) -> dict[str, Any]:
     """The fields that a YAML file sets, as their text was written: YAML 1.1 would read 010 as 8 and 1:30 as 90."""
-    hints, place, found = _hints(), f"--config {path}", dict[str, Any]()
+    known, place, found = _fields(), f"--config {path}", dict[str, Any]()
     for key, node in _read_mapping(path):
         name = key.replace("-", "_")
-        if name not in hints or name in ("config", "help", "list_recipes", "print_config"):
-            raise UserError(f"{place}: {key}: unknown{_suggest(name, hints, str)}")
+        if name not in known or name in ("config", "help", "list_recipes", "print_config"):
+            raise UserError(f"{place}: {key}: unknown{_suggest(name, known, str)}")
         if name in found:
             raise UserError(f"{place}: {key}: given twice")
         is_list = isinstance(node, yaml.SequenceNode)
         nodes = node.value if is_list else [node]
-        if not all(isinstance(item, yaml.ScalarNode) for item in nodes) or (is_list and hints[name] != tuple[str, ...]):
+        if not all(isinstance(item, yaml.ScalarNode) for item in nodes) or (
+            is_list and known[name][0] != tuple[str, ...]
+        ):
             raise UserError(f"{place}: {key}: must be one value" + (", or a list of texts" if is_list else ""))
         is_null = (
             isinstance(node, yaml.ScalarNode) and node.style is None and node.value in ("", "~", "null", "Null", "NULL")
         )
         try:
-            found[name] = _convert(_flag(name), ["None" if is_null else item.value for item in nodes], hints[name])
+            found[name] = _convert(_flag(name), ["None" if is_null else item.value for item in nodes], *known[name])
         except UserError as error:
             raise UserError(f"{place}: {error}") from None
     return found

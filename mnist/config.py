@@ -11,10 +11,10 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from mnist.errors import UserError
 
@@ -23,19 +23,12 @@ _FAULT = re.compile(r"(?:(nan|kill|hang|raise|exit)@(?:rank(\d+):)?([1-9]\d*)|sl
 
 @dataclass(frozen=True)
 class Fault:
-    """Something that shall go wrong on one rank.
-
-    Attributes:
-        kind: nan, kill, hang, raise, exit or slow.
-        rank: where.
-        step: when, counted from 1: just before this step is taken; 0 = before every step.
-        seconds: what a slow rank loses before every step.
-    """
+    """Something that shall go wrong on one rank just before `step`, counted from 1; 0 = before every step."""
 
     kind: str
     rank: int
     step: int = 0
-    seconds: float = 0.0
+    seconds: float = 0.0  # that a slow rank loses
 
 
 def parse_fault(text: str) -> Fault:
@@ -114,23 +107,19 @@ def setting(default: Any, help_text: str, on_resume: OnResume, limits: str = "",
 def is_within(value: float, limits: str) -> bool:
     """Whether a number lies in an interval such as "(0, 1e6]"; a round bracket excludes the limit beside it."""
     low, high = (float(limit) for limit in limits[1:-1].split(","))
-    return (low < value or (value == low and limits[0] == "[")) and (
-        value < high or (value == high and limits[-1] == "]")
-    )
+    return low <= value <= high and not (value == low and "(" in limits) and not (value == high and ")" in limits)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+# What a value of each type is called; choices, and None where it is allowed, apart.
+_WORDS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text", tuple: "texts"}
 
 
-# The types of fields, apart from choices and what may also be None: whether a value is of it, and how people call it.
-_KINDS: dict[Any, tuple[Callable[[Any], bool], str]] = {
-    bool: (lambda value: isinstance(value, bool), "true or false"),
-    int: (lambda value: isinstance(value, int) and not isinstance(value, bool), "a whole number"),
-    float: (_is_number, "a finite number"),
-    str: (lambda value: isinstance(value, str), "text"),
-    tuple[str, ...]: (lambda value: isinstance(value, tuple) and all(isinstance(v, str) for v in value), "texts"),
-}
+def _is_of(value: Any, kind: type) -> bool:
+    if kind is tuple:
+        return isinstance(value, tuple) and all(isinstance(item, str) for item in value)
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
 def _require(condition: bool, message: str) -> None:
@@ -158,12 +147,9 @@ def _check_field(flag: str, value: Any, hint: Any, metadata: Mapping[str, Any]) 
     if choices_of(hint):
         check_choice(flag, str(value), choices_of(hint))
         return
-    is_of_kind, words = _KINDS[hint]
-    _require(is_of_kind(value), f"{flag} {value}: must be {words}")
-    _require(
-        not metadata["limits"] or is_within(value, metadata["limits"]),
-        f"{flag} {value}: must lie in {metadata['limits']}",
-    )
+    kind, limits = get_origin(hint) or hint, metadata["limits"]
+    _require(_is_of(value, kind), f"{flag} {value}: must be {_WORDS[kind]}")
+    _require(not limits or is_within(value, limits), f"{flag} {value}: must lie in {limits}")
     _require(not metadata["is_path"] or value != "", f"{flag}: must not be empty")
 
 
@@ -179,7 +165,10 @@ def check_wandb_words(place: str, words: Sequence[str], kind: Literal["name", "t
 
 def user_path(text: str) -> str:
     """A path as a person gives it, with `~` replaced by the home folder, which shells do not do in --flag=~/x."""
-    return str(Path(text).expanduser()) if text.startswith("~") else text
+    try:
+        return str(Path(text).expanduser()) if text.startswith("~") else text
+    except RuntimeError:  # no such user
+        return text
 
 
 def _default_data_dir() -> str:
@@ -190,14 +179,9 @@ def _default_data_dir() -> str:
 class DataConfig:
     """Which images, and from where."""
 
-    dataset: DatasetName = setting(
-        "auto", "auto = MNIST where it is found or can be downloaded, else the embedded digits.", "fixed"
-    )
+    dataset: DatasetName = setting("auto", "auto = MNIST if it can be had, else embedded digits.", "fixed")
     data_dir: str = setting(
-        _default_data_dir,
-        "Folder with MNIST/raw/*-ubyte[.gz]; default $MNIST_DATA_DIR, else data.",
-        "free",
-        is_path=True,
+        _default_data_dir, "Folder of MNIST/raw; default $MNIST_DATA_DIR, else data.", "free", is_path=True
     )
     val_size: int = setting(
         0, "Training images held out to choose the best checkpoint; 0 = score test each epoch.", "fixed", "[0, 1e6]"
@@ -211,24 +195,16 @@ class DataConfig:
 class ImageConfig:
     """What happens to a batch of images before the network sees it."""
 
-    image_size: int = setting(
-        28, "Side of the square that the network sees, in pixels; images are resized to it.", "fixed", "[8, 256]"
-    )
+    image_size: int = setting(28, "Images are resized to this many pixels a side.", "fixed", "[8, 256]")
     mean: float = setting(0.1307, "Subtracted from pixels in [0, 1].", "fixed", "[-10, 10]")
     std: float = setting(0.3081, "Divides after the subtraction.", "fixed", "[0.001, 10]")
-    horizontal_flip: float = setting(
-        0.0, "Probability of mirroring a training image (it harms digits; one source does it).", "fixed", "[0, 1]"
-    )
-    rotation: float = setting(
-        0.0, "Random rotation of training images, up to this many degrees either way.", "fixed", "[0, 180]"
-    )
+    horizontal_flip: float = setting(0.0, "Probability of mirroring a training image.", "fixed", "[0, 1]")
+    rotation: float = setting(0.0, "Random rotation, up to this many degrees.", "fixed", "[0, 180]")
     translation: float = setting(0.0, "Random shift, up to this fraction of the side either way.", "fixed", "[0, 1]")
     scale: float = setting(0.0, "Random zoom by a factor in [1 - scale, 1 + scale].", "fixed", "[0, 1)")
     shear: float = setting(0.0, "Random horizontal shear, up to this many degrees either way.", "fixed", "[0, 90)")
     elastic: float = setting(0.0, "Strength of random elastic distortion; 1.0 is strong.", "fixed", "[0, 100]")
-    elastic_sigma: float = setting(
-        4.0, "Smoothness of the elastic distortion: the Gaussian's standard deviation in pixels.", "fixed", "[0.1, 100]"
-    )
+    elastic_sigma: float = setting(4.0, "Smoothness of elastic distortion, in pixels.", "fixed", "[0.1, 100]")
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -245,25 +221,17 @@ class OptimConfig:
     nesterov: bool = setting(False, "Nesterov's form of momentum (SGD).", "fixed")
     beta1: float = setting(0.9, "Decay of the gradient's mean (Adam, AdamW).", "fixed", "[0, 1)")
     beta2: float = setting(0.999, "Decay of the squared gradient's mean (Adam, AdamW).", "fixed", "[0, 1)")
-    weight_decay: float = setting(
-        0.0, "Weight decay: added to the gradient, or decoupled from it (AdamW).", "fixed", "[0, 1000]"
-    )
+    weight_decay: float = setting(0.0, "Weight decay (AdamW: decoupled from the gradient).", "fixed", "[0, 1000]")
     schedule: Schedule = setting(
         "constant", "Learning rate over optimizer steps; step and exponential decay by --gamma.", "course"
     )
-    warmup: float = setting(
-        0.0, "Fraction of the run in which the learning rate rises (cosine, one_cycle).", "course", "[0, 1)"
-    )
+    warmup: float = setting(0.0, "Fraction of the run in which the rate rises.", "course", "[0, 1)")
     gamma: float = setting(
         0.7, "Factor of one decay: every --decay-epochs at once (step), or smoothly (exponential).", "course", "(0, 1]"
     )
     decay_epochs: float = setting(1.0, "Epochs per decay (step, exponential).", "course", "[0.001, 1e6]")
-    loss: Loss = setting(
-        "cross_entropy", "The loss. Networks return raw logits; softmax or sigmoid belongs to the loss.", "fixed"
-    )
-    label_smoothing: float = setting(
-        0.0, "Share of the target spread over all classes (cross_entropy).", "fixed", "[0, 1)"
-    )
+    loss: Loss = setting("cross_entropy", "The loss; takes raw logits.", "fixed")
+    label_smoothing: float = setting(0.0, "Share of the target spread over all classes.", "fixed", "[0, 1)")
     grad_clip: float = setting(0.0, "Largest total norm of the gradient; 0 = no clipping.", "fixed", "[0, 1e6]")
     ema: float = setting(
         0.0, "Decay of the moving average of weights that is evaluated and exported; 0 = none.", "fixed", "[0, 1)"
@@ -286,26 +254,18 @@ class LoopConfig:
     max_steps: int = setting(
         0, "Most optimizer steps of the whole run; shortens the schedule too; 0 = no limit.", "noted", "[0, 1e9]"
     )
-    global_batch_size: int = setting(
-        256, "Images per optimizer step, over all processes and micro-batches.", "fixed", "[1, 1e6]"
-    )
+    global_batch_size: int = setting(256, "Images per optimizer step, over all processes.", "fixed", "[1, 1e6]")
     gradient_accumulation_steps: int = setting(
         0, "Micro-batches that a global batch is cut into; 0 = the launcher's setting, else 1.", "noted", "[0, 1e6]"
     )
     seed: int = setting(0, "Fixes initial weights, order, augmentation and dropout.", "fixed", "[0, 1e18]")
-    evaluation: Evaluation = setting(
-        "rank0", "Rank 0 scores the whole split while the others wait, or every rank a share.", "noted"
-    )
-    eval_every: int = setting(
-        0, "Also evaluate every so many optimizer steps; 0 = at the end of each epoch only.", "noted", "[0, 1e9]"
-    )
-    log_every: int = setting(50, "Optimizer steps between training records; 0 = once an epoch.", "noted", "[0, 1e9]")
+    evaluation: Evaluation = setting("rank0", "Rank 0 scores the whole split, or every rank a share.", "noted")
+    eval_every: int = setting(0, "Also evaluate every so many steps; 0 = each epoch only.", "noted", "[0, 1e9]")
+    log_every: int = setting(50, "Steps between training records; 0 = once an epoch.", "noted", "[0, 1e9]")
     target_accuracy: float | None = setting(
         None, "Stop early at this accuracy, a fraction (on validation, else on test).", "noted", "(0, 1]"
     )
-    target_loss: float | None = setting(
-        None, "Stop early at this loss (both targets given: both must be reached).", "noted", "(0, 1e6]"
-    )
+    target_loss: float | None = setting(None, "Stop early at this loss (of two targets, both).", "noted", "(0, 1e6]")
     patience: int = setting(
         0, "Stop after so many evaluations without a better one (needs --val-size); 0 = never.", "noted", "[0, 1e9]"
     )
@@ -323,16 +283,14 @@ class RuntimeConfig:
 
     mixed_precision: Precision | None = setting(None, "Default: the launcher's choice, else no (fp32).", "noted")
     cpu: bool = setting(False, "Train on the CPU even where there is a GPU.", "noted")
-    num_threads: int = setting(0, "CPU threads per process; 0 = an equal share of the cores.", "free", "[0, 1024]")
+    num_threads: int = setting(0, "CPU threads per process; 0 = its share of the cores.", "free", "[0, 1024]")
     step_mode: StepMode = setting(
         "auto", "captured = a whole step as one CUDA graph, where that gives the same weights.", "noted"
     )
     deterministic: bool = setting(
         False, "Deterministic kernels and no TF32: bit-identical results on GPUs too, but slower.", "noted"
     )
-    timeout_s: int = setting(
-        1800, "Seconds that a rank waits for another one before the job is given up.", "free", "[1, 1e6]"
-    )
+    timeout_s: int = setting(1800, "Seconds that a rank waits for another one.", "free", "[1, 1e6]")
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -348,27 +306,17 @@ class OutputConfig:
     resume: str = setting(
         "auto", "auto = the newest valid checkpoint of --run-dir; never; or a checkpoint's path.", "free", is_path=True
     )
-    checkpoint_every: int = setting(
-        0, "Optimizer steps between checkpoints; 0 = one at the end of each epoch.", "free", "[0, 1e9]"
-    )
+    checkpoint_every: int = setting(0, "Steps between checkpoints; 0 = one an epoch.", "free", "[0, 1e9]")
     keep_last: int = setting(2, "Newest checkpoints kept.", "free", "[1, 1e6]")
-    keep_best: int = setting(
-        1, "Best checkpoints kept besides (by validation accuracy; needs --val-size).", "free", "[0, 1e6]"
-    )
-    wandb: WandbMode = setting(
-        "auto", "auto = $WANDB_MODE, else online where a key is configured, else offline.", "free"
-    )
+    keep_best: int = setting(1, "Best checkpoints kept besides (with --val-size).", "free", "[0, 1e6]")
+    wandb: WandbMode = setting("auto", "auto = $WANDB_MODE, else online with a key, else offline.", "free")
     wandb_project: str | None = setting(None, "Default: $WANDB_PROJECT, else mnist-ddp.", "free")
     wandb_name: str | None = setting(None, "Default: $WANDB_NAME, else the run directory's name.", "free")
     wandb_group: str | None = setting(None, "Default: $WANDB_RUN_GROUP, else <recipe>-<dataset>.", "free")
-    wandb_tags: tuple[str, ...] = setting((), "Tags besides data set, model, precision and world size.", "free")
+    wandb_tags: tuple[str, ...] = setting((), "Tags besides the automatic ones.", "free")
     wandb_notes: str | None = setting(None, "A remark kept with the run.", "free")
-    tensorboard: bool = setting(
-        False, "Also write TensorBoard's event files, to <run>/tensorboard (pip install tensorboard).", "free"
-    )
-    pictures: bool = setting(
-        True, "At the end, draw pictures of data, curves, features and mistakes into <run>/pictures.", "free"
-    )
+    tensorboard: bool = setting(False, "Also write TensorBoard's files (pip install tensorboard).", "free")
+    pictures: bool = setting(True, "Draw pictures into <run>/pictures at the end.", "free")
     quiet: bool = setting(False, "Print warnings, errors and the closing lines only.", "free")
     debug: bool = setting(False, "Show the whole traceback of an error that is otherwise one line.", "free")
     inject: tuple[str, ...] = setting(

@@ -247,4 +247,6 @@ def test_the_home_folder_may_be_written_as_a_tilde(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     monkeypatch.setenv("MNIST_DATA_DIR", "~/data")
     assert DataConfig().data_dir == "/home/me/data"
-    assert [user_path(text) for text in ("~", "a/~/b", "x~")] == ["/home/me", "a/~/b", "x~"]
+    assert [user_path(text) for text in ("~", "a/~/b", "x~", "~nobody-here/x")] == [
+        *("/home/me", "a/~/b", "x~", "~nobody-here/x")
+    ]
