@@ -1,8 +1,8 @@
 """The project's own files: written whole or not at all, read only where they are regular files of bounded size.
 
-In: a path, and bytes or JSON. Out: the file, flushed to the disk; or its content. Standard library only. A file or
-folder is called `.tmp-<name>` until it is complete, and while it is removed. One process writes to a folder at a time
-(a run directory is locked), so what has such a name at the start was left by a process that was killed.
+In: a path, and bytes or JSON. Out: the file, flushed to the disk; or its content. Standard library only.
+What is not complete is called `.tmp-<name>`. One process writes to a folder at a time (a run directory is locked), so
+what has such a name at the start was left by a process that was killed.
 """
 
 from __future__ import annotations
