@@ -44,7 +44,7 @@ from mnist.training.loop import TrainState
 from mnist.training.metrics import TRAIN_METRICS
 from mnist.training.plan import Plan
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 TENSORS, RECORDS = "state.safetensors", "metrics.jsonl"
 MAX_TENSOR_BYTES = 4 << 30
 _NAME = re.compile(r"step-(\d{8})")
@@ -54,37 +54,9 @@ class CheckpointError(RunError):
     """A checkpoint cannot be written, or cannot be used. The message names the path."""
 
 
-@dataclass
-class Checkpoint:
-    """The state of a run at one step, on the CPU, as tensors and plain numbers.
+class ScalerState(TypedDict):
+    """State of the fp16 gradient scaler."""
 
-    Attributes:
-        step: optimizer steps done.
-        tensors: "model", "ema" and "optimizer" -> name -> tensor; after loading all three are there, maybe empty.
-        loop: `TrainState` as a dictionary.
-        scaler: state of the fp16 gradient scaler, or None.
-        config: the configuration, flat.
-        plan: `Plan` as a dictionary.
-        facts: what the result depends on besides the configuration: data files, precision, threads.
-        scores: the scores of the evaluation at this step, by split; empty where there was none.
-        num_records: lines of metrics.jsonl at that time; `save_checkpoint` counts them.
-    """
-
-    step: int
-    tensors: dict[str, dict[str, Tensor]]
-    loop: dict[str, Any]
-    scaler: dict[str, Any] | None
-    config: dict[str, Any]
-    plan: dict[str, Any]
-    facts: dict[str, Any]
-    scores: dict[str, dict[str, float]] = field(default_factory=dict)
-    num_records: int = 0
-
-
-Check = Callable[[Checkpoint], object]
-
-
-class _ScalerState(TypedDict):
     scale: float
     growth_factor: float
     backoff_factor: float
@@ -92,22 +64,31 @@ class _ScalerState(TypedDict):
     _growth_tracker: int
 
 
-@dataclass(frozen=True)
-class _Manifest:
-    """The types in manifest.json: a `Checkpoint`'s, and size and sha256 of state.safetensors instead of tensors."""
+@dataclass
+class Checkpoint:
+    """The state of a run at one step, on the CPU, as tensors and plain numbers.
 
-    format_version: int
+    Attributes:
+        step: optimizer steps done.
+        tensors: "model", "ema" and "optimizer" -> name -> tensor; after loading all three are there, maybe empty.
+        loop: the state of the training loop.
+        scaler: where there is one.
+        config: the configuration, flat.
+        plan: of the run.
+        facts: what the result depends on besides the configuration: data files, code, precision, threads.
+        scores: of the evaluation at this step, by split; empty where there was none.
+        num_records: lines of metrics.jsonl at that time; `save_checkpoint` counts them.
+    """
+
     step: int
+    tensors: dict[str, dict[str, Tensor]]
     loop: TrainState
-    scaler: _ScalerState | None
+    scaler: ScalerState | None
     config: dict[str, Any]
     plan: Plan
     facts: dict[str, Any]
-    scores: dict[str, ScoreRecord]
-    num_records: int
-    num_bytes: int
-    tensors_sha256: str
-    sha256: str
+    scores: dict[str, ScoreRecord] = field(default_factory=dict)
+    num_records: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.step == self.loop.step:
@@ -117,8 +98,17 @@ class _Manifest:
             raise ValueError(f"loop: the totals of its sums must be those of {', '.join(TRAIN_METRICS)}")
         if self.loop.best is not None and not {"step", "accuracy"} <= self.loop.best.keys():
             raise ValueError("loop.best must have a step and an accuracy")
-        if not 0 <= self.num_bytes <= MAX_TENSOR_BYTES:
-            raise ValueError(f"num_bytes must lie in [0, {MAX_TENSOR_BYTES}], not {self.num_bytes}")
+
+
+Check = Callable[[Checkpoint], object]
+
+
+@dataclass(frozen=True)
+class _TensorFile:
+    """What manifest.json says of state.safetensors."""
+
+    size: int
+    sha256: str
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep_last: int, keep_best: int) -> Path:
@@ -133,7 +123,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep_last: int, keep_b
     remove_leftovers(folder)
     try:
         temporary.mkdir(parents=True)
-        _write(temporary, checkpoint, _flush_records(folder.parent / RECORDS))
+        _write(temporary, dataclasses.replace(checkpoint, num_records=_flush_records(folder.parent / RECORDS)))
         if final.exists():  # a broken one, which a resume has skipped
             final.rename(temporary_path(folder / f"old-{final.name}"))
         temporary.rename(final)
@@ -156,13 +146,13 @@ def _flush_records(path: Path) -> int:
     return path.read_bytes().count(b"\n")
 
 
-def _write(folder: Path, checkpoint: Checkpoint, num_records: int) -> None:
+def _write(folder: Path, checkpoint: Checkpoint) -> None:
     tensors = {f"{g}.{name}": t.contiguous() for g, group in checkpoint.tensors.items() for name, t in group.items()}
     content = safetensors.torch.save(tensors)
     write_and_flush(folder / TENSORS, content)
-    numbers = {f.name: getattr(checkpoint, f.name) for f in dataclasses.fields(checkpoint) if f.name != "tensors"}
-    manifest = {"format_version": FORMAT_VERSION, **numbers, "num_records": num_records, "num_bytes": len(content)}
-    manifest["tensors_sha256"] = hashlib.sha256(content).hexdigest()
+    numbers = dataclasses.asdict(dataclasses.replace(checkpoint, tensors={}))
+    file = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    manifest = {"format_version": FORMAT_VERSION, **numbers, "tensors": file}
     manifest["sha256"] = _digest(manifest)
     write_json(folder / MANIFEST, manifest)  # the last file, with the checksums of both
 
@@ -184,8 +174,8 @@ def _prune(folder: Path, newest: int, keep_last: int, keep_best: int) -> None:
 
 def _val_accuracy(path: Path) -> float:
     with contextlib.suppress(CheckpointError):
-        scores = _read_manifest(path)["scores"]
-        return float(scores["val"]["accuracy"]) if "val" in scores else -1.0
+        scores = _read_manifest(path)[0].scores
+        return scores["val"]["accuracy"] if "val" in scores else -1.0
     return -1.0
 
 
@@ -224,38 +214,40 @@ def load_newest(folder: Path, check: Check | None = None) -> tuple[Checkpoint | 
 
 def load_checkpoint(path: Path) -> Checkpoint:
     """Reads a checkpoint; raises a CheckpointError that names the file which is missing, damaged or of another form."""
-    manifest = _read_manifest(path)
-    numbers = {f.name: manifest[f.name] for f in dataclasses.fields(Checkpoint) if f.name != "tensors"}
-    return Checkpoint(tensors=_read_tensors(path / TENSORS, manifest), **numbers)
+    checkpoint, file = _read_manifest(path)
+    tensors = _read_tensors(path / TENSORS, file)
+    return dataclasses.replace(checkpoint, tensors=tensors)
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
+def _read_manifest(folder: Path) -> tuple[Checkpoint, _TensorFile]:
+    """A checkpoint without its tensors, and what is known of their file."""
     path = folder / MANIFEST
     try:
         refuse_symlink(path)
-        manifest = read_json(path)
-        if not manifest:
+        content = read_json(path)
+        if not content:
             raise CheckpointError(f"{path}: missing or empty")
-        if manifest.get("format_version") != FORMAT_VERSION:
-            found = str(manifest.get("format_version"))[:20]
+        if content.get("format_version") != FORMAT_VERSION:
+            found = str(content.get("format_version"))[:20]
             raise CheckpointError(f"{folder}: format {found}, this version of the program reads {FORMAT_VERSION} only")
-        if manifest.get("sha256") != _digest(manifest):
+        if content.get("sha256") != _digest(content):
             raise CheckpointError(f"{path}: changed since it was written (its sha256 differs)")
-        check_record(path, manifest, _Manifest, complete=True)
-        return manifest | {"config": to_flat(from_flat(manifest["config"]))}
+        file = check_record(path, content.get("tensors"), _TensorFile, complete=True)
+        checkpoint = check_record(path, {**content, "tensors": {}}, Checkpoint, complete=True)
+        return dataclasses.replace(checkpoint, config=to_flat(from_flat(checkpoint.config))), file
     except (RecordError, UserError, TypeError, RecursionError) as error:
         where = "" if str(path) in str(error) else f"{path}: "
         raise CheckpointError(f"{where}{error}"[:300]) from error
 
 
-def _read_tensors(path: Path, manifest: dict[str, Any]) -> dict[str, dict[str, Tensor]]:
+def _read_tensors(path: Path, file: _TensorFile) -> dict[str, dict[str, Tensor]]:
     groups: dict[str, dict[str, Tensor]] = {"model": {}, "ema": {}, "optimizer": {}}
     try:
         refuse_symlink(path)
-        content = read_regular(path, manifest["num_bytes"])
-        if len(content) != manifest["num_bytes"]:
-            raise CheckpointError(f"{path}: {len(content):,} bytes, the manifest says {manifest['num_bytes']:,}")
-        if hashlib.sha256(content).hexdigest() != manifest["tensors_sha256"]:
+        content = read_regular(path, min(file.size, MAX_TENSOR_BYTES))
+        if len(content) != file.size:
+            raise CheckpointError(f"{path}: {len(content):,} bytes, the manifest says {file.size:,}")
+        if hashlib.sha256(content).hexdigest() != file.sha256:
             raise CheckpointError(f"{path}: changed since it was written (its sha256 differs)")
         for key, tensor in safetensors.torch.load(content).items():
             group, _, name = key.partition(".")

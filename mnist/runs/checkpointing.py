@@ -6,9 +6,8 @@ are mnist/runs/checkpoint_files.py's, and what may continue what is mnist/runs/r
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -25,6 +24,7 @@ from mnist.runs.checkpoint_files import (
 )
 from mnist.runs.directory import RunDirectory, branch_origin
 from mnist.runs.live_state import check_fits, module_tensors, optimizer_tensors, restore_optimizer
+from mnist.runs.records import ScoreRecord
 from mnist.runs.resume import check_checkpoint, wants_to_go_on
 from mnist.runs.setup import RunSetup
 from mnist.runs.tracking.tracker import Tracker
@@ -91,7 +91,7 @@ def _find(setup: RunSetup) -> tuple[Checkpoint, list[str]] | None:
     if saved is None and origin is not None:
         saved = load_checkpoint(origin)
         notes.append(f"a new run from {origin}, step {saved.step}")
-        saved.loop["best"] = None  # its weights are the other run's
+        saved.loop.best = None  # its weights are the other run's
     if saved is None:
         return None
     return saved, notes + check(saved)
@@ -163,12 +163,12 @@ class Checkpointing:
         return Checkpoint(
             step=self._state.step,
             tensors=tensors,
-            loop=dataclasses.asdict(self._state),
+            loop=self._state,
             scaler=None if scaler is None else scaler.state_dict(),
             config=to_flat(self._config),
-            plan=dataclasses.asdict(self._plan),
+            plan=self._plan,
             facts=self._facts,
-            scores={name: score.as_dict() for name, score in self._validation.scores.items()},
+            scores={name: cast("ScoreRecord", score.as_dict()) for name, score in self._validation.scores.items()},
         )
 
     def load_weights(self, step: int, module: torch.nn.Module) -> str | None:
@@ -176,7 +176,9 @@ class Checkpointing:
 
         def read() -> dict[str, Any] | str:
             try:
-                saved = load_checkpoint(checkpoint_path(self._directory, step))
+                saved, train_step = load_checkpoint(checkpoint_path(self._directory, step)), self._train_step
+                ema = None if train_step.average is None else train_step.average.module
+                check_fits(saved, train_step.bare_model, train_step.optimizer, ema)
             except CheckpointError as error:
                 return str(error)
             return saved.tensors["model" if self._train_step.average is None else "ema"]

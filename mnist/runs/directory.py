@@ -23,7 +23,7 @@ from mnist.config import RUNS, TrainConfig
 from mnist.errors import UserError
 from mnist.runs.records import MANIFEST, ResultRecord, read_config, read_result
 from mnist.system import ranks
-from mnist.system.files import RecordError, read_json, refuse_symlink, write_json
+from mnist.system.files import RecordError, flush, read_json, refuse_symlink, write_json
 
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP)  # what file systems without locks answer
 
@@ -61,12 +61,15 @@ class RunDirectory:
         self.write_result("running", **facts)
 
     def write_result(self, status: str, **facts: Any) -> None:
-        """Replaces result.json. Rank 0 alone calls it.
+        """Replaces result.json, after the records that it stands for are on the disk. Rank 0 alone calls it.
 
         Args:
             status: running, finished, preempted, failed or diverged.
             facts: everything else.
         """
+        records = self.path / "metrics.jsonl"
+        if records.exists():
+            flush(records)
         write_json(self.path / "result.json", {"status": status, "job": job_id(), **facts})
 
 

@@ -79,7 +79,7 @@ def check_checkpoint(saved: Checkpoint, config: TrainConfig, plan: Plan, facts: 
         raise UserError(f"the checkpoint of step {saved.step} is of another run: {changes}; start a new run without it")
     if saved.facts.get("data_files") != facts["data_files"]:
         raise UserError("the data files have changed since this run began; start a new run in another --run-dir")
-    old_steps, schedules = saved.plan["num_steps"], (before.optim.schedule, config.optim.schedule)
+    old_steps, schedules = saved.plan.num_steps, (before.optim.schedule, config.optim.schedule)
     bound = [name for name in schedules if name in LENGTH_BOUND_SCHEDULES]
     if plan.num_steps != old_steps and bound:
         raise UserError(
@@ -100,16 +100,16 @@ def _notes(saved: Checkpoint, before: TrainConfig, config: TrainConfig, plan: Pl
             notes.append("the code that trains has changed since this checkpoint was written: no longer bit for bit")
         elif was != facts.get(name):
             notes.append(f"from here on: {name} {was} -> {facts.get(name)}")
-    if plan.accumulation_steps != saved.plan["accumulation_steps"]:
-        notes.append(f"from here on: accumulation {saved.plan['accumulation_steps']} -> {plan.accumulation_steps}")
-    if plan.world_size != saved.plan["world_size"]:
-        notes.append(f"from here on: processes {saved.plan['world_size']} -> {plan.world_size} (same global batches)")
+    if plan.accumulation_steps != saved.plan.accumulation_steps:
+        notes.append(f"from here on: accumulation {saved.plan.accumulation_steps} -> {plan.accumulation_steps}")
+    if plan.world_size != saved.plan.world_size:
+        notes.append(f"from here on: processes {saved.plan.world_size} -> {plan.world_size} (same global batches)")
     return notes
 
 
 def wants_to_go_on(saved: Checkpoint, config: TrainConfig, plan: Plan) -> bool:
     """Whether this start asks for something else than what ended the run of `saved` early."""
-    return saved.plan["num_steps"] != plan.num_steps or bool(
+    return saved.plan.num_steps != plan.num_steps or bool(
         _differences(from_flat(saved.config), config, _STOPPING_FIELDS)
     )
 

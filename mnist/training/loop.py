@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
@@ -46,10 +45,9 @@ class TrainState:
     stop_reason: str | None = None
     is_stopping: bool = False
 
-    def load(self, saved: dict[str, Any]) -> None:
-        """Takes over `dataclasses.asdict(state)` of a checkpoint; nobody has asked this start to stop."""
-        for name, value in saved.items():
-            setattr(self, name, TrainSums(**value) if name.endswith("_sums") else value)
+    def load(self, saved: TrainState) -> None:
+        """Becomes a copy of the state in a checkpoint; nobody has asked this start to stop."""
+        vars(self).update(vars(saved))
         self.is_stopping = False
 
 

@@ -100,7 +100,7 @@ def test_a_pickle_in_a_checkpoint_is_never_executed(tmp_path: Path, monkeypatch:
     (path / name).write_bytes(content)
     if name != "manifest.json":  # an attacker would mend the manifest too
         manifest = json.loads((path / "manifest.json").read_text())
-        manifest |= {"num_bytes": len(content), "tensors_sha256": hashlib.sha256(content).hexdigest()}
+        manifest |= {"tensors": {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}}
         manifest["sha256"] = checkpoint_files._digest(manifest)
         (path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(checkpoint_files.CheckpointError):

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shutil
@@ -30,10 +29,10 @@ def make_checkpoint(step: int, val_accuracy: float | None = None) -> Checkpoint:
     return Checkpoint(
         step=step,
         tensors={"model": {"w": torch.full((3,), float(step))}, "optimizer": {"0.exp_avg": torch.ones(3)}},
-        loop=dataclasses.asdict(TrainState(step=step)),
+        loop=TrainState(step=step),
         scaler=None,
         config=to_flat(TrainConfig()),
-        plan=dataclasses.asdict(build_plan(TrainConfig(), 60_000, 1, 1)),
+        plan=build_plan(TrainConfig(), 60_000, 1, 1),
         facts={},
         scores=scores,
     )
@@ -162,7 +161,7 @@ def test_a_broken_checkpoint_of_a_later_step_protects_nothing_and_is_replaced_at
 def test_a_checkpoint_of_another_format_is_one_clear_line(tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path, make_checkpoint(1), 1, 0) / "manifest.json"
     path.write_text(json.dumps({"format_version": 1, "step": 1}))
-    with pytest.raises(CheckpointError, match=r"step-00000001: format 1, this version .* reads 3 only"):
+    with pytest.raises(CheckpointError, match=r"step-00000001: format 1, this version .* reads 4 only"):
         load_checkpoint(path.parent)
 
 

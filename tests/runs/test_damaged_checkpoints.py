@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from mnist.config import OptimConfig, TrainConfig, evolve, to_flat
 from mnist.models import build_model
 from mnist.runs import checkpoint_files
-from mnist.runs.checkpoint_files import Checkpoint, load_newest, save_checkpoint
+from mnist.runs.checkpoint_files import Checkpoint, ScalerState, load_newest, save_checkpoint
 from mnist.runs.live_state import check_fits, module_tensors, optimizer_tensors
 from mnist.training.loop import TrainState
 from mnist.training.optim import build_optimizer
@@ -48,10 +48,10 @@ def make_checkpoint(step: int, model: nn.Module, optimizer: Optimizer, ema: nn.M
     return Checkpoint(
         step=step,
         tensors={"model": module_tensors(model), "ema": module_tensors(ema), "optimizer": moments},
-        loop=dataclasses.asdict(TrainState(step=step, best={"step": step, **SCORES})),
-        scaler=dict(SCALER),
+        loop=TrainState(step=step, best={"step": step, **SCORES}),
+        scaler=ScalerState(**SCALER),  # type: ignore[typeddict-item]
         config=to_flat(CONFIG),
-        plan=dataclasses.asdict(build_plan(CONFIG, 60_000, 1, 1)),
+        plan=build_plan(CONFIG, 60_000, 1, 1),
         facts={"data_files": "abc", "precision": "fp32", "threads": 1},
         scores={"val": SCORES},
     )
@@ -109,7 +109,7 @@ def damage_tensors(folder: Path, damage: Callable[[dict[str, Tensor]], object]) 
 
 def replace_content(folder: Path, content: bytes) -> None:
     (folder / "state.safetensors").write_bytes(content)
-    facts = {"num_bytes": len(content), "tensors_sha256": hashlib.sha256(content).hexdigest()}
+    facts = {"tensors": {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}}
     damage_manifest(folder, lambda manifest: manifest.update(facts))
 
 
@@ -123,14 +123,14 @@ def replace_by(name: str, make: Callable[[Path], object]) -> Callable[[Path], No
 
 FIELDS = [field.name for field in dataclasses.fields(Checkpoint) if field.name != "tensors"]
 MANIFEST_DAMAGES = {
-    **{f"without {name}": remove_field(name) for name in [*FIELDS, "format_version", "num_bytes", "tensors_sha256"]},
+    **{f"without {name}": remove_field(name) for name in [*FIELDS, "tensors", "format_version"]},
     **{
         f"without {name}": remove_field(name)
         for name in ("loop.stop_reason", "loop.run_sums", "loop.step", "plan.num_steps")
     },
     **{
         f"{name} null": set_field(name, None)
-        for name in ("loop", "step", "plan", "config", "facts", "scores", "num_bytes")
+        for name in ("loop", "step", "plan", "config", "facts", "scores", "tensors")
     },
     **{f"{name} a list": set_field(name, []) for name in ("loop", "plan", "config", "scores", "scaler")},
     "step fractional": set_field("step", 2.5),
@@ -159,8 +159,8 @@ MANIFEST_DAMAGES = {
     "config.model unknown": set_field("config.model", "resnet"),
     "plan.world_size true": set_field("plan.world_size", True),
     "facts deep": set_field("facts", DEEP),
-    "num_bytes negative": set_field("num_bytes", -1),
-    "num_bytes huge": set_field("num_bytes", 1 << 60),
+    "size negative": set_field("tensors.size", -1),
+    "size huge": set_field("tensors.size", 1 << 60),
     "format of an earlier version": set_field("format_version", 1),
     "format text": set_field("format_version", "3" * 1000),
 }

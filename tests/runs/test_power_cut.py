@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from mnist.runs.checkpoint_files import load_newest, missing_records, save_checkpoint
+from mnist.runs.checkpoint_files import list_steps, load_newest, missing_records, save_checkpoint
+from mnist.runs.export import find_export, load_model
+from mnist.runs.records import read_result
 from mnist.runs.tracking.jsonl import JsonlFile
+from tests.processes import started, train
 from tests.runs.test_checkpoint_files import make_checkpoint
 
 
@@ -90,3 +94,46 @@ def test_records_that_are_lost_all_the_same_are_counted(tmp_path: Path, kept: in
     assert f"metrics.jsonl: {lost} records up to step 70 are lost" in line
     records.write_text("{}\n" * 9)
     assert missing_records(found, records) is None
+
+
+@pytest.mark.launch
+@pytest.mark.timeout(300)
+def test_a_finished_run_has_all_its_records_after_a_power_cut(tmp_path: Path, image: Path) -> None:
+    arguments = [
+        *(
+            "--recipe",
+            "smoke",
+            "--max-steps",
+            "120",
+            "--log-every",
+            "5",
+            "--checkpoint-every",
+            "30",
+            "--eval-every",
+            "60",
+        ),
+        *("--val-size", "300", "--min-accuracy", "0.5", "--num-threads", "1", "--no-pictures"),
+    ]
+    copies: dict[int, Path] = {}
+    with mounted(image, tmp_path / "disk") as disk:
+        run = disk / "run"
+        with started(train(*arguments, "--run-dir", str(run)), tmp_path) as process:
+            while process.poll() is None:
+                newest = max(list_steps(run / "checkpoints"), default=0)
+                if newest not in copies:
+                    copies[newest] = copy_of(image, f"step-{newest}.img")
+                time.sleep(0.01)
+            ended = copy_of(image, "ended.img")
+            assert process.returncode == 0, process.communicate()
+        written = num_lines(run / "metrics.jsonl")
+    for copy in copies.values():
+        with mounted(copy, copy.with_suffix("")) as disk:
+            found, skipped = load_newest(disk / "run" / "checkpoints")
+            assert not skipped
+            assert found is None or missing_records(found, disk / "run" / "metrics.jsonl") is None
+    with mounted(ended, ended.with_suffix("")) as disk:
+        after = read_result(disk / "run")
+        assert after is not None
+        assert after.status == "finished"
+        assert num_lines(disk / "run" / "metrics.jsonl") == written
+        assert load_model(find_export(str(disk / "run"))).config.recipe == "smoke"
