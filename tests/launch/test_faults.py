@@ -24,9 +24,10 @@ import train_ddp
 from mnist.cli import parse_command_line
 from mnist.config import Fault, TrainConfig, evolve, parse_fault
 from mnist.errors import UserError
-from mnist.runs import checkpoint_files
-from mnist.runs import run as run_module
+from mnist.runs import checkpoint_files, checkpointing
+from mnist.runs.checkpointing import Checkpointing
 from mnist.runs.run import Run
+from mnist.runs.validation import Validation
 from mnist.system import signals
 from mnist.system.drills import inject
 from mnist.system.files import remove_leftovers
@@ -130,9 +131,9 @@ def signal_when(moment: str, folder: Path, *arguments: str) -> int:
         setattr(owner, name, wrapper)
 
     before(*{
-        "start": (Run, "begin"),
-        "evaluation": (Run, "_evaluate"),
-        "save": (run_module, "save_checkpoint"),
+        "start": (Run, "warm_up"),
+        "evaluation": (Validation, "_evaluate"),
+        "save": (checkpointing, "save_checkpoint"),
         "end": (Run, "finish"),
     }[moment])  # fmt: skip
     return run(folder, *arguments)
@@ -354,7 +355,7 @@ def test_a_drilled_nan_is_found_where_it_was_put_and_the_next_start_is_spared(
     assert "nan or inf at step 30 on rank 1" in error
     assert result(tmp_path)["status"] == "diverged"
     checkpoint_23 = str(tmp_path / "checkpoints" / "step-00000023")
-    assert run_ranks(run, 2, tmp_path, *SMALL, *fault, "--resume", checkpoint_23) == [0, 0]
+    assert run_ranks(run, 2, tmp_path / "branch", *SMALL, *fault, "--resume", checkpoint_23) == [0, 0]
     assert "not again, this run goes on" in capfd.readouterr().err
 
 
@@ -400,9 +401,9 @@ def test_a_directory_that_goes_in_mid_run_is_noticed(
     folder = tmp_path / "run"
 
     def lose() -> int:
-        original = Run.save
+        original = Checkpointing.save
 
-        def save(self: Run) -> None:
+        def save(self: Checkpointing) -> None:
             original(self)
             if goes == "removed":
                 shutil.rmtree(folder)
@@ -411,7 +412,7 @@ def test_a_directory_that_goes_in_mid_run_is_noticed(
             else:
                 (folder / "metrics.jsonl").unlink()
 
-        Run.save = save  # type: ignore[method-assign]
+        Checkpointing.save = save  # type: ignore[method-assign]
         return run(folder, *SMALL)
 
     assert run_ranks(lose, 1) == [1]
@@ -421,14 +422,14 @@ def test_a_directory_that_goes_in_mid_run_is_noticed(
 
 def test_a_directory_that_disappears_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     def lose_directory() -> int:
-        original = Run.score
+        original = Validation.score
 
-        def score(self: Run) -> None:
+        def score(self: Validation) -> None:
             original(self)
             (tmp_path / "run").rename(tmp_path / "gone")
             (tmp_path / "run").write_text("a file where the directory was")
 
-        Run.score = score  # type: ignore[method-assign]
+        Validation.score = score  # type: ignore[method-assign]
         return run(tmp_path / "run", *SMALL)
 
     assert run_ranks(lose_directory, 1) == [1]
