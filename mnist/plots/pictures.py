@@ -353,6 +353,8 @@ def draw_prediction(
     probabilities: Sequence[float],
     class_names: Sequence[str],
     box: tuple[int, int, int, int],
+    *,
+    warning: str | None = None,
 ) -> Figure:
     """Three panels: a person's picture, what the network sees of it, what it says.
 
@@ -362,10 +364,13 @@ def draw_prediction(
         probabilities: of the classes.
         class_names: likewise.
         box: left, top, right, bottom of the digit in `source`.
+        warning: why the answer may be wrong; shown below the title.
     """
     best = max(range(len(probabilities)), key=probabilities.__getitem__)
     title = f"{class_names[best]}, {probabilities[best]:.1%}"
-    figure = new_figure(960, 360, title, "left the picture, with the digit framed")
+    figure = new_figure(
+        960, 360, title, f"warning: {warning}" if warning else "left the picture, with the digit framed"
+    )
     picture = add_axes(figure, MARGIN, HEAD, 270, 270)
     network = add_axes(figure, MARGIN + 300, HEAD, 270, 270)
     bars = add_axes(figure, MARGIN + 660, HEAD, 240, 270)

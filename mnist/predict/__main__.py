@@ -4,18 +4,20 @@
     python -m mnist.predict photos/ 'scans/*.jpg' --run runs/my-run --json
     python -m mnist.predict docs/digit.png --save seen.png
 
-In: pictures, a trained model. Out: the digit and ten probabilities, as bars or as JSON, on standard output; pictures of
-what the network saw with --save. A file that cannot be read is named, the others go on, and the exit code is 1.
+In: pictures, a trained model. Out: each digit and its ten probabilities, as bars or as JSON, on standard output;
+pictures of what the network saw with --save. A file that cannot be read is an error, and the exit code is 1; the other
+files are read all the same.
 """
 
 from __future__ import annotations
 
 import functools
 import glob
-import io
 import json
 import os
+import re
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +38,8 @@ class Options:
     run: RunOption = None
     """Run directory, or folder with an exported model; default: the newest finished run below runs/."""
     json: bool = False
-    """Print a list of {"file", "digit", "probabilities", "warning"}, or {"file", "error"}."""
+    """Print a list of {"file", "digit", "probabilities", "warning"}, or {"file", "error"}; of a picture with several
+    digits these are of the largest, and "digits" lists all from left to right, each with its "box"."""
     save: str | None = None
     """Draw the picture, what the network sees of it, and the probabilities: a file, or a folder for several."""
 
@@ -52,7 +55,8 @@ from rich.markup import escape
 
 from mnist.data.datasets import SOURCES
 from mnist.plots.pictures import SUFFIXES, draw_prediction, save_picture
-from mnist.predict.digit_image import PictureError, SeenDigit, read_picture, see_digit
+from mnist.predict.digit_image import SeenDigit, see_digits
+from mnist.predict.picture_file import PictureError, is_picture_name, read_content, read_picture
 from mnist.runs.console import Console
 from mnist.runs.export import TrainedModel, find_export, load_model
 
@@ -66,35 +70,52 @@ BAR_WIDTH = 40
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """What the network says of one picture; `error` says why there is nothing else.
+class Answer:
+    """What the network says of one digit.
 
     Attributes:
-        file: as it was named, or found.
         digit: the class of the largest probability.
         probabilities: of the ten classes, in [0, 1].
         warning: why the answer may be wrong, or None.
         seen: what the network was shown.
+    """
+
+    digit: int
+    probabilities: tuple[float, ...]
+    warning: str | None
+    seen: SeenDigit
+
+    def as_dict(self) -> dict[str, Any]:
+        """Digit, probabilities and warning for --json."""
+        probabilities = [round(p, 6) for p in self.probabilities]
+        return {"digit": self.digit, "probabilities": probabilities, "warning": self.warning}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the network says of one picture.
+
+    Attributes:
+        file: as it was named, or found.
+        answers: one for each digit, in reading order.
         error: why the picture could not be read, or None.
     """
 
     file: str
-    digit: int = -1
-    probabilities: tuple[float, ...] = ()
-    warning: str | None = None
-    seen: SeenDigit | None = None
+    answers: tuple[Answer, ...] = ()
     error: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """What --json prints."""
         if self.error is not None:
             return {"file": self.file, "error": self.error}
-        return {
-            "file": self.file,
-            "digit": self.digit,
-            "probabilities": [round(p, 6) for p in self.probabilities],
-            "warning": self.warning,
-        }
+        largest = max(self.answers, key=lambda answer: answer.seen.box[3] - answer.seen.box[1])
+        if len(self.answers) == 1:
+            return {"file": self.file, **largest.as_dict()}
+        number = "".join(str(answer.digit) for answer in self.answers)
+        warning = f"{len(self.answers)} digits in one picture: {number}"
+        digits = [{**answer.as_dict(), "box": answer.seen.box} for answer in self.answers]
+        return {"file": self.file, **largest.as_dict(), "warning": warning, "digits": digits}
 
 
 def main(options: Options) -> int:
@@ -116,7 +137,7 @@ def main(options: Options) -> int:
                 printed.append(prediction.as_dict())
             else:
                 show(console, prediction, class_names, with_bars=len(files) <= NUM_BARS)
-            if drawings and prediction.seen is not None:
+            if drawings:
                 _draw(prediction, drawings[index], class_names)
     if not options.json:
         kind = "" if trained.config.data.dataset == "mnist" else f", NOT MNIST but {trained.config.data.dataset}"
@@ -138,11 +159,15 @@ def _drawings(files: Sequence[str], save: str | None) -> list[Path]:
             raise UserError(f"--save {save}: must be a folder, or end in {', '.join(SUFFIXES)}")
         paths = [target]
     else:
-        paths = []
+        paths, seen = [], Counter[str]()
         for file in files:
             stem = "stdin" if file == "-" else Path(file).stem
-            names = (target / f"{stem}{ending}.png" for ending in ["", *(f"-{k}" for k in range(2, len(files) + 1))])
-            paths.append(next(path for path in names if path not in paths))
+            seen[stem] += 1
+            paths.append(target / (f"{stem}.png" if seen[stem] == 1 else f"{stem}-{seen[stem]}.png"))
+        if len(set(paths)) < len(paths):  # a-2.png beside two files called a.png
+            paths = [
+                path.with_name(f"{number:0{len(str(len(files)))}}-{path.name}") for number, path in enumerate(paths)
+            ]
     inputs = {Path(file).resolve() for file in files}
     if any(path.resolve() in inputs for path in paths):
         raise UserError(f"--save {save}: would write over a picture that it is to read; choose another folder")
@@ -150,47 +175,59 @@ def _drawings(files: Sequence[str], save: str | None) -> list[Path]:
 
 
 def find_pictures(names: Sequence[str]) -> Iterator[str]:
-    """Files from files, folders and patterns, in order; what is not there stays as it is, to be named as an error."""
-    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    """Files from files, folders and patterns, in natural order; what is missing stays, to be named as an error."""
     for name in names:
         if os.path.isdir(name):  # noqa: PTH112 - false, not an error, for what cannot be looked at
-            found = [file for file in sorted(Path(name).rglob("*")) if file.suffix.lower() in suffixes]
-            yield from map(str, filter(Path.is_file, found) if found else [name])
+            found = [path for path in Path(name).rglob("*") if _is_shown(path.relative_to(name)) and path.is_file()]
+            yield from sorted(map(str, found), key=_natural_order) or [name]
         elif not os.path.lexists(name) and glob.has_magic(name):
-            yield from sorted(glob.glob(name, recursive=True)) or [name]  # noqa: PTH207 - takes absolute patterns too
+            found_names = glob.glob(name, recursive=True)  # noqa: PTH207 - takes absolute patterns too
+            yield from sorted(found_names, key=_natural_order) or [name]
         else:
             yield name
 
 
+def _is_shown(path: Path) -> bool:
+    """Whether a file in a folder is a picture of its user's, not one that a system or an editor keeps there."""
+    return is_picture_name(path) and not any(part.startswith((".", "__MACOSX")) for part in path.parts)
+
+
+def _natural_order(name: str) -> list[tuple[int, str]]:
+    """Sorts 2.png before 10.png."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"([0-9]+)", name)]
+
+
 def predict(trained: TrainedModel, files: Sequence[str]) -> list[Prediction]:
-    """What the network says of each file, in order. All pictures go through it as one batch."""
+    """What the network says of each file, in order. All digits go through it as one batch."""
     looked = [_look(file) for file in files]
-    digits = [digit.pixels for digit in looked if isinstance(digit, SeenDigit)]
+    digits = [digit.pixels for found in looked if not isinstance(found, str) for digit in found]
     images = torch.from_numpy(np.stack(digits)) if digits else torch.empty(0, 28, 28)
     with torch.inference_mode():
-        logits = trained.model(trained.transform(images))
+        probabilities = iter(trained.model(trained.transform(images)).softmax(dim=1).tolist())
     dataset = trained.config.data.dataset
-    answers = zip(logits.argmax(dim=1).tolist(), logits.softmax(dim=1).tolist(), strict=True)
-    predictions = []
-    for file, digit in zip(files, looked, strict=True):
-        if isinstance(digit, SeenDigit):
-            best, probabilities = next(answers)
-            warning = digit.warning or (UNSURE_WARNING if max(probabilities) < UNSURE else None)
-            warning = NO_DIGITS.format(dataset) if dataset not in DIGIT_SETS else warning
-            predictions.append(Prediction(file, best, tuple(probabilities), warning, digit))
-        else:
-            predictions.append(Prediction(file, error=digit))
-    return predictions
+    foreign = NO_DIGITS.format(dataset) if dataset not in DIGIT_SETS else None
+    return [
+        Prediction(file, error=found)
+        if isinstance(found, str)
+        else Prediction(file, tuple(_answer(digit, next(probabilities), foreign) for digit in found))
+        for file, found in zip(files, looked, strict=True)
+    ]
 
 
-def _look(file: str) -> SeenDigit | str:
+def _answer(seen: SeenDigit, probabilities: list[float], foreign: str | None) -> Answer:
+    best = max(range(len(probabilities)), key=probabilities.__getitem__)
+    doubt = UNSURE_WARNING if probabilities[best] < UNSURE else None
+    return Answer(best, tuple(probabilities), foreign or seen.warning or doubt, seen)
+
+
+def _look(file: str) -> list[SeenDigit] | str:
     """What is to be shown to the network, or why there is nothing."""
     if os.path.isdir(file):  # noqa: PTH112 - as above
         return "a folder without pictures"
     if not os.path.lexists(file) and glob.has_magic(file):
         return "no file matches"
     try:
-        return see_digit(_read(file))
+        return see_digits(_read(file))
     except PictureError as error:
         return str(error)
     except OSError as error:
@@ -198,33 +235,44 @@ def _look(file: str) -> SeenDigit | str:
 
 
 def _read(file: str) -> Image.Image:
-    return read_picture(io.BytesIO(_standard_input()) if file == "-" else Path(file))
+    return read_picture(_standard_input() if file == "-" else read_content(file), Path(file).suffix)
 
 
 @functools.cache
 def _standard_input() -> bytes:
-    return sys.stdin.buffer.read()
+    return read_content("-")
 
 
 def show(console: RichConsole, prediction: Prediction, class_names: Sequence[str], with_bars: bool) -> None:
-    """Prints a prediction: a line, and the ten probabilities as bars."""
+    """Prints a prediction: for each digit a line, and the ten probabilities as bars."""
     name = escape("".join(c if c.isprintable() else ascii(c)[1:-1] for c in prediction.file))  # no control characters
     if prediction.error is not None:
         console.print(f"{name}  [bold red]error[/bold red]  {escape(prediction.error)}")
-        return
-    best = prediction.probabilities[prediction.digit]
-    line = f"{name}  [bold]{class_names[prediction.digit]}[/bold]  {best:.1%}"
-    if prediction.warning is not None:
-        line += f"  [bold yellow]warning[/bold yellow]  {escape(prediction.warning)}"
-    console.print(line)
-    if not with_bars:
-        return
+    for number, answer in enumerate(prediction.answers, start=1):
+        place = "" if len(prediction.answers) == 1 else f"  digit {number} of {len(prediction.answers)}"
+        line = f"{name}{place}  [bold]{class_names[answer.digit]}[/bold]  {answer.probabilities[answer.digit]:.1%}"
+        if answer.warning is not None:
+            line += f"  [bold yellow]warning[/bold yellow]  {escape(answer.warning)}"
+        console.print(line)
+        if with_bars:
+            _print_bars(console, answer, class_names)
+
+
+def _print_bars(console: RichConsole, answer: Answer, class_names: Sequence[str]) -> None:
     width = max(map(len, class_names))
-    filled, empty = ("\u2588", "\u2591") if console.is_terminal else ("#", ".")
-    for k, (label, p) in enumerate(zip(class_names, prediction.probabilities, strict=True)):
+    filled, empty = ("\u2588", "\u2591") if _can_print(console, "\u2588\u2591") else ("#", ".")
+    for k, (label, p) in enumerate(zip(class_names, answer.probabilities, strict=True)):
         length = round(p * BAR_WIDTH)
         bar = f"{label:>{width}}  {filled * length}{empty * (BAR_WIDTH - length)}  {p:6.1%}"
-        console.print(f"  [bold]{bar}[/bold]" if k == prediction.digit else f"  {bar}")
+        console.print(f"  [bold]{bar}[/bold]" if k == answer.digit else f"  {bar}")
+
+
+def _can_print(console: RichConsole, characters: str) -> bool:
+    try:
+        characters.encode(console.encoding)
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return console.is_terminal
 
 
 def _stdout_console() -> RichConsole:
@@ -234,9 +282,15 @@ def _stdout_console() -> RichConsole:
 
 
 def _draw(prediction: Prediction, path: Path, class_names: Sequence[str]) -> None:
-    assert prediction.seen is not None
-    source, seen = np.asarray(_read(prediction.file)), prediction.seen
-    save_picture(draw_prediction(source, seen.pixels, prediction.probabilities, class_names, seen.box), path)
+    """A drawing for each digit; of several in one picture the names end in -digit1, -digit2, ..."""
+    for number, answer in enumerate(prediction.answers, start=1):
+        source, seen = np.asarray(_read(prediction.file)), answer.seen
+        figure = draw_prediction(
+            source, seen.pixels, answer.probabilities, class_names, seen.box, warning=answer.warning
+        )
+        place = path if len(prediction.answers) == 1 else path.with_stem(f"{path.stem}-digit{number}")
+        save_picture(figure, place)
+        Console().note(f"drawn: {place}")
 
 
 if __name__ == "__main__":

@@ -1,27 +1,29 @@
-"""Any picture of a digit -> the form of MNIST: 28x28, light on black, 20 pixels long, centred by mass.
+"""Any picture of digits -> the form of MNIST: 28x28, light on black, 20 pixels long, centred by mass.
 
-In: a picture file of any kind, size and colour: ink on paper or chalk on a board, anywhere in the frame, unevenly lit.
-Out: `SeenDigit`, whose pixels are what a network trained on MNIST expects; a picture that is already in MNIST's form is
-taken as it is, bit for bit. Letters: H, W rows and columns of the picture, once it has its working size.
+In: a picture as `read_picture` returns it: ink on paper or chalk on a board, anywhere in the frame, unevenly lit, in a
+printed box or not. Out: a `SeenDigit` for each digit, whose pixels are what a network trained on MNIST expects; a
+picture that is already in MNIST's form is taken as it is, bit for bit. Letters: H, W rows and columns of the picture,
+once it has its working size.
 
 The steps: grey values in which ink stands out; the paper's brightness at every pixel, by morphology; ink = what differs
-from it; connected pieces of ink, of which one digit is chosen; its pixels brought to MNIST's frame in one resampling.
+from it; connected pieces of ink, without frames, grouped into digits; a closer look at each digit, which is brought to
+MNIST's frame in one resampling.
 """
 
 from __future__ import annotations
 
-import warnings
+import contextlib
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageFilter, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFilter
+from scipy import ndimage
 
-MAX_PIXELS = 2**26  # larger files are refused before they are decoded; cameras reach 50 million
-MAX_SIDE = 1600  # larger pictures are reduced to it at once
-LOOK_SIDE = 224  # the longer side of what is looked at, in pixels
+from mnist.predict.picture_file import PictureError
+
+LOOK_SIDES = (224, 448, 896)  # the longer side of what is looked at, in pixels; the larger ones where nothing was found
 STROKE_SHARE = 0.3  # strokes are thinner than this share of the frame's shorter side, shadows are wider
 INK_SHARE = 0.4  # of the strongest ink: what has more of it is a stroke
 MIN_CONTRAST = 0.06  # of the brightness range; below it a picture is blank
@@ -29,14 +31,11 @@ MIN_CONTRAST_NOISE = 1.15  # ... and below this many standard deviations of its 
 MIN_STROKE, MAX_STROKE = 1.6, 6.0  # pixels of the 20; strokes outside this range are made thicker or thinner
 MASS_CENTRE = 14.5  # pixels from the edge, where MNIST's digits have it on the average
 BLANK = "blank: nothing in it stands out like ink from paper"
+NEIGHBOURS = np.ones((3, 3))  # pixels that touch at a corner are connected
 
 Array = npt.NDArray[Any]
 Mask = npt.NDArray[np.bool_]
 Box = tuple[int, int, int, int]  # left, top, right, bottom
-
-
-class PictureError(ValueError):
-    """A picture in which no digit can be seen, or a file that is no picture: one line for people."""
 
 
 @dataclass(frozen=True)
@@ -54,99 +53,66 @@ class SeenDigit:
     warning: str | None = None
 
 
-def read_picture(file: Path | BinaryIO) -> Image.Image:
-    """The picture in a file, upright, without transparency, in mode L or RGB, of working size.
-
-    Raises:
-        PictureError: not a picture, damaged, cut short, or too large.
-    """
-    if isinstance(file, Path) and file.exists() and not file.is_file():
-        raise PictureError("not a file")  # a pipe, say, that nobody writes to
-    try:
-        with warnings.catch_warnings(action="ignore"), Image.open(file) as image:
-            _check_size(image)
-            image.draft("RGB", (MAX_SIDE, MAX_SIDE))  # a JPEG is decoded to a smaller size at once
-            picture = _without_transparency(ImageOps.exif_transpose(image))
-    except PictureError:
-        raise
-    except Image.DecompressionBombError:
-        raise PictureError(f"too large: at most {MAX_PIXELS / 1e6:.0f} million pixels") from None
-    except UnidentifiedImageError:
-        raise PictureError("not a picture, or of a kind that Pillow does not read") from None
-    except Exception as error:  # Pillow's decoders raise whatever a damaged file leads them to
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise PictureError(f"cannot be read ({' '.join(reason.split()) or type(error).__name__})") from error
-    picture.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.BOX)
-    return picture
-
-
-def _check_size(image: Image.Image) -> None:
-    num_pixels = image.width * image.height
-    if num_pixels > MAX_PIXELS:
-        raise PictureError(f"too large: {num_pixels / 1e6:,.0f} million pixels, at most {MAX_PIXELS / 1e6:.0f}")
-
-
-def _without_transparency(image: Image.Image) -> Image.Image:
-    """Mode L or RGB. What is drawn in the alpha channel alone counts as ink, else transparent pixels become paper."""
-    if image.mode.startswith("I") or image.mode == "F":  # 16 or 32 bits, whatever part of the range they use
-        values = np.nan_to_num(np.asarray(image, np.float32))
-        values = values - min(0.0, values.min())
-        return Image.fromarray((values * (255 / max(values.max(), 1e-9))).round().astype(np.uint8))
-    if not image.has_transparency_data:
-        return image.convert("L" if image.mode in ("1", "L") else "RGB")
-    rgba = image.convert("RGBA")
-    alpha = np.asarray(rgba.getchannel("A"))
-    opaque = np.asarray(rgba.convert("L"))[alpha > 127]
-    if opaque.size and np.ptp(np.percentile(opaque, (2, 98))) < 50 and alpha.min() < 128:
-        return Image.fromarray(255 - alpha)
-    paper = Image.new("RGBA", rgba.size, (int(np.median(opaque)) if opaque.size else 255,) * 3 + (255,))
-    return Image.alpha_composite(paper, rgba).convert("RGB")
-
-
-def see_digit(picture: Image.Image) -> SeenDigit:
-    """Finds the digit in a picture and brings it to MNIST's form.
+def see_digits(picture: Image.Image) -> list[SeenDigit]:
+    """Finds the digits in a picture, row by row from left to right, and brings them to MNIST's form.
 
     Args:
         picture: as `read_picture` returns it.
 
     Raises:
-        PictureError: the picture is blank.
+        PictureError: the picture is blank, or holds nothing but a frame.
     """
     pixels = _as_it_is(picture)
     if pixels is not None:
-        return SeenDigit(pixels, (0, 0, 28, 28))
-    first = _look(picture, (0, 0, *picture.size))
-    left, top, right, bottom = first.box
-    margin = round(0.5 * max(right - left, bottom - top)) + 2
-    around = (left - margin, top - margin, right + margin, bottom + margin)
-    second = _look(picture, _intersection(around, (0, 0, *picture.size)))
-    return SeenDigit(_to_mnist_frame(second.ink, second.mask), second.box, first.warning or second.warning)
+        return [SeenDigit(pixels, (0, 0, 28, 28))]
+    longest = max(picture.size)
+    for side in dict.fromkeys(min(side, max(longest, LOOK_SIDES[0])) for side in LOOK_SIDES):
+        with contextlib.suppress(_BlankError):
+            ink, zoom = _look(picture, (0, 0, *picture.size), side)
+            found = _in_reading_order(_find_digits(_normalised(ink)))
+            return [_look_closer(picture, digit, zoom, side) for digit in found]
+    raise PictureError(BLANK)
 
 
-@dataclass(frozen=True)
-class _Look:
-    """What was found in a part of a picture: ink (H, W), which of it is the digit, and where, in the whole picture."""
+class _BlankError(Exception):
+    """Nothing stands out at this size of the picture."""
 
-    ink: Array
+
+@dataclass(frozen=True, eq=False)
+class _Digit:
+    """What was found in a picture of working size: which of its pixels are the digit's (H, W), and where."""
+
     mask: Mask
     box: Box
     warning: str | None
 
 
-def _look(picture: Image.Image, part: Box) -> _Look:
-    zoom = LOOK_SIDE / max(part[2] - part[0], part[3] - part[1])
+def _look(picture: Image.Image, part: Box, side: int) -> tuple[Array, float]:
+    """The ink in a part of a picture, of which the longer side becomes `side`, and how much it was enlarged."""
+    zoom = side / max(part[2] - part[0], part[3] - part[1])
     width, height = (max(8, round((part[i + 2] - part[i]) * zoom)) for i in (0, 1))
     resample = Image.Resampling.BOX if zoom < 1 else Image.Resampling.BICUBIC
-    ink = _find_ink(_grey(picture.resize((width, height), resample, box=part)))
-    mask, box, warning = _choose_digit(ink)
-    scale_x, scale_y = (part[2] - part[0]) / width, (part[3] - part[1]) / height
-    left, right = (round(part[0] + side * scale_x) for side in (box[0], box[2]))
-    top, bottom = (round(part[1] + side * scale_y) for side in (box[1], box[3]))
-    return _Look(ink, mask, (left, top, right, bottom), warning)
+    return _find_ink(_grey(picture.resize((width, height), resample, box=part))), zoom
 
 
-def _intersection(a: Box, b: Box) -> Box:
-    return max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3])
+def _look_closer(picture: Image.Image, digit: _Digit, zoom: float, side: int) -> SeenDigit:
+    """Cuts a digit out of its picture, without what lies around it."""
+    box = tuple(round(edge / zoom) for edge in digit.box)
+    margin = round(0.5 * max(box[2] - box[0], box[3] - box[1])) + 2
+    left, top = max(0, box[0] - margin), max(0, box[1] - margin)
+    part = (left, top, min(box[2] + margin, picture.width), min(box[3] + margin, picture.height))
+    ink, closer = _look(picture, part, side)
+    known = Image.fromarray(digit.mask)
+    size, place = ink.shape[::-1], [min(edge * zoom, known.size[i % 2]) for i, edge in enumerate(part)]
+    near = np.asarray(known.convert("L").resize(size, Image.Resampling.BILINEAR, box=place)) > 127  # type: ignore[arg-type]
+    ink = _normalised(np.where(_widened(near, 9), ink, np.minimum(ink, 0)))
+    smooth = _blur(ink, 1)
+    labels, _ = ndimage.label(smooth > INK_SHARE, NEIGHBOURS)
+    mask = np.isin(labels, [piece.label for piece in _pieces(labels, smooth, 0.02)])
+    rows, columns = np.nonzero(mask)
+    edges = (left, columns.min()), (top, rows.min()), (left, columns.max() + 1), (top, rows.max() + 1)
+    seen: Any = tuple(start + round(edge / closer) for start, edge in edges)
+    return SeenDigit(_to_mnist_frame(ink, mask), seen, digit.warning)
 
 
 def _as_it_is(picture: Image.Image) -> npt.NDArray[np.uint8] | None:
@@ -184,56 +150,44 @@ def _grey(picture: Image.Image) -> Array:
 
 
 def _find_ink(grey: Array) -> Array:
-    """(H, W): 0 = paper, 1 = the strongest ink, whether darker or lighter than the paper.
+    """(H, W): 0 = paper, more = ink, whether darker or lighter than the paper.
 
     Raises:
-        PictureError: nothing stands out.
+        _BlankError: nothing stands out from the noise.
     """
     smooth = _blur(grey, 1)
     size = max(3, round(min(grey.shape) * STROKE_SHARE))
     exposure = np.log(smooth + 0.1)  # so that light and shadow weigh the same on both sides of their edge
     if ((exposure - _blur(exposure, size // 2)) ** 3).sum() > 0:  # ink is what there is less of: here, what is light
-        paper = -_closing(-smooth, size)
-        ink = grey - paper
+        ink = grey + _closing(-smooth, size)
     else:
-        paper = _closing(smooth, size)
-        ink = 1 - grey / np.maximum(paper, 0.02)  # light and shadow are factors
+        ink = 1 - grey / np.maximum(_closing(smooth, size), 0.02)  # light and shadow are factors
     ink = ink - np.median(ink)
     noise = 1.05 * float(np.median(np.abs(np.diff(ink, axis=1))))  # its standard deviation, unmoved by strokes
-    strongest = float(np.sort(_blur(ink, 1), axis=None)[-40:].mean())
-    if strongest < max(MIN_CONTRAST, MIN_CONTRAST_NOISE * noise):
-        raise PictureError(BLANK)
-    return np.asarray(ink / strongest)
+    if _strongest(ink) < max(MIN_CONTRAST, MIN_CONTRAST_NOISE * noise):
+        raise _BlankError
+    return np.asarray(ink)
+
+
+def _strongest(ink: Array) -> float:
+    return float(np.sort(_blur(ink, 1), axis=None)[-40:].mean())
+
+
+def _normalised(ink: Array) -> Array:
+    """1 = the strongest ink."""
+    return np.asarray(ink / max(_strongest(ink), 1e-6))
 
 
 def _closing(a: Array, size: int) -> Array:
-    """Morphological closing with a square: fills what is dark and narrower than `size`; keeps gradients and edges."""
-    padded = np.pad(a, size - 1, mode="edge")
-    widened = _running_max(_running_max(padded, size).T, size).T
-    return -_running_max(_running_max(-widened, size).T, size).T
-
-
-def _running_max(a: Array, size: int) -> Array:
-    """(H, W) -> (H, W - size + 1): the maximum of each `size` neighbours in a row, in log2(size) steps."""
-    reach = 1
-    while reach < size:
-        step = min(reach, size - reach)
-        a = np.maximum(a[:, :-step], a[:, step:])
-        reach += step
-    return a
+    """Fills what is dark and narrower than `size`; keeps gradients and edges."""
+    closed = ndimage.grey_closing(np.pad(a, size, mode="edge"), size)
+    return np.asarray(closed[size:-size, size:-size])
 
 
 def _blur(a: Array, radius: int) -> Array:
     """Mean over squares of 2 radius + 1 pixels, twice over (which is nearly a Gaussian); edges continued."""
     size = 2 * radius + 1
-    for _ in range(2):
-        for axis in (0, 1):
-            width = [(0, 0), (0, 0)]
-            width[axis] = (radius + 1, radius)
-            sums = np.pad(a, width, mode="edge").cumsum(axis=axis, dtype=np.float64)
-            ends, starts = (sums[size:], sums[:-size]) if axis == 0 else (sums[:, size:], sums[:, :-size])
-            a = ((ends - starts) / size).astype(np.float32)
-    return a
+    return np.asarray(ndimage.uniform_filter(ndimage.uniform_filter(a, size, mode="nearest"), size, mode="nearest"))
 
 
 @dataclass(frozen=True)
@@ -243,37 +197,104 @@ class _Piece:
     label: int
     weight: float
     box: Box
-    touches_frame: bool
+    touches_edge: bool
 
 
-def _choose_digit(ink: Array) -> tuple[Mask, Box, str | None]:
-    """Which ink belongs to the digit (H, W), its box, and a warning where there may be several.
+def _find_digits(ink: Array, num_frames: int = 0) -> list[_Digit]:
+    """The digits in a picture: pieces of ink that lie close together, after frames were erased.
+
+    Args:
+        ink: (H, W), 1 = the strongest.
+        num_frames: how many were erased, one inside the other.
 
     Raises:
-        PictureError: nothing but specks.
+        _BlankError: nothing but specks.
+        PictureError: nothing but a frame.
     """
     smooth = _blur(ink, 1)
-    labels = _label(smooth > INK_SHARE)
-    pieces = _pieces(labels, smooth)
-    if not pieces:
-        raise PictureError(BLANK)
-    main = max(pieces, key=lambda piece: piece.weight * (0.2 if piece.touches_frame else 1.0))
-    chosen, box, others = [main.label], main.box, 0
-    rest = [piece for piece in pieces if piece is not main]
-    while rest:
-        piece = min(rest, key=lambda piece: _distance(piece.box, box))
+    labels, _ = ndimage.label(smooth > INK_SHARE, NEIGHBOURS)
+    pieces = _pieces(labels, smooth, 0.001)
+    heaviest = max((piece.weight for piece in pieces), default=0.0)
+    frames = [piece.label for piece in pieces if piece.weight > 0.1 * heaviest and _is_frame(piece, pieces, labels)]
+    if frames and num_frames < 3:
+        return _find_digits(_erased(ink, np.isin(labels, frames)), num_frames + 1)
+    rest = [piece for piece in pieces if piece.weight >= 0.02 * heaviest]
+    if not rest:
+        raise _BlankError
+    main = max(rest, key=lambda piece: piece.weight * (0.2 if piece.touches_edge else 1.0))
+    ring = _ring(labels == main.label)
+    if ring is not None and num_frames < 3:
+        return _find_digits(_erased(ink, ring), num_frames + 1)
+    digits = [_grow(main, rest, labels)]
+    height = _height(digits[0].box)
+    for piece in sorted(rest, key=lambda piece: -piece.weight):
+        is_alike = 0.5 * height < _height(piece.box) < 2 * height
+        is_digit = is_alike and piece.weight > 0.2 * main.weight and not piece.touches_edge
+        if piece in rest and is_digit:
+            digits.append(_grow(piece, rest, labels))
+    return digits
+
+
+def _erased(ink: Array, frame: Mask) -> Array:
+    rest = np.where(_widened(frame, 5), np.minimum(ink, 0), ink)
+    if _strongest(rest) < 0.1:
+        raise PictureError("a frame with nothing in it")
+    return _normalised(rest)
+
+
+def _ring(piece: Mask) -> Mask | None:
+    """The line of a rectangle, of which nothing inside is apart from it; None where a piece is no rectangle."""
+    filled = ndimage.binary_fill_holes(piece)
+    ((rows, columns),) = ndimage.find_objects(piece.astype(np.uint8))
+    if filled[rows, columns].mean() < 0.85 or np.count_nonzero(piece) > 0.5 * np.count_nonzero(filled):
+        return None
+    return np.asarray(filled & ~ndimage.binary_erosion(filled, NEIGHBOURS, iterations=5))
+
+
+def _is_frame(piece: _Piece, pieces: list[_Piece], labels: Array) -> bool:
+    """Whether another piece fills part of a hole in this one, as a digit does in a box or in the cell of a form."""
+    left, top, right, bottom = piece.box
+    part = labels[top:bottom, left:right]
+    outline = _widened(np.pad(part == piece.label, 1), 5)  # thin lines have gaps
+    for axis, edge, limit in ((1, left, 0), (0, top, 0), (1, right, labels.shape[1]), (0, bottom, labels.shape[0])):
+        if edge == limit:  # the edge of the picture closes what it cuts
+            outline.swapaxes(0, axis)[0 if limit == 0 else -1] = True
+    holes, _ = ndimage.label(ndimage.binary_fill_holes(outline) & ~outline)
+    holes = holes[1:-1, 1:-1]
+    heights = [0] + [rows.stop - rows.start for rows, _ in ndimage.find_objects(holes)]
+    for other in pieces:
+        hole = int(holes[part == other.label].max(initial=0)) if other is not piece else 0
+        if hole and (_height(other.box) > 0.15 * heights[hole] or other.weight > piece.weight):
+            return True
+    return False
+
+
+def _grow(seed: _Piece, rest: list[_Piece], labels: Array) -> _Digit:
+    """Takes out of `rest` a piece and all that belong to the same digit."""
+    rest.remove(seed)
+    chosen, box = [seed.label], seed.box
+    for _ in range(len(rest)):
+        near = [piece for piece in rest if _belongs(piece, box)]
+        if not near:
+            break
+        piece = min(near, key=lambda piece: _distance(piece.box, box))
         rest.remove(piece)
-        if _belongs(piece, box):
-            chosen.append(piece.label)
-            box = _union(box, piece.box)
-        elif _height(piece.box) > 0.5 * _height(box) and piece.weight > 0.2 * main.weight and not piece.touches_frame:
-            others += 1
-    warning = None
-    if others:
-        warning = f"{others + 1} digits in one picture: only the largest was read"
-    elif box[2] - box[0] > 1.6 * _height(box):
-        warning = "wider than a digit: several that touch, or a picture on its side?"
-    return np.isin(labels, chosen), box, warning
+        chosen.append(piece.label)
+        box = _union(box, piece.box)
+    is_wide = box[2] - box[0] > 1.6 * _height(box)
+    warning = "wider than a digit: several that touch, or a picture on its side?" if is_wide else None
+    return _Digit(np.isin(labels, chosen), box, warning)
+
+
+def _in_reading_order(digits: list[_Digit]) -> list[_Digit]:
+    """Row by row, from left to right; a digit is in the row of the first one that it lies beside."""
+    ordered: list[_Digit] = []
+    while digits:
+        first = min(digits, key=lambda digit: digit.box[1])
+        row = [digit for digit in digits if digit.box[1] < (first.box[1] + first.box[3]) / 2]
+        ordered += sorted(row, key=lambda digit: digit.box[0])
+        digits = [digit for digit in digits if digit not in row]
+    return ordered
 
 
 def _belongs(piece: _Piece, box: Box) -> bool:
@@ -282,7 +303,8 @@ def _belongs(piece: _Piece, box: Box) -> bool:
     size = max(union[2] - union[0], _height(union))
     gap = _distance(piece.box, box)
     stands_beside = min(_height(piece.box), _height(box)) > 0.6 * _height(union) and gap > 0.1 * _height(union)
-    return gap <= 0.2 * size and not stands_beside and not piece.touches_frame
+    is_larger = size > 2 * max(box[2] - box[0], _height(box))  # lines of a form
+    return gap <= 0.2 * size and not stands_beside and not piece.touches_edge and not is_larger
 
 
 def _height(box: Box) -> int:
@@ -298,39 +320,24 @@ def _distance(a: Box, b: Box) -> int:
     return max(0, a[0] - b[2], b[0] - a[2], a[1] - b[3], b[1] - a[3])
 
 
-def _label(mask: Mask) -> npt.NDArray[np.int32]:
-    """(H, W): 0 where `mask` is false, else a number that all pixels of a connected piece share."""
-    height, width = mask.shape
-    labels = np.arange(1, mask.size + 1, dtype=np.int32).reshape(height, width) * mask
-    while True:
-        # Every pixel takes the largest number among its neighbours, then that of the pixel which this number names.
-        largest = _running_max(_running_max(np.pad(labels, 1), 3).T, 3).T * mask
-        jumped = np.concatenate([[0], largest.ravel()]).astype(np.int32)[largest]
-        if (jumped == labels).all():
-            return labels
-        labels = jumped
-
-
-def _pieces(labels: npt.NDArray[np.int32], ink: Array) -> list[_Piece]:
-    """The pieces that are more than specks."""
+def _pieces(labels: Array, ink: Array, least: float) -> list[_Piece]:
+    """The pieces that have at least this share of the heaviest one's weight."""
     by_row, by_column = np.gradient(ink)
-    energy = by_row**2 + by_column**2
-    rows, columns = np.nonzero(labels)
-    names, index = np.unique(labels[rows, columns], return_inverse=True)
-    weight = np.bincount(index, weights=energy[rows, columns])
+    boxes = ndimage.find_objects(labels)
+    weights = ndimage.sum_labels(by_row**2 + by_column**2, labels, range(1, len(boxes) + 1))
     height, width = labels.shape
     pieces = []
-    for i in np.nonzero(weight >= 0.02 * weight.max(initial=0))[0]:
-        y, x = rows[index == i], columns[index == i]
-        box = (int(x.min()), int(y.min()), int(x.max()) + 1, int(y.max()) + 1)
-        touches_frame = box[0] == 0 or box[1] == 0 or box[2] == width or box[3] == height
-        pieces.append(_Piece(int(names[i]), float(weight[i]), box, touches_frame))
+    for i in np.nonzero(weights >= least * max(weights, default=0.0))[0]:
+        rows, columns = boxes[i]
+        box = (columns.start, rows.start, columns.stop, rows.stop)
+        touches_edge = box[0] == 0 or box[1] == 0 or box[2] == width or box[3] == height
+        pieces.append(_Piece(int(i) + 1, float(weights[i]), box, touches_edge))
     return pieces
 
 
 def _to_mnist_frame(ink: Array, mask: Mask) -> npt.NDArray[np.uint8]:
     """The chosen ink as uint8 (28, 28): 20 pixels long, strokes at 255, centred by mass."""
-    level = float(np.percentile(ink[mask], 60))
+    level = float(np.percentile(ink[mask & (ink > INK_SHARE)], 50))  # thinner strokes than the blur leave paper in mask
     clean = np.clip((ink / level - 0.15) / 0.8, 0, 1) * _widened(mask, 5)
     side = max(np.ptp(axis) + 1 for axis in np.nonzero(mask))
     edges = np.count_nonzero(np.diff(mask, axis=0)) + np.count_nonzero(np.diff(mask, axis=1))
@@ -344,8 +351,7 @@ def _to_mnist_frame(ink: Array, mask: Mask) -> npt.NDArray[np.uint8]:
 
 def _widened(a: Array, size: int) -> Array:
     """The maximum over a square of `size` pixels around each pixel."""
-    padded = np.pad(a, ((size // 2, (size - 1) // 2),) * 2)
-    return _running_max(_running_max(padded, size).T, size).T
+    return np.asarray(ndimage.maximum_filter(a, size))
 
 
 def _centred(clean: Array) -> npt.NDArray[np.uint8]:
@@ -353,8 +359,7 @@ def _centred(clean: Array) -> npt.NDArray[np.uint8]:
     if not len(rows):
         raise PictureError(BLANK)
     zoom = (max(np.ptp(rows), np.ptp(columns)) + 1) / 20
-    weights = clean / clean.sum()
-    centre_x, centre_y = (float(weights.sum(axis=axis) @ np.arange(weights.shape[1 - axis])) for axis in (0, 1))
+    centre_y, centre_x = ndimage.center_of_mass(clean)
     margin = round(15 * zoom) + 1
     left, top = (centre + 0.5 - MASS_CENTRE * zoom + margin for centre in (centre_x, centre_y))
     padded = Image.fromarray(np.pad(clean, margin).astype(np.float32))

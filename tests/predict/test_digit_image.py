@@ -14,8 +14,8 @@ from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
 from mnist.config import DataConfig
 from mnist.data.datasets import read
-from mnist.predict import digit_image
-from mnist.predict.digit_image import PictureError, SeenDigit, read_picture, see_digit
+from mnist.predict.digit_image import SeenDigit, see_digits
+from mnist.predict.picture_file import PictureError, read_picture
 
 REAL_DIR = os.environ.get("MNIST_DATA_DIR", "")
 needs_mnist = pytest.mark.skipif(not Path(REAL_DIR, "MNIST", "raw").is_dir(), reason="MNIST_DATA_DIR has no MNIST")
@@ -44,10 +44,11 @@ def page(*digits: np.ndarray, ink: float = 30, paper: float = 225, gap: int = 40
 
 
 def through_file(picture: Image.Image, kind: str = "PNG", **settings: Any) -> SeenDigit:
+    """The one digit in a picture."""
     file = io.BytesIO()
     picture.save(file, kind, **settings)
-    file.seek(0)
-    return see_digit(read_picture(file))
+    (seen,) = see_digits(read_picture(file.getvalue()))
+    return seen
 
 
 def difference(a: SeenDigit, b: SeenDigit) -> float:
@@ -86,7 +87,7 @@ def test_mnists_own_form_is_taken_bit_for_bit() -> None:
 @needs_mnist
 def test_all_of_mnist_is_in_its_own_form() -> None:
     images = read("mnist", DataConfig(dataset="mnist", data_dir=REAL_DIR)).test.images.numpy()
-    assert all((see_digit(Image.fromarray(image)).pixels == image).all() for image in images)
+    assert all((see_digits(Image.fromarray(image))[0].pixels == image).all() for image in images)
 
 
 def test_other_pictures_of_28_by_28_are_brought_to_the_form() -> None:
@@ -207,11 +208,80 @@ def test_a_broken_stroke_is_one_digit() -> None:
 
 
 @pytest.mark.parametrize("gap", [15, 40, 120])
-def test_several_digits_are_told_from_one(gap: int) -> None:
+def test_three_digits_in_a_row_are_seen_from_left_to_right(gap: int) -> None:
     inks = [ink_of(digit, 120) for digit in DIGITS[:21]]
-    several = [through_file(page(*inks[i : i + 3], gap=gap)) for i in range(0, 21, 3)]
-    assert all(seen.warning is not None and "digits in one picture" in seen.warning for seen in several)
-    assert not [seen.warning for ink in inks if (seen := through_file(page(ink))).warning]
+    for i in range(0, 21, 3):
+        seen = see_digits(page(*inks[i : i + 3], gap=gap))
+        alone = [through_file(page(ink)) for ink in inks[i : i + 3]]
+        assert len(seen) == 3
+        assert [digit.box[0] for digit in seen] == sorted(digit.box[0] for digit in seen)
+        assert all(difference(a, b) < 0.25 for a, b in zip(seen, alone, strict=True))
+
+
+def test_two_rows_of_digits_are_seen_row_by_row() -> None:
+    upper, lower = (np.asarray(page(*(ink_of(digit, 120) for digit in DIGITS[i : i + 2]))) for i in (0, 2))
+    width = max(upper.shape[1], lower.shape[1])
+    rows = [np.pad(row, ((0, 0), (0, width - row.shape[1])), mode="edge") for row in (upper, lower)]
+    boxes = [digit.box for digit in see_digits(Image.fromarray(np.vstack(rows)))]
+    assert len(boxes) == 4
+    assert max(box[3] for box in boxes[:2]) < min(box[1] for box in boxes[2:])
+    assert boxes[0][0] < boxes[1][0]
+    assert boxes[2][0] < boxes[3][0]
+
+
+STROKES = {  # corners of three digits, as shares of the side
+    1: [(0.5, 0.2), (0.45, 0.8)],
+    7: [(0.3, 0.25), (0.7, 0.25), (0.45, 0.8)],
+    4: [(0.6, 0.8), (0.6, 0.2), (0.3, 0.6), (0.75, 0.6)],
+}
+
+
+@pytest.mark.parametrize("white", [False, True], ids=["black on white", "white on black"])
+@pytest.mark.parametrize("side", [320, 600, 1200, 1600])
+@pytest.mark.parametrize("digit", STROKES)
+def test_lines_of_one_pixel_are_seen(digit: int, side: int, white: bool) -> None:
+    corners = [(x * side, y * side) for x, y in STROKES[digit]]
+    drawings = []
+    for width in (1, side // 40):
+        picture = Image.new("L", (side, side), 255)
+        ImageDraw.Draw(picture).line(corners, fill=0, width=width)
+        with warnings.catch_warnings(action="error"):
+            drawings.append(through_file(ImageOps.invert(picture) if white else picture))
+    thin, thick = drawings
+    assert thin.box == pytest.approx(thick.box, abs=side // 20)
+    assert difference(thick, thin) < 0.6  # of a pen's width
+    assert thin.pixels.max() > 200
+
+
+def in_a_form(digit: np.ndarray, rows: int, columns: int, line: int) -> Image.Image:
+    """A digit of 70 pixels in the second cell of a grid, or in a box of its own."""
+    cell = 140
+    picture = Image.new("L", (columns * cell + 60, rows * cell + 60), 235)
+    draw = ImageDraw.Draw(picture)
+    for row in range(rows):
+        for column in range(columns):
+            left, top = 30 + column * cell, 30 + row * cell
+            draw.rectangle((left, top, left + cell, top + cell), outline=40, width=line)
+    grey = np.array(picture, np.float32)
+    ink = ink_of(digit, 70)
+    left, top = 30 + (columns - 1) * cell + 35, 65
+    grey[top : top + ink.shape[0], left : left + ink.shape[1]] += ink * (40 - 235)
+    return Image.fromarray(grey.clip(0, 255).astype(np.uint8))
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (1, 3), (3, 2)])
+@pytest.mark.parametrize("line", [2, 6])
+def test_a_digit_in_a_printed_box_or_grid_is_seen_without_it(rows: int, columns: int, line: int) -> None:
+    for digit in DIGITS[:10]:
+        seen = through_file(in_a_form(digit, rows, columns, line))
+        assert difference(through_file(page(ink_of(digit, 70))), seen) < 0.35
+
+
+def test_an_empty_box_is_called_a_frame_and_not_a_digit() -> None:
+    empty = Image.new("L", (300, 300), 235)
+    ImageDraw.Draw(empty).rectangle((60, 50, 230, 240), outline=40, width=4)
+    with pytest.raises(PictureError, match="a frame with nothing in it"):
+        see_digits(empty)
 
 
 def blank(kind: str) -> Image.Image:
@@ -236,30 +306,3 @@ def test_a_blank_picture_is_refused(kind: str) -> None:
 def test_a_blank_picture_of_any_size_is_refused(size: tuple[int, int]) -> None:
     with pytest.raises(PictureError, match="blank"):
         through_file(Image.new("L", size, 0))
-
-
-def test_files_that_are_no_pictures_are_named_as_such(tmp_path: Path) -> None:
-    whole = tmp_path / "whole.png"
-    page(ink_of(DIGITS[0], 180)).save(whole)
-    contents = {"text.png": b"not a picture", "empty.png": b"", "cut.png": whole.read_bytes()[:1500]}
-    for name, content in contents.items():
-        (tmp_path / name).write_bytes(content)
-    for name, message in {
-        "text.png": "not a picture",
-        "empty.png": "not a picture",
-        "cut.png": "cannot be read",
-        "missing.png": "cannot be read .*No such file",
-    }.items():
-        with pytest.raises(PictureError, match=message) as caught:
-            read_picture(tmp_path / name)
-        assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("side", [9_000, 20_000])
-def test_a_huge_picture_is_refused_before_it_is_decoded(side: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = io.BytesIO()
-    Image.new("1", (side, side)).save(file, "PNG")
-    file.seek(0)
-    monkeypatch.setattr(digit_image.ImageOps, "exif_transpose", lambda image: pytest.fail("decoded"))
-    with warnings.catch_warnings(action="error"), pytest.raises(PictureError, match="too large"):
-        read_picture(file)

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.text import Text
 from PIL import Image, ImageFilter
+from rich.console import Console as RichConsole
 
 from mnist.config import DataConfig, evolve, to_flat
 from mnist.data.batches import Split
 from mnist.data.datasets import read
 from mnist.errors import RunError, UserError
 from mnist.models import build_model
-from mnist.predict.__main__ import UNSURE, Options, find_pictures, main, predict
-from mnist.predict.digit_image import see_digit
+from mnist.predict import __main__ as predict_command
+from mnist.predict.__main__ import UNSURE, Options, find_pictures, main, predict, show
+from mnist.predict.digit_image import see_digits
 from mnist.recipes import RECIPES
 from mnist.runs.export import export_model, load_model
 from mnist.runs.live_state import module_tensors
@@ -71,7 +76,7 @@ def test_the_picture_of_the_readme(run_dir: Path, tmp_path: Path) -> None:
         [*PREDICT, str(ROOT / "docs" / "digit.png"), "--run", str(run_dir), "--save", str(drawing)], tmp_path
     )
     assert finished.code == 0
-    assert finished.err == f"model: {run_dir}/export/best (smoke, NOT MNIST but digits)\n"
+    assert finished.err == f"drawn: {drawing}\nmodel: {run_dir}/export/best (smoke, NOT MNIST but digits)\n"
     assert re.search(r"digit\.png  5  \d+\.\d%$", finished.out.splitlines()[0])
     assert [line.split()[0] for line in finished.out.splitlines()[1:]] == list("0123456789")
     assert "\x1b" not in finished.out
@@ -128,7 +133,14 @@ def accuracy_of_photographs(split: Split, run: Path, num_pictures: int, folder: 
     for path, index in zip(paths, chosen, strict=True):
         photographed(split.images[int(index)].numpy(), rng).save(path, quality=int(rng.integers(50, 90)))
     predictions = predict(load_model(run / "export" / "best"), list(map(str, paths)))
-    return float(np.mean([p.digit == int(split.labels[int(i)]) for p, i in zip(predictions, chosen, strict=True)]))
+    return float(
+        np.mean(
+            [
+                [a.digit for a in p.answers] == [int(split.labels[int(i)])]
+                for p, i in zip(predictions, chosen, strict=True)
+            ]
+        )
+    )
 
 
 def test_photographs_of_the_embedded_digits_are_read(run_dir: Path, tmp_path: Path) -> None:
@@ -174,19 +186,96 @@ def test_a_bad_file_does_not_stop_the_others(run_dir: Path, tmp_path: Path, caps
     assert "white.png  error  blank" in printed
 
 
-def test_doubt_is_said(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_predict_warns_below_60_percent(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     images = TEST.images.numpy()
-    beside = Image.fromarray(255 - np.hstack([images[0], images[5]])).resize((560, 280), Image.Resampling.BICUBIC)
-    beside.save(tmp_path / "two.png")
     rng = np.random.default_rng(0)
     for index in range(20):
         mixed = images[rng.integers(360)] // 2 + images[rng.integers(360)] // 2
         Image.fromarray(mixed.clip(0, 255).astype(np.uint8)).save(tmp_path / f"mixed-{index}.png")
-    *mixed_answers, two = ask(capsys, tmp_path, run=run_dir)
-    assert "2 digits in one picture" in str(two["warning"])
-    unsure = [answer for answer in mixed_answers if max(answer["probabilities"]) < UNSURE]  # type: ignore[call-overload]
+    answers = ask(capsys, tmp_path, run=run_dir)
+    unsure = [answer for answer in answers if max(answer["probabilities"]) < UNSURE]  # type: ignore[call-overload]
     assert unsure
     assert all("not sure" in str(answer["warning"]) for answer in unsure)
+
+
+def save_42(path: Path) -> None:
+    four, two = (TEST.images[TEST.labels.tolist().index(digit)].numpy() for digit in (4, 2))
+    beside = Image.fromarray(255 - np.hstack([four, two]))
+    beside.resize((560, 280), Image.Resampling.BICUBIC).save(path)
+
+
+def test_42_is_read_as_4_and_2(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_42(tmp_path / "two.png")
+    (answer,) = ask(capsys, tmp_path / "two.png", run=run_dir)
+    assert list(answer) == ["file", "digit", "probabilities", "warning", "digits"]
+    digits = answer["digits"]
+    assert isinstance(digits, list)
+    assert [digit["digit"] for digit in digits] == [4, 2]
+    assert digits[0]["box"][2] <= digits[1]["box"][0]
+    assert answer["digit"] in (4, 2)
+    assert answer["warning"] == "2 digits in one picture: 42"
+    assert main(Options((str(tmp_path / "two.png"),), run=str(run_dir), save=str(tmp_path / "seen.png"))) == 0
+    output = capsys.readouterr()
+    assert re.findall(r"two\.png  digit (\d) of 2  (\d)  \d", output.out) == [("1", "4"), ("2", "2")]
+    assert {path.name for path in tmp_path.iterdir()} == {"two.png", "seen-digit1.png", "seen-digit2.png"}
+    assert f"drawn: {tmp_path / 'seen-digit1.png'}\n" in output.err
+
+
+def test_the_warning_is_in_the_saved_picture(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    monkeypatch.setattr(predict_command, "save_picture", lambda figure, path: drawn.append(figure))
+    wide = Image.new("L", (400, 200), 240)
+    wide.paste(20, (60, 90, 340, 120))
+    wide.save(tmp_path / "wide.png")
+    assert main(Options((str(tmp_path / "wide.png"),), run=str(run_dir), save=str(tmp_path / "seen.png"))) == 0
+    texts = [text.get_text() for text in drawn[0].findobj(Text)]
+    assert any(text.startswith("warning: wider than a digit") for text in texts)
+
+
+def test_hidden_files_are_skipped_foreign_ones_named_and_2_comes_before_10(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (path,) = save_digits(tmp_path / "one", TEST[:1])
+    for name in (
+        "10.png",
+        "2.png",
+        ".hidden.png",
+        "__MACOSX/._2.png",
+        ".ipynb_checkpoints/2.png",
+        "3.HEIC",
+        "notes.txt",
+    ):
+        (tmp_path / "all" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "all" / name).write_bytes(path.read_bytes() if name.endswith(("0.png", "2.png")) else b"")
+    answers = ask(capsys, tmp_path / "all", run=run_dir, code=1)
+    assert [Path(str(answer["file"])).name for answer in answers] == ["2.png", "3.HEIC", "10.png"]
+    assert "heif-convert" in str(answers[1]["error"])
+
+
+@pytest.mark.parametrize(("encoding", "character"), [("utf-8", "\u2588"), ("latin-1", "#")])
+def test_bars_are_of_characters_that_the_output_has(run_dir: Path, encoding: str, character: str) -> None:
+    output = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    console = RichConsole(file=output, force_terminal=True)
+    (answered,) = predict(load_model(run_dir / "export" / "best"), [str(ROOT / "docs" / "digit.png")])
+    show(console, answered, [*"0123456789"], with_bars=True)
+    output.flush()
+    assert character in output.buffer.getvalue().decode(encoding)  # type: ignore[attr-defined]
+
+
+def test_drawings_of_1200_files_of_one_name_have_1200_names() -> None:
+    files = [f"folder-{number}/a.png" for number in range(1200)] + ["a-2.png"]
+    assert len(set(predict_command._drawings(files, "out"))) == 1201
+
+
+def test_an_old_export_without_a_checksum_is_used_with_a_warning(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(run_dir / "export" / "best", tmp_path / "old")
+    config = json.loads((tmp_path / "old" / "config.json").read_text())
+    del config["weights_sha256"]
+    (tmp_path / "old" / "config.json").write_text(json.dumps(config))
+    assert main(Options((str(ROOT / "docs" / "digit.png"),), run=str(tmp_path / "old"))) == 0
+    assert "no weights_sha256" in capsys.readouterr().err
 
 
 def test_files_folders_and_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,7 +324,7 @@ def test_classes_of_other_data_sets_have_their_names(tmp_path: Path, capsys: pyt
     bag = Image.new("L", (28, 28))
     bag.paste(200, (1, 6, 27, 28))  # wider than a digit and not centred: in the form of its own data set all the same
     bag.save(tmp_path / "bag.png")
-    assert (see_digit(bag).pixels == np.asarray(bag)).all()
+    assert (see_digits(bag)[0].pixels == np.asarray(bag)).all()
     assert main(Options((str(tmp_path / "bag.png"),), run=str(tmp_path))) == 0
     assert "ankle boot" in capsys.readouterr().out
 
@@ -263,7 +352,7 @@ def test_a_pipe_and_a_pattern_without_match_are_named(
 ) -> None:
     os.mkfifo(tmp_path / "pipe.png")
     errors = [answer["error"] for answer in ask(capsys, tmp_path / "pipe.png", "x/*.png", run=run_dir, code=1)]
-    assert errors == ["not a file", "no file matches"]
+    assert errors == ["not a regular file", "no file matches"]
 
 
 def test_names_of_files_bring_no_control_characters(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
