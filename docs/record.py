@@ -53,7 +53,7 @@ def on_screen(output: str) -> list[str]:
             row += 1
             lines += [""] * (row - len(lines) + 1)
         elif part == "\x1b[2K":
-            if "images/s" in lines[row] or "img/s" in lines[row]:
+            if lines[row].startswith("epoch") and "img/s" in lines[row]:
                 bars.append((row, lines[row]))
             lines[row] = ""
         elif part == "\x1b[1A":

@@ -1,4 +1,4 @@
-"""Pictures of a run, of what it was fed and of what it has learnt.
+"""Pictures of a run: its data, its curves, its network, its mistakes.
 
 In: a run directory, or a recipe. Out: a picture, in the run's pictures/; its path is printed.
 
@@ -284,7 +284,7 @@ def _align(rows: Sequence[Sequence[str]]) -> str:
     return "".join("  ".join(forms).format(*row).rstrip() + "\n" for row in rows)
 
 
-# --- what the pictures are of ----------------------------------------------------------------------------------------
+# --- the run or recipe ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

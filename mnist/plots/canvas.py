@@ -1,4 +1,4 @@
-"""The ground that pictures are drawn on: figures, places measured in pixels, images as tiles, colours.
+"""What all pictures are drawn with: figures and axes measured in pixels, images as tiles, colours.
 
 In: sizes, texts, tensors. Out: matplotlib's figures and axes. Matplotlib takes half a second to import, so that it is
 imported where the first figure is made; its global state (pyplot) is left alone. Letters: N images, H and W sides.

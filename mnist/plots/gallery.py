@@ -1,4 +1,4 @@
-"""The pictures of a run, from its configuration, its data and its network: what a finished training leaves to be seen.
+"""The pictures of a run, from its configuration, its data and its network.
 
 In: the pieces that a run holds, or that `mnist.plots` has read back. Out: figures, and `write_run_pictures` -> files.
 No global random state is drawn from or changed, and networks stay in the mode that they are in.

@@ -329,7 +329,7 @@ class Run:
         numbers = self._write_result(status, test, **more)
         best = {f"best/{key}": value for key, value in (self._state.best or {}).items()}
         times = {name: numbers[name] for name in ("warmup_time_s", "total_time_s", "train_time_s")}
-        with self._console.doing("closing W&B and other trackers"):
+        with self._console.doing("closing trackers"):
             hints = self.tracker.finish(status, {**best, **times})
         return numbers, hints
 
