@@ -297,12 +297,10 @@ class Run:
         """Pictures, confusion matrix and models, for the run directory and the trackers."""
         step, drawn = self._state.step, []
         if self._config.output.pictures:
-            try:
-                with self._console.doing("drawing pictures"):
-                    self.tracker.pictures(step, self._draw_pictures(test, scored_step))
-                drawn.append(("pictures", str(self._path / "pictures")))
-            except Exception as error:  # a full disk, a GPU without room: the run is whole without them
-                self._console.warn(f"no pictures ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]})")
+            with self._console.doing("drawing pictures"):
+                paths = self._draw_pictures(test, scored_step)
+                self.tracker.pictures(step, paths)
+            drawn = [("pictures", str(self._path / "pictures"))] if paths else []
         self.tracker.confusion(step, test.confusion, self._setup.dataset.class_names)
         export, scores = self._path / "export", {"step": scored_step, **test.as_dict()}
         if scored_step == step:
@@ -322,6 +320,7 @@ class Run:
             augment=self._train_step.augment,
             confusion=test.confusion,
             step=scored_step,
+            warn=self._console.warn,
         )
 
     def _close(self, status: str, test: Scores | None = None, **more: Any) -> tuple[dict[str, Any], list[Hint]]:
