@@ -184,14 +184,14 @@ def test_a_finished_run_prints_its_closing_lines_with_quiet(tmp_path: Path, capf
 
 
 @pytest.mark.parametrize(("schedule", "is_offered"), [("constant", True), ("one_cycle", False)])
-def test_a_finished_run_offers_more_epochs_where_its_schedule_allows(
+def test_a_finished_run_offers_more_steps_where_its_schedule_allows(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], schedule: str, is_offered: bool
 ) -> None:
     arguments = [*SMALL, "--max-steps", "23", "--min-accuracy", "0.01", "--schedule", schedule]
     run_ranks(run, 1, tmp_path, *arguments)
     capsys.readouterr()
     train_ddp.main(parse_command_line([*arguments, "--run-dir", str(tmp_path)]))
-    assert ("with more --epochs continues it" in capsys.readouterr().out) == is_offered
+    assert ("with a larger --max-steps continues it" in capsys.readouterr().out) == is_offered
 
 
 def test_a_run_that_reached_its_target_goes_on_without_one(tmp_path: Path) -> None:
