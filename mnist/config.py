@@ -54,7 +54,7 @@ def parse_fault(text: str) -> Fault:
 PROJECT = "mnist-ddp"  # of W&B, unless another one is named
 RUNS = Path("runs")  # where runs are kept whose --run-dir is not given
 
-DatasetName = Literal["auto", "mnist", "fashion_mnist", "kmnist", "digits"]
+DatasetName = Literal["auto", "mnist", "fashion_mnist", "kmnist", "qmnist", "digits"]
 Model = Literal[
     "convnet", "mycnn", "lenet5", "lenet5_classic", "mlp", "mlp_sigmoid", "yannet", "fastnet", "deepnet", "tinynet"
 ]

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from mnist.config import OptimConfig, TrainConfig
 from mnist.data.batches import Split, TrainLoader
-from mnist.data.datasets import FILES, SOURCES
+from mnist.data.datasets import SOURCES
 from mnist.data.transforms import BatchTransform
 from mnist.errors import RunError
 from mnist.models import build_model, seed_initial_weights
@@ -72,9 +72,9 @@ class PILImages(Dataset[tuple[Any, int]]):
 
 def has_torchvision_files(name: str, data_dir: str) -> bool:
     """Whether torchvision's own class can read the data set: its files are there, and not packed."""
-    folder = SOURCES[name].torchvision_class
-    files = [file for pair in FILES.values() for file in pair]
-    return folder is not None and all(Path(data_dir, folder, "raw", file).is_file() for file in files)
+    source = SOURCES[name]
+    raw = Path(data_dir, source.torchvision_class or "", "raw")
+    return bool(source.files) and all((raw / file).is_file() for file in source.files)
 
 
 def usual_loader(job: Job) -> DataLoader[Any]:

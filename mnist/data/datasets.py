@@ -24,10 +24,10 @@ from mnist.errors import UserError
 from mnist.system import ranks
 from mnist.system.torchvision_compat import import_torchvision
 
-FILES = {
-    "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
-    "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
-}
+_MNIST_FILES = (
+    *("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
+    *("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
+)
 DIGITS_FILE = Path(__file__).parent / "assets" / "digits.npz"
 NUM_TRAIN_DIGITS = 1437  # of 1,797: in the order of the source, where one writer's digits lie together
 
@@ -41,8 +41,9 @@ class Source:
     torchvision_class: str | None  # also the name of its folder
     class_names: tuple[str, ...] = _DIGIT_NAMES
     image_shape: tuple[int, int, int] = (1, 28, 28)  # channels, height, width
+    files: tuple[str, ...] = _MNIST_FILES  # images and labels to train on, images and labels of the test set
     max_bytes: int = 0  # of the largest packed file as published
-    sha256: tuple[str, ...] = ()  # of the four raw files in the order of FILES; empty = not pinned
+    sha256: tuple[str, ...] = ()  # of `files`, unpacked; empty = not pinned
     train_copies: int = 1  # how often each training image is stored, and so seen in one epoch
 
 
@@ -63,7 +64,17 @@ SOURCES = {
         max_bytes=26_421_880,
     ),
     "kmnist": Source("KMNIST", ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo"), max_bytes=18_165_135),
-    "digits": Source(None, train_copies=42),  # 1,437 images: recipes made for MNIST's 60,000 keep their length
+    "qmnist": Source(  # MNIST made anew from its sources, with all 60,000 test images
+        "QMNIST",
+        files=(
+            *("qmnist-train-images-idx3-ubyte", "qmnist-train-labels-idx2-int"),
+            *("qmnist-test-images-idx3-ubyte", "qmnist-test-labels-idx2-int"),
+        ),
+        max_bytes=10_000_000,
+    ),
+    "digits": Source(
+        None, files=(), train_copies=42
+    ),  # 1,437 images: recipes made for MNIST's 60,000 keep their length
 }
 
 
@@ -157,21 +168,27 @@ def fetch(name: str, data_dir: str) -> None:
     folder = Path(data_dir, source.torchvision_class, "raw")
     try:
         published = getattr(import_torchvision("datasets"), source.torchvision_class)
-        transfer = Transfer(list(published.mirrors), published.resources, source.max_bytes)
+        if isinstance(published.resources, dict):  # QMNIST's are whole addresses, by split
+            parts = [
+                (url.rpartition("/"), md5) for split in ("train", "test") for url, md5 in published.resources[split]
+            ]
+            mirrors, resources = [parts[0][0][0]], [(address[2], md5) for address, md5 in parts]
+        else:
+            mirrors, resources = list(published.mirrors), published.resources
+        transfer = Transfer(mirrors, resources, source.max_bytes)
         download(transfer, Path(data_dir), folder, lambda: is_here(name, data_dir))
     except (OSError, ImportError) as error:
         raise UserError(
             f"--dataset {name}: not in {folder} and the download failed ({error}); either name the folder that holds "
-            f"{source.torchvision_class}/raw with --data-dir or $MNIST_DATA_DIR, or copy the four *-ubyte[.gz] files "
-            f"to {folder}, or train on the embedded digits with --dataset digits"
+            f"{source.torchvision_class}/raw with --data-dir or $MNIST_DATA_DIR, or copy the four files "
+            f"({source.files[0]}[.gz] ...) to {folder}, or train on the embedded digits with --dataset digits"
         ) from error
 
 
 def is_here(name: str, data_dir: str) -> bool:
     """Whether all files of the data set are in `data_dir`; the digits always are."""
     source = SOURCES[name]
-    files = sum(FILES.values(), ()) if source.torchvision_class is not None else ()
-    return all(_find_file(source, data_dir, file) is not None for file in files)
+    return all(_find_file(source, data_dir, file) is not None for file in source.files)
 
 
 def _find_file(source: Source, data_dir: str, name: str) -> Path | None:
@@ -204,11 +221,7 @@ def read(name: str, config: DataConfig) -> Dataset:
     if config.val_size >= len(train):
         raise UserError(f"--val-size {config.val_size}: must be below the {len(train):,} training images of {name}")
     num_train = len(train) - config.val_size
-    changed = [
-        file
-        for file, ours, theirs in zip(sum(FILES.values(), ()), source.sha256, hashes, strict=False)
-        if ours != theirs
-    ]
+    changed = [file for file, ours, theirs in zip(source.files, source.sha256, hashes, strict=False) if ours != theirs]
     return Dataset(
         name=name,
         train=train[:num_train].repeat(source.train_copies),
@@ -223,7 +236,7 @@ def read(name: str, config: DataConfig) -> Dataset:
 
 def _read_files(source: Source, data_dir: str) -> tuple[Split, Split, list[str]]:
     splits, hashes = [], []
-    for images_name, labels_name in FILES.values():
+    for images_name, labels_name in (source.files[:2], source.files[2:]):
         images_path, labels_path = (_find_file(source, data_dir, name) for name in (images_name, labels_name))
         if images_path is None or labels_path is None:
             raise UserError(f"--data-dir {data_dir}: {images_name} or {labels_name} is missing on this node")

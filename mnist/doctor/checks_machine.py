@@ -72,7 +72,7 @@ def measure_data(probe: Probe) -> dict[str, str]:
     if not datasets.is_here(name, config.data_dir):
         return {}
     dataset = datasets.read(name, config)
-    files = sum(datasets.FILES.values(), ()) if name != "digits" else ("digits",)
+    files = datasets.SOURCES[name].files or ("digits",)
     found = dict(zip(files, dataset.fingerprint.split(","), strict=True))
     return {**found, "warnings": "; ".join(dataset.warnings)}
 

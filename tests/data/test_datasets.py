@@ -14,8 +14,7 @@ from mnist.data import datasets
 from mnist.errors import UserError
 from mnist.system.torchvision_compat import import_torchvision
 
-TRAIN_IMAGES, TRAIN_LABELS = datasets.FILES["train"]
-TEST_IMAGES, TEST_LABELS = datasets.FILES["test"]
+TRAIN_IMAGES, TRAIN_LABELS, TEST_IMAGES, TEST_LABELS = datasets.SOURCES["mnist"].files
 REAL_DIR = os.environ.get("MNIST_DATA_DIR", "")
 
 needs_mnist = pytest.mark.skipif(not Path(REAL_DIR, "MNIST", "raw").is_dir(), reason="MNIST_DATA_DIR has no MNIST")
@@ -310,6 +309,28 @@ def test_all_splits_move_to_the_device_together(val_size):
     splits = [split for split in (dataset.train, dataset.val, dataset.test) if split is not None]
     assert len(splits) == (3 if val_size else 2)
     assert {tensor.device.type for split in splits for tensor in (split.images, split.labels)} == {"meta"}
+
+
+def write_qmnist(data_dir):
+    """Thirty training and ten test images with labels of eight numbers, as QMNIST has them."""
+    rng = np.random.default_rng(0)
+    raw = data_dir / "QMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for name, num_images in (("train", 30), ("test", 10)):
+        images = rng.integers(0, 256, (num_images, 28, 28), dtype=np.uint8)
+        labels = rng.integers(0, 10, (num_images, 8)).astype(">i4")
+        header = struct.pack(">3I", 0x0C02, *labels.shape)
+        (raw / f"qmnist-{name}-images-idx3-ubyte").write_bytes(idx_bytes(images))
+        (raw / f"qmnist-{name}-labels-idx2-int").write_bytes(header + labels.tobytes())
+
+
+def test_qmnist_is_what_torchvision_reads(tmp_path):
+    write_qmnist(tmp_path)
+    dataset = datasets.read("qmnist", DataConfig(dataset="qmnist", data_dir=str(tmp_path)))
+    for split, is_train in ((dataset.train, True), (dataset.test, False)):
+        reference = import_torchvision("datasets").QMNIST(str(tmp_path), train=is_train)
+        assert torch.equal(split.images, reference.data)
+        assert torch.equal(split.labels, reference.targets[:, 0])
 
 
 @needs_mnist

@@ -13,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 
+from mnist.data import datasets
 from mnist.data import download as module
 from mnist.data.datasets import is_here
 from mnist.system.torchvision_compat import import_torchvision
@@ -139,6 +140,24 @@ def test_another_data_set_goes_to_its_own_folder(tmp_path, mnist, monkeypatch):
     monkeypatch.setattr(kmnist, "mirrors", mnist.mirrors)
     download("KMNIST", tmp_path)
     assert set(files_below(tmp_path)) == {f"KMNIST/raw/{name}" for name in NAMES}
+
+
+def test_qmnist_comes_from_its_addresses_or_from_ones_own_mirror(tmp_path, server, monkeypatch):
+    names = datasets.SOURCES["qmnist"].files
+    server.files = {f"/{new}.gz": server.files[f"/{old}.gz"] for new, old in zip(names, NAMES, strict=True)}
+    served = [(server.url + path[1:], hashlib.md5(content).hexdigest()) for path, content in server.files.items()]
+    published = {"train": served[:2], "test": served[2:], "nist": []}
+    monkeypatch.setattr(import_torchvision("datasets").QMNIST, "resources", published)
+    monkeypatch.setenv("no_proxy", "*")
+    datasets.fetch("qmnist", str(tmp_path / "a"))
+    refused = [(url.replace(server.url, "http://127.0.0.1:9/"), md5) for url, md5 in served]
+    elsewhere = {"train": refused[:2], "test": refused[2:], "nist": []}
+    monkeypatch.setattr(import_torchvision("datasets").QMNIST, "resources", elsewhere)
+    monkeypatch.setenv("MNIST_MIRROR", server.url)
+    datasets.fetch("qmnist", str(tmp_path / "b"))
+    for folder in ("a", "b"):
+        expected = {f"QMNIST/raw/{new}": CONTENTS[old] for new, old in zip(names, NAMES, strict=True)}
+        assert files_below(tmp_path / folder) == expected
 
 
 def test_an_incomplete_folder_is_completed(tmp_path, mnist):
