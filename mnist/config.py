@@ -382,7 +382,8 @@ def evolve(config: TrainConfig, **changes: Any) -> TrainConfig:
     for name, section in sections().items():
         own = {f.name: changes.pop(f.name) for f in dataclasses.fields(section) if f.name in changes}
         parts[name] = dataclasses.replace(getattr(config, name), **own)
-    assert not changes, f"no such field: {', '.join(changes)}"
+    if changes:
+        raise TypeError(f"no such field: {', '.join(changes)}")
     return dataclasses.replace(config, **top, **parts)
 
 

@@ -105,3 +105,11 @@ def test_every_module_says_what_goes_in_and_out() -> None:
 
 def test_the_entry_stays_a_table_of_contents() -> None:
     assert len((ROOT / "train_ddp.py").read_text().splitlines()) <= 130
+
+
+def test_asserts_only_narrow_types_because_option_o_removes_them() -> None:
+    for path in [ROOT / "train_ddp.py", *(ROOT / "mnist").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Assert):
+                assert ast.unparse(node.test).endswith(" is not None"), f"{path}:{node.lineno}"
+                assert node.msg is None, f"{path}:{node.lineno}"

@@ -238,7 +238,8 @@ def _filters(options: Filters) -> Path:
 
 def _confusion(options: Confusion) -> Path:
     subject = dataclasses.replace(_find_subject(options.place.run), export="best")  # the one that is scored
-    assert subject.folder is not None
+    if subject.folder is None:
+        raise UserError("plots confusion: no finished run found; name one with --run")
     path = subject.path("confusion", options.place.out)
     result = read_result(subject.folder)
     if result is None or result.test_confusion is None:

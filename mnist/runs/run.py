@@ -33,7 +33,7 @@ from mnist.runs.tracking.sink import Hint
 from mnist.runs.tracking.tensorboard import TensorBoardRun
 from mnist.runs.tracking.tracker import Tracker
 from mnist.runs.validation import Validation
-from mnist.system import ranks, signals
+from mnist.system import process, ranks, signals
 from mnist.system.accelerator import hand_stalls_to_watchdog, is_out_of_memory
 from mnist.system.drills import faults_on_rank, inject
 from mnist.system.environment import describe_environment, peak_memory_mb
@@ -268,6 +268,8 @@ class Run:
         numbers, _ = self._together(lambda: self._close("preempted", signal=signals.signal_name()))
         again = report.command_to_continue(self._path)
         self._console.summary([("preempted", f"after step {self._state.step}"), ("continue", again)])
+        if self._accelerator.is_main_process and signals.signal_name() == "SIGINT":
+            process.print_after_launcher(f"preempted after step {self._state.step}; to continue: {again}")
         return Result(self._path, "preempted", signals.EXIT_PREEMPTED, numbers)
 
     def _load_best(self, checkpointing: Checkpointing) -> int:

@@ -109,6 +109,8 @@ def build_accelerator(config: RuntimeConfig, trackers: Sequence[str] = ()) -> Ac
             f"{local_world_size} processes but {torch.cuda.device_count()} GPUs on {socket.gethostname()}: start fewer "
             f"(--num_processes / --nproc-per-node), or train on the CPU with --cpu"
         )
+    # NCCL's watchdog sleeps four times as long before it ends a process after an error: a minute by default.
+    os.environ.setdefault("TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC", "500")
     _restart_with_fresh_keys("gloo" if cpu else "nccl", config.timeout_s)
     try:
         accelerator = Accelerator(

@@ -156,6 +156,29 @@ class RunningClock:
         return self._seconds
 
 
+def was_launched() -> bool:
+    """Whether torchrun or `accelerate launch` has started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+
+
+def print_after_launcher(text: str) -> None:
+    """Prints `text` once the launcher has ended: at Ctrl-C launchers print their tracebacks below all that ranks say.
+
+    Only for a person at a terminal. A forked process waits for it, for 30 s at most.
+    """
+    launcher = os.getppid()
+    if not was_launched() or not sys.stderr.isatty() or os.fork() != 0:
+        return
+    os.closerange(3, 4096)  # the run's lock among them
+    for _ in range(300):
+        time.sleep(0.1)
+        if not Path(f"/proc/{launcher}").exists():
+            break
+    with contextlib.suppress(OSError):
+        os.write(2, f"\n{text}\n".encode())
+    os._exit(0)
+
+
 def leave(code: int) -> NoReturn:
     """Exits, and leaves what the process holds to the system: looking for garbage among it first takes 0.4 s.
 

@@ -18,7 +18,7 @@ import time
 from types import FrameType
 
 from mnist.errors import is_first_rank
-from mnist.system.process import TICK_S, RunningClock, fill_standard_streams
+from mnist.system.process import TICK_S, RunningClock, fill_standard_streams, was_launched
 
 NAMES = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP", "SIGXCPU")
 FORCE_AFTER_S = 2.0
@@ -50,7 +50,7 @@ def install() -> None:
     if os.name == "posix":
         _start_watching()
         os.register_at_fork(after_in_child=_reset_in_child)
-    if _was_launched() and sys.platform == "linux":
+    if was_launched() and sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
@@ -118,10 +118,6 @@ def stop_requested() -> bool:
 def signal_name() -> str | None:
     """The first signal that came, such as "SIGTERM"."""
     return signal.Signals(_received[0]).name if _received else None
-
-
-def _was_launched() -> bool:
-    return "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
 
 
 def _note(number: int, _frame: FrameType | None) -> None:

@@ -11,6 +11,7 @@ import select
 import shutil
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -129,8 +130,9 @@ def test_a_signal_to_the_launcher_saves_and_is_resumable(tmp_path: Path, launche
     assert checkpoints[-1] == f"step-{found['steps']:08d}"
 
 
-@pytest.mark.parametrize("launcher", [PYTHON, [*TORCHRUN, "--nproc-per-node", "2"]], ids=["python", "torchrun"])
-def test_a_terminal_that_closes_leaves_a_checkpoint(tmp_path: Path, launcher: list[str]) -> None:
+@contextlib.contextmanager
+def at_a_terminal(tmp_path: Path, launcher: list[str]) -> Iterator[tuple[int, int]]:
+    """A run at a terminal of its own, once it has begun: its process, and the other end of the terminal."""
     child, terminal = pty.fork()
     if child == 0:
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -141,16 +143,48 @@ def test_a_terminal_that_closes_leaves_a_checkpoint(tmp_path: Path, launcher: li
         deadline = time.monotonic() + 100
         while not has_records(tmp_path / "run"):
             assert time.monotonic() < deadline
-            if select.select([terminal], [], [], 0.05)[0]:
-                os.read(terminal, 10_000)  # or the command waits for a reader
-        os.close(terminal)  # the kernel sends SIGHUP; from now on writing to the terminal fails
-        wait_until(lambda: os.waitpid(child, os.WNOHANG)[0] != 0)
+            read_terminal(terminal)  # or the command waits for a reader
+        yield child, terminal
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, signal.SIGKILL)
+
+
+def read_terminal(terminal: int) -> str:
+    try:
+        return os.read(terminal, 10_000).decode() if select.select([terminal], [], [], 0.05)[0] else ""
+    except OSError:  # nobody writes any more
+        return ""
+
+
+@pytest.mark.parametrize("launcher", [PYTHON, [*TORCHRUN, "--nproc-per-node", "2"]], ids=["python", "torchrun"])
+def test_a_terminal_that_closes_leaves_a_checkpoint(tmp_path: Path, launcher: list[str]) -> None:
+    with at_a_terminal(tmp_path, launcher) as (child, terminal):
+        os.close(terminal)  # the kernel sends SIGHUP; from now on writing to the terminal fails
+        wait_until(lambda: os.waitpid(child, os.WNOHANG)[0] != 0)
     found = result(tmp_path / "run")
     assert (found["status"], found["signal"]) == ("preempted", "SIGHUP")
     assert (tmp_path / "run" / "checkpoints" / f"step-{found['steps']:08d}").is_dir()
+
+
+@pytest.mark.parametrize(
+    "launcher", [PYTHON, [*TORCHRUN, "--nproc-per-node", "2"], CONFIGURED], ids=["python", "torchrun", "accelerate"]
+)
+def test_after_ctrl_c_the_last_line_is_the_command_that_continues(tmp_path: Path, launcher: list[str]) -> None:
+    with at_a_terminal(tmp_path, launcher) as (child, terminal):
+        os.write(terminal, b"\x03")
+        seen, ended = "", False
+        deadline = time.monotonic() + 60
+        while not (ended and ("to continue: " in seen or launcher is PYTHON)):
+            assert time.monotonic() < deadline, seen
+            seen += read_terminal(terminal)
+            ended = ended or os.waitpid(child, os.WNOHANG)[0] != 0
+        time.sleep(0.5)
+        seen += read_terminal(terminal)
+        os.close(terminal)
+    last = seen.strip().splitlines()[-1]
+    assert last.endswith("train_ddp.py --resume run"), seen
+    assert launcher is PYTHON or "Traceback" in seen, "what launchers print, above it"
 
 
 def test_a_soft_limit_on_cpu_time_ends_a_run_with_a_checkpoint(tmp_path: Path) -> None:
