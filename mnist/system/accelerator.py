@@ -124,7 +124,9 @@ def build_accelerator(config: RuntimeConfig, trackers: Sequence[str] = ()) -> Ac
             ],
         )
     except ValueError as error:  # an unknown backend, an incomplete environment
-        raise MachineError(f"Accelerate cannot start: {error}") from error
+        name = "ACCELERATE_DYNAMO_BACKEND"
+        place = f"{name}={os.environ.get(name)}: " if "DynamoBackend" in str(error) else ""
+        raise MachineError(f"{place}Accelerate cannot start: {error}") from error
     # After Accelerate, which sets threads on CPUs, and TF32 with a dynamo backend.
     _set_determinism(config.deterministic)
     _set_threads(config.num_threads, local_world_size)

@@ -32,6 +32,12 @@ def test_fp16_from_the_launcher_is_refused_likewise(monkeypatch: pytest.MonkeyPa
         build_accelerator(RuntimeConfig(cpu=True))
 
 
+def test_an_unknown_dynamo_backend_is_named_with_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "foo")
+    with pytest.raises(UserError, match=r"^ACCELERATE_DYNAMO_BACKEND=foo: Accelerate cannot start"):
+        build_accelerator(RuntimeConfig(cpu=True))
+
+
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
