@@ -61,7 +61,11 @@ class Watchdog:
         while not self._resting.wait(tick_s):
             self._now = clock.read()
             silent_s = self._now - self._last_sign
-            with ended_after(self.timeout_s):  # it may talk to another machine
+            reason = None
+            with (
+                ended_after(self.timeout_s),
+                contextlib.suppress(RuntimeError),
+            ):  # it may talk to a machine that is gone
                 reason = self._each_tick(silent_s)
             if reason is None and silent_s >= self.timeout_s:
                 reason = f"no progress for {self.timeout_s:.0f} s"

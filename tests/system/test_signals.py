@@ -166,6 +166,15 @@ def test_a_stall_ends_the_process_also_where_its_report_hangs_or_fails() -> None
             assert "in <module>" in process.stderr.read()
 
 
+def test_ranks_that_can_no_longer_be_asked_do_not_end_the_watch() -> None:
+    fails = "(_ for _ in ()).throw(RuntimeError('Connection closed'))"
+    program = WATCHED.replace("Watchdog(4, ", f"Watchdog(4, each_tick=lambda _: {fails}, ")
+    with start(program) as process:
+        assert process.wait(timeout=25) == 1
+        assert process.stdout is not None
+        assert process.stdout.read() == "no progress for 4 s\n"
+
+
 def test_signs_of_life_keep_a_process_alive_and_rest_ends_the_watch() -> None:
     program = WATCHED.replace("Watchdog(4", "Watchdog(1.5").replace(
         "ctypes.CDLL(None).sleep(60)",
