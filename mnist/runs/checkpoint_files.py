@@ -46,7 +46,7 @@ from mnist.training.plan import Plan
 
 FORMAT_VERSION = 4
 TENSORS, RECORDS = "state.safetensors", "metrics.jsonl"
-MAX_TENSOR_BYTES = 4 << 30
+MAX_TENSOR_BYTES, MAX_RECORD_BYTES = 4 << 30, 1 << 30
 _NAME = re.compile(r"step-(\d{8})")
 
 
@@ -140,10 +140,12 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep_last: int, keep_b
 
 def _flush_records(path: Path) -> int:
     """Waits until the disk has the records; returns their number."""
+    refuse_symlink(path)
     if not path.exists():
         return 0
+    num_records = read_regular(path, MAX_RECORD_BYTES).count(b"\n")
     flush(path)
-    return path.read_bytes().count(b"\n")
+    return num_records
 
 
 def _write(folder: Path, checkpoint: Checkpoint) -> None:

@@ -72,7 +72,7 @@ def flush(path: Path) -> None:
     """Waits until the disk has what was written to a file, by whatever process, or the names in a folder."""
     if os.name != "posix":  # Windows opens no folder, and flushes through a writable descriptor only
         return
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY | _DO_NOT_WAIT)
     try:
         os.fsync(descriptor)
     finally:

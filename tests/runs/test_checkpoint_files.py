@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from mnist.config import TrainConfig, to_flat
-from mnist.errors import UserError
+from mnist.errors import RunError, UserError
 from mnist.runs.checkpoint_files import (
     Checkpoint,
     CheckpointError,
     list_steps,
     load_checkpoint,
     load_newest,
+    missing_records,
     save_checkpoint,
 )
 from mnist.training.loop import TrainState
@@ -141,6 +142,25 @@ def test_a_folder_of_checkpoints_that_is_a_symbolic_link_is_refused(tmp_path: Pa
     with pytest.raises(UserError, match=r"checkpoints: a symbolic link to .*elsewhere"):
         save_checkpoint(tmp_path / "checkpoints", make_checkpoint(1), 1, 0)
     assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == [".tmp-of someone else"]
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [(os.mkfifo, "not a regular file"), (lambda path: path.symlink_to("/dev/null"), "a symbolic link to /dev/null")],
+    ids=["fifo", "link"],
+)
+def test_records_that_are_no_regular_file_are_refused(
+    tmp_path: Path, make: Callable[[Path], None], message: str
+) -> None:
+    folder = tmp_path / "checkpoints"
+    save_checkpoint(folder, make_checkpoint(1), 1, 0)
+    make(tmp_path / "metrics.jsonl")
+    with pytest.raises((UserError, RunError), match=f"metrics.jsonl: {message}"):
+        save_checkpoint(folder, make_checkpoint(2), 1, 0)
+    with pytest.raises((UserError, RunError), match=f"metrics.jsonl: {message}"):
+        missing_records(load_checkpoint(folder / "step-00000001"), tmp_path / "metrics.jsonl")
+    assert [path.name for path in folder.iterdir()] == ["step-00000001"]
 
 
 def test_a_broken_checkpoint_of_a_later_step_protects_nothing_and_is_replaced_at_its_step(tmp_path: Path) -> None:
