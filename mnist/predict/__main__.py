@@ -53,9 +53,10 @@ from PIL import Image
 from rich.console import Console as RichConsole
 from rich.markup import escape
 
-from mnist.data.datasets import SOURCES
+from mnist.data.datasets import SOURCES, is_here, read, relocate
 from mnist.plots.pictures import SUFFIXES, draw_prediction, save_picture
 from mnist.predict.digit_image import SeenDigit, see_digits
+from mnist.predict.likeness import Likeness
 from mnist.predict.picture_file import PictureError, is_picture_name, read_content, read_picture
 from mnist.runs.console import Console
 from mnist.runs.export import TrainedModel, find_export, load_model
@@ -63,6 +64,7 @@ from mnist.runs.export import TrainedModel, find_export, load_model
 BATCH = 100  # pictures that go through the network together, and are reported together
 UNSURE = 0.6  # a probability below it is a guess
 UNSURE_WARNING = "not sure: no digit is much more probable than the others"
+UNLIKE_WARNING = "unlike all training images: perhaps no digit"
 DIGIT_SETS = ("mnist", "digits")
 NO_DIGITS = "the model knows {}, not digits; its classes are numbered"
 NUM_BARS = 20  # for so many pictures at most all probabilities are shown, for more a line each
@@ -128,10 +130,11 @@ def main(options: Options) -> int:
     if trained.warning is not None:
         Console().warn(trained.warning)
     class_names = SOURCES[trained.config.data.dataset].class_names
+    likeness = _training_likeness(trained)
     console = _stdout_console()
     printed, num_errors = [], 0
     for first in range(0, len(files), BATCH):
-        for index, prediction in enumerate(predict(trained, files[first : first + BATCH]), start=first):
+        for index, prediction in enumerate(predict(trained, files[first : first + BATCH], likeness), start=first):
             num_errors += prediction.error is not None
             if options.json:
                 printed.append(prediction.as_dict())
@@ -145,6 +148,18 @@ def main(options: Options) -> int:
     if options.json:
         sys.stdout.write(json.dumps(printed, indent=1) + "\n")
     return 1 if num_errors else 0
+
+
+def _training_likeness(trained: TrainedModel) -> Likeness | None:
+    """What tells letters and scribbles from digits; None where MNIST is not on this machine, or was not learnt."""
+    config = relocate(trained.config.data, None, None)
+    if trained.config.data.dataset != "mnist" or not is_here("mnist", config.data_dir):
+        return None
+    try:
+        return Likeness(read("mnist", config).train.images.numpy())
+    except UserError as error:  # damaged files: the pictures can be read all the same
+        Console().warn(f"letters and scribbles are not told from digits: {error}")
+        return None
 
 
 def _drawings(files: Sequence[str], save: str | None) -> list[Path]:
@@ -197,7 +212,7 @@ def _natural_order(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"([0-9]+)", name)]
 
 
-def predict(trained: TrainedModel, files: Sequence[str]) -> list[Prediction]:
+def predict(trained: TrainedModel, files: Sequence[str], likeness: Likeness | None = None) -> list[Prediction]:
     """What the network says of each file, in order. All digits go through it as one batch."""
     looked = [_look(file) for file in files]
     digits = [digit.pixels for found in looked if not isinstance(found, str) for digit in found]
@@ -206,17 +221,18 @@ def predict(trained: TrainedModel, files: Sequence[str]) -> list[Prediction]:
         probabilities = iter(trained.model(trained.transform(images)).softmax(dim=1).tolist())
     dataset = trained.config.data.dataset
     foreign = NO_DIGITS.format(dataset) if dataset not in DIGIT_SETS else None
+    is_unlike = iter(likeness.is_foreign(np.stack(digits)).tolist() if likeness and digits else [False] * len(digits))
     return [
         Prediction(file, error=found)
         if isinstance(found, str)
-        else Prediction(file, tuple(_answer(digit, next(probabilities), foreign) for digit in found))
+        else Prediction(file, tuple(_answer(digit, next(probabilities), foreign, next(is_unlike)) for digit in found))
         for file, found in zip(files, looked, strict=True)
     ]
 
 
-def _answer(seen: SeenDigit, probabilities: list[float], foreign: str | None) -> Answer:
+def _answer(seen: SeenDigit, probabilities: list[float], foreign: str | None, is_unlike: bool) -> Answer:
     best = max(range(len(probabilities)), key=probabilities.__getitem__)
-    doubt = UNSURE_WARNING if probabilities[best] < UNSURE else None
+    doubt = UNLIKE_WARNING if is_unlike else UNSURE_WARNING if probabilities[best] < UNSURE else None
     return Answer(best, tuple(probabilities), foreign or seen.warning or doubt, seen)
 
 

@@ -9,10 +9,11 @@ import re
 import shutil
 from pathlib import Path
 
+import matplotlib as mpl
 import numpy as np
 import pytest
 from matplotlib.text import Text
-from PIL import Image, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from rich.console import Console as RichConsole
 
 from mnist.config import DataConfig, evolve, to_flat
@@ -151,6 +152,17 @@ def test_photographs_of_the_embedded_digits_are_read(run_dir: Path, tmp_path: Pa
 def test_photographs_of_mnist_are_read(fast_run_dir: Path, tmp_path: Path) -> None:
     split = read("mnist", DataConfig(dataset="mnist", data_dir=REAL_DIR)).test
     assert accuracy_of_photographs(split, fast_run_dir, 300, tmp_path) >= 0.97
+
+
+@needs_mnist
+def test_predict_warns_of_a_letter_a(fast_run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    letter = Image.new("L", (400, 400), 235)
+    kind = ImageFont.truetype(Path(mpl.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), 200)
+    ImageDraw.Draw(letter).text((200, 200), "A", font=kind, fill=30, anchor="mm")
+    letter.save(tmp_path / "A.png")
+    answer, digit = ask(capsys, tmp_path / "A.png", ROOT / "docs" / "digit.png", run=fast_run_dir)
+    assert answer["warning"] == "unlike all training images: perhaps no digit"
+    assert digit["warning"] is None
 
 
 @needs_mnist
