@@ -123,6 +123,7 @@ def closing(setup: RunSetup, test: Scores) -> Rows:
     name = f"NOT MNIST, {dataset.name}" if dataset.fallback_reason is not None else dataset.name
     counts = f"{test.num_correct:,}/{test.num_samples:,}"
     rows = [("test", f"{name}: accuracy {test.accuracy:.2%} ({counts}), loss {test.loss:.4f}, {chosen}")]
+    rows.append(("worst", worst_classes(test, dataset.class_names)))
     if state.stop_reason:
         rows.append(("stopped", f"{state.stop_reason} after step {state.step} of {plan.num_steps}"))
     return rows

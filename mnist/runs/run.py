@@ -16,17 +16,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-
-from mnist.config import TrainConfig, evolve, to_flat
+from mnist.config import TrainConfig, to_flat
 from mnist.data.batches import MicroBatch, TrainLoader
 from mnist.errors import RankError
 from mnist.runs import report
 from mnist.runs.checkpointing import Checkpointing
 from mnist.runs.console import Console
 from mnist.runs.directory import RunDirectory, is_restart
-from mnist.runs.export import export_model
-from mnist.runs.live_state import module_tensors
+from mnist.runs.results import Draw, leave_results
 from mnist.runs.resume import how_to_continue
 from mnist.runs.setup import RunSetup
 from mnist.runs.tracking.sink import Hint
@@ -69,7 +66,7 @@ class Result:
 
 @contextmanager
 def start_run(
-    setup: RunSetup, console: Console, *, notes: Sequence[str], started_s: float, draw: Callable[..., dict[str, Path]]
+    setup: RunSetup, console: Console, *, notes: Sequence[str], started_s: float, draw: Draw
 ) -> Iterator[Run]:
     """Shows the plan, writes it down and opens the trackers; however the block ends, result.json says how.
 
@@ -147,7 +144,7 @@ class Run:
         facts: dict[str, Any],
         has_resumed: bool,
         started_s: float,
-        draw: Callable[..., dict[str, Path]],
+        draw: Draw,
     ) -> None:
         self.tracker = tracker
         self._setup = setup
@@ -241,27 +238,23 @@ class Run:
     # --- the end -----------------------------------------------------------------------------------------------------
 
     def finish(self, validation: Validation, checkpointing: Checkpointing) -> Result:
-        """Exports the weights, scores the test set, writes result.json, closes the trackers."""
+        """Leaves the results of a run that has taken its last step; or saves one that was asked to stop."""
         state = self._state
         if state.is_stopping and state.step < self._plan.num_steps and state.stop_reason is None:
             checkpointing.save()
             return self._end_preempted()
         self._together(self.tracker.check)
-        self._export("last")
-        scored_step = self._load_best(checkpointing)
-        test = validation.score_test()
-        self._export("best")
-        code = _gate(self._config, test.accuracy, self._console)
-        drawn = self._together(lambda: self._show_results(test, scored_step))
-        numbers, hints = self._together(lambda: self._close("finished", test, gate_passed=code == EXIT_FINISHED))
-        rows = [
-            *report.closing(self._setup, test),
-            ("worst", report.worst_classes(test, self._setup.dataset.class_names)),
-        ]
+        results = leave_results(
+            self._setup, validation, checkpointing, tracker=self.tracker, console=self._console, draw=self._draw
+        )
+        code = _gate(self._config, results.test.accuracy, self._console)
+        gate_passed = code == EXIT_FINISHED
+        numbers, hints = self._together(lambda: self._close("finished", results.test, gate_passed=gate_passed))
         starts, span = (" over all starts", "since this start") if self._has_resumed else ("", "in all")
-        times = f"{state.run_sums.time_s:.1f} s training{starts}, {self._total_time_s():.1f} s {span}"
-        rows += [("time", times), ("run", str(self._path)), *drawn, *hints]
-        self._console.summary(rows, report.next_commands(self._path))
+        times = f"{state.run_sums.time_s:.1f} s training{starts}, {numbers['total_time_s']:.1f} s {span}"
+        rows = [*report.closing(self._setup, results.test), ("time", times), ("run", str(self._path))]
+        rows += [("pictures", str(self._path / "pictures"))] if results.has_pictures else []
+        self._console.summary([*rows, *hints], report.next_commands(self._path))
         return Result(self._path, "finished", code, numbers)
 
     def _end_preempted(self) -> Result:
@@ -271,59 +264,6 @@ class Run:
         if self._accelerator.is_main_process and signals.signal_name() == "SIGINT":
             process.print_after_launcher(f"preempted after step {self._state.step}; to continue: {again}")
         return Result(self._path, "preempted", signals.EXIT_PREEMPTED, numbers)
-
-    def _load_best(self, checkpointing: Checkpointing) -> int:
-        """Puts the weights of the best validation score into the scored model, for its one look at the test set.
-
-        Returns:
-            The step of the weights that the model has then.
-        """
-        best, last_step = self._state.best, self._state.step
-        if self._setup.dataset.val is None or best is None or best["step"] == last_step:
-            return last_step
-        problem = checkpointing.load_weights(int(best["step"]), self._train_step.eval_model)
-        if problem is None:
-            return int(best["step"])
-        self._console.warn(f"the best weights are lost ({problem}); the last ones are scored and exported instead")
-        self._state.best = None
-        return last_step
-
-    def _export(self, name: str) -> None:
-        executed = evolve(
-            self._config, mixed_precision=self._accelerator.mixed_precision, num_threads=torch.get_num_threads()
-        )
-        folder = self._path / "export" / name
-        self._together(lambda: export_model(folder, module_tensors(self._train_step.eval_model), to_flat(executed)))
-
-    def _show_results(self, test: Scores, scored_step: int) -> list[Hint]:
-        """Pictures, confusion matrix and models, for the run directory and the trackers."""
-        step, drawn = self._state.step, []
-        if self._config.output.pictures:
-            with self._console.doing("drawing pictures"):
-                paths = self._draw_pictures(test, scored_step)
-                self.tracker.pictures(step, paths)
-            drawn = [("pictures", str(self._path / "pictures"))] if paths else []
-        self.tracker.confusion(step, test.confusion, self._setup.dataset.class_names)
-        export, scores = self._path / "export", {"step": scored_step, **test.as_dict()}
-        if scored_step == step:
-            self.tracker.model(export / "best", ["best", "last"], scores)
-        else:
-            self.tracker.model(export / "last", ["last"], {"step": step})
-            self.tracker.model(export / "best", ["best"], scores)
-        return drawn
-
-    def _draw_pictures(self, test: Scores, scored_step: int) -> dict[str, Path]:
-        return self._draw(
-            self._path,
-            config=self._config,
-            dataset=self._setup.dataset,
-            model=self._train_step.eval_model,
-            transform=self._train_step.transform,
-            augment=self._train_step.augment,
-            confusion=test.confusion,
-            step=scored_step,
-            warn=self._console.warn,
-        )
 
     def _close(self, status: str, test: Scores | None = None, **more: Any) -> tuple[dict[str, Any], list[Hint]]:
         """Writes result.json and closes the trackers, on rank 0; returns the numbers, and what to type next."""

@@ -1,0 +1,119 @@
+"""What a finished run leaves: exported weights, the scores of the test set, pictures, models in the trackers.
+
+In: a run that has taken its last step. Out: `<run>/export`, `<run>/pictures`, and `Results`. Every rank must call
+everything here; rank 0 alone touches the disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from mnist.config import evolve, to_flat
+from mnist.runs.checkpointing import Checkpointing
+from mnist.runs.console import Console
+from mnist.runs.export import export_model
+from mnist.runs.live_state import module_tensors
+from mnist.runs.setup import RunSetup
+from mnist.runs.tracking.tracker import Tracker
+from mnist.runs.validation import Validation
+from mnist.system import ranks
+from mnist.training.metrics import Scores
+
+Draw = Callable[..., dict[str, Path]]  # run directory and keyword arguments of `_draw_pictures` -> files by name
+
+
+@dataclass(frozen=True)
+class Results:
+    """Attributes:
+
+    test: scores of the test set.
+    scored_step: step of the weights that were scored: the best on validation, or the last.
+    has_pictures: they were drawn.
+    """
+
+    test: Scores
+    scored_step: int
+    has_pictures: bool
+
+
+def leave_results(
+    setup: RunSetup,
+    validation: Validation,
+    checkpointing: Checkpointing,
+    *,
+    tracker: Tracker,
+    console: Console,
+    draw: Draw,
+) -> Results:
+    """Exports the last and the best weights, scores the best ones on the test set, draws."""
+    _export(setup, "last")
+    scored_step = _load_best(setup, checkpointing, console)
+    test = validation.score_test()
+    _export(setup, "best")
+
+    def show() -> bool:
+        paths = {}
+        if setup.config.output.pictures:
+            with console.doing("drawing pictures"):
+                paths = _draw_pictures(setup, test, scored_step, console, draw)
+                tracker.pictures(setup.state.step, paths)
+        _show_in_trackers(setup, test, scored_step, tracker)
+        return bool(paths)
+
+    return Results(test, scored_step, ranks.together(setup.accelerator, show))
+
+
+def _export(setup: RunSetup, name: str) -> None:
+    executed = evolve(
+        setup.config, mixed_precision=setup.accelerator.mixed_precision, num_threads=torch.get_num_threads()
+    )
+    weights = partial(module_tensors, setup.train_step.eval_model)
+    folder = setup.directory.path / "export" / name
+    ranks.together(setup.accelerator, lambda: export_model(folder, weights(), to_flat(executed)))
+
+
+def _load_best(setup: RunSetup, checkpointing: Checkpointing, console: Console) -> int:
+    """Puts the weights of the best validation score into the scored model, for its one look at the test set.
+
+    Returns:
+        The step of the weights that the model has then.
+    """
+    best, last_step = setup.state.best, setup.state.step
+    if setup.dataset.val is None or best is None or best["step"] == last_step:
+        return last_step
+    problem = checkpointing.load_weights(int(best["step"]), setup.train_step.eval_model)
+    if problem is None:
+        return int(best["step"])
+    console.warn(f"the best weights are lost ({problem}); the last ones are scored and exported instead")
+    setup.state.best = None
+    return last_step
+
+
+def _draw_pictures(setup: RunSetup, test: Scores, scored_step: int, console: Console, draw: Draw) -> dict[str, Path]:
+    return draw(
+        setup.directory.path,
+        config=setup.config,
+        dataset=setup.dataset,
+        model=setup.train_step.eval_model,
+        transform=setup.train_step.transform,
+        augment=setup.train_step.augment,
+        confusion=test.confusion,
+        step=scored_step,
+        warn=console.warn,
+    )
+
+
+def _show_in_trackers(setup: RunSetup, test: Scores, scored_step: int, tracker: Tracker) -> None:
+    step, export = setup.state.step, setup.directory.path / "export"
+    scores = {"step": scored_step, **test.as_dict()}
+    tracker.confusion(step, test.confusion, setup.dataset.class_names)
+    if scored_step == step:
+        tracker.model(export / "best", ["best", "last"], scores)
+    else:
+        tracker.model(export / "last", ["last"], {"step": step})
+        tracker.model(export / "best", ["best"], scores)
