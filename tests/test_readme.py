@@ -14,7 +14,7 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 
-from mnist.cli import _flag, _hints
+from mnist.cli import _fields, _flag
 from mnist.recipes import RECIPES
 from mnist.reproduce import render
 from tests.processes import PYTHON, ROOT, finish
@@ -34,7 +34,7 @@ OURS = [command for command in COMMANDS if "mnist." in command or "train_ddp.py"
 def flags_of(module: str) -> set[str]:
     """The flags that a command understands, from its options; of all of its subcommands."""
     if module == "train_ddp":
-        return {_flag(name) for name in _hints()}
+        return {_flag(name) for name in _fields()}
     names: set[str] = {"--help"}
     name = f"mnist.{module}" if (ROOT / "mnist" / f"{module}.py").exists() else f"mnist.{module}.__main__"
     waiting: list[Any] = [importlib.import_module(name).Options]

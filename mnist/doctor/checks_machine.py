@@ -28,7 +28,7 @@ from mnist.config import RUNS, to_flat
 from mnist.data import datasets
 from mnist.doctor.checkup import Check, Fact, Judgement, Probe, by_host, judge_equal, short_hash
 from mnist.runs.console import count
-from mnist.runs.tracking import wandb
+from mnist.runs.tracking.wandb import choose_mode
 from mnist.system import process, ranks
 from mnist.system.environment import device_name, launcher
 from mnist.system.files import write_and_flush
@@ -281,19 +281,14 @@ def measure_wandb(probe: Probe) -> dict[str, Any] | None:
     """On rank 0, which alone tracks: what W&B would do, and whether its server answers."""
     if not probe.accelerator.is_main_process:
         return None
-    mode = wandb.wandb_mode(probe.config.output)
-    is_asked = "offline" in (probe.config.output.wandb, os.environ.get("WANDB_MODE"))
-    return {"mode": mode, "is_asked": is_asked, "answers": mode == "online" and wandb.server_answers()}
+    mode, reason = choose_mode(probe.config.output)
+    return {"mode": mode, "reason": reason}
 
 
 def judge_wandb(facts: Sequence[Fact]) -> Judgement:
     """Tracking does what its user expects."""
-    mode, is_asked, answers = (facts[0].value[name] for name in ("mode", "is_asked", "answers"))
-    if mode == "offline" and not is_asked:
-        return "warn", "no key is configured (wandb login, or $WANDB_API_KEY): runs are tracked offline"
-    if mode == "online" and not answers:
-        return "warn", f"the server cannot be reached from {facts[0].where}: runs will be tracked offline"
-    return "pass", mode
+    mode, reason = facts[0].value["mode"], facts[0].value["reason"]
+    return ("pass", mode) if reason is None else ("warn", f"runs will be tracked {mode} on {facts[0].where}: {reason}")
 
 
 def _existing_folder(probe: Probe) -> Path:

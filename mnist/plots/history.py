@@ -6,31 +6,14 @@ locked and nothing is written.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 from mnist.errors import UserError
-from mnist.runs.records import ResultRecord, check_record, read_result
+from mnist.runs.records import ResultRecord, read_result
+from mnist.runs.tracking.jsonl import SPLITS, Record, read_records
 from mnist.system.files import read_json
-
-SPLITS = ("train", "val", "test")
-
-
-@dataclass(frozen=True)
-class Record:
-    """What is read of a line of metrics.jsonl; None where a number was not finite."""
-
-    step: int
-    epoch: float
-    split: Literal["train", "val", "test"]
-    dataset: str
-    loss: float | None
-    accuracy: float | None
-    lr: float | None = None
-    grad_norm: float | None = None
 
 
 @dataclass(frozen=True)
@@ -77,15 +60,12 @@ def read_history(run_dir: Path) -> History:
 
     Raises:
         UserError: no such run, or no record yet.
-        RecordError: a line is no record; names line and field.
+        RecordError: a line is not a record; names line and field.
     """
-    path = run_dir / "metrics.jsonl"
     try:
-        content = path.read_bytes()
+        records = read_records(run_dir / "metrics.jsonl")
     except OSError as error:
         raise UserError(f"--run {run_dir}: no metrics.jsonl there ({error.strerror}); name a run directory") from error
-    lines = content[: content.rfind(b"\n") + 1].splitlines()
-    records = [_parse(line, Path(f"{path}: line {number}")) for number, line in enumerate(lines, start=1)]
     if not records:
         raise UserError(f"--run {run_dir}: no record in metrics.jsonl yet; the first comes after --log-every steps")
     curves = {split: _curve([record for record in records if record.split == split]) for split in SPLITS}
@@ -98,14 +78,6 @@ def read_history(run_dir: Path) -> History:
         epoch_steps=last.step / last.epoch if last.epoch > 0 else math.nan,
         is_smoothed=bool(read_json(run_dir / "config.json").get("label_smoothing")),
     )
-
-
-def _parse(line: bytes, where: Path) -> Record:
-    try:
-        content = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is no record ({error})") from error
-    return check_record(where, content, Record, complete=False)
 
 
 def _curve(records: list[Record]) -> Curve:

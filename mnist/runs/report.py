@@ -20,7 +20,6 @@ from mnist.models import count_parameters
 from mnist.runs.console import count
 from mnist.runs.directory import branch_origin
 from mnist.runs.setup import RunSetup
-from mnist.runs.tracking.wandb import wandb_mode
 from mnist.system.accelerator import executed_precision
 from mnist.system.environment import launcher
 from mnist.system.process import num_usable_cores
@@ -49,7 +48,6 @@ def banner(setup: RunSetup, facts: dict[str, Any], environment: dict[str, Any]) 
         ("batch", f"{plan.global_batch_size} = processes x micro-batches x images {share}"),
         ("plan", f"{plan.describe_length()}; {optim.optimizer} {optim.lr:g}, {optim.schedule}"),
         ("run", str(setup.directory.path)),
-        ("W&B", wandb_mode(config.output)),
     ]
 
 

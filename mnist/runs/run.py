@@ -26,9 +26,9 @@ from mnist.runs.directory import RunDirectory, is_restart
 from mnist.runs.results import Draw, leave_results
 from mnist.runs.resume import how_to_continue
 from mnist.runs.setup import RunSetup
-from mnist.runs.tracking.sink import Hint
 from mnist.runs.tracking.tensorboard import TensorBoardRun
-from mnist.runs.tracking.tracker import Tracker
+from mnist.runs.tracking.tracker import Hint, Tracker
+from mnist.runs.tracking.wandb import WandbRun
 from mnist.runs.validation import Validation
 from mnist.system import process, ranks, signals
 from mnist.system.accelerator import hand_stalls_to_watchdog, is_out_of_memory
@@ -104,7 +104,8 @@ def _open_tracker(setup: RunSetup, facts: dict[str, Any], environment: dict[str,
     tracker = Tracker(path, name, console.warn)
     tags = [name, config.optim.model, facts["precision"], f"w{facts['world_size']}"]
     run_config = {**to_flat(config), "environment": environment}
-    tracker.start_wandb(setup.accelerator, config.output, path, run_config, tags)
+    start = partial(WandbRun, setup.accelerator, config=config.output, run_dir=path, run_config=run_config, tags=tags)
+    tracker.start_wandb(config.output, start, console.say)
     if config.output.tensorboard:
         tracker.attach("TensorBoard", partial(TensorBoardRun, path, tracker.next_step))
     return tracker

@@ -24,7 +24,14 @@ def write(folder: Path, *lines: str) -> Path:
 
 def test_records_become_curves_by_split(tmp_path: Path) -> None:
     write(tmp_path, record(50), record(100), record(100, "val", accuracy=0.95), record(100, "test", loss=0.25))
-    facts = {"recipe": "fast", "dataset": "mnist", "seed": 0, "num_params": 10, "world_size": 1, "precision": "fp32"}
+    facts = {
+        "recipe": "fast",
+        "dataset": "mnist",
+        "seed": 0,
+        "num_params": 10,
+        "world_size": 1,
+        "precision": "fp32",
+    } | {"job": "", "host": "h", "pid": 1}
     (tmp_path / "result.json").write_text(json.dumps({"status": "running", **facts}))
     history = read_history(tmp_path)
     assert list(history.curves) == ["train", "val", "test"]
@@ -58,13 +65,13 @@ def test_the_length_of_an_epoch_is_unknown_at_its_very_beginning(tmp_path: Path)
     [
         ([], "no record in metrics.jsonl yet"),
         ([record(1)[:-9]], "no record in metrics.jsonl yet"),
-        ([record(1), "{\n", record(2)], "metrics.jsonl: line 2 is no record"),
+        ([record(1), "{\n", record(2)], "metrics.jsonl: line 2 is not a record"),
         (["[]\n"], "metrics.jsonl: line 1: the content must be an object, not list"),
         (['{"step": 1}\n'], "metrics.jsonl: line 1: epoch is missing"),
         ([record(1, loss="low")], "metrics.jsonl: line 1: loss must be a finite number, not 'low'"),
         ([record(1, split="dev")], "metrics.jsonl: line 1: split must be one of train, val, test, not 'dev'"),
         ([record(1, step=0.5)], "metrics.jsonl: line 1: step must be a whole number, not 0.5"),
-        (["[" * 100_000 + "\n"], "metrics.jsonl: line 1 is no record"),
+        (["[" * 100_000 + "\n"], "metrics.jsonl: line 1 is not a record"),
     ],
 )
 def test_what_is_no_history_is_one_line(tmp_path: Path, lines: list[str], message: str) -> None:

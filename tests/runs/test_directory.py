@@ -43,6 +43,19 @@ def test_a_directory_is_made_and_its_result_is_read_by_the_next_start(tmp_path: 
     assert (found.status, found.recipe, found.pid) == ("running", "fast", 77)
 
 
+def test_result_json_is_written_after_the_records_are_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = open_here(config_in(tmp_path))
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    seen: list[tuple[int, bool]] = []
+    monkeypatch.setattr(os, "fsync", lambda file: seen.append((os.fstat(file).st_ino, result.exists())))
+    result = tmp_path / "result.json"
+    run.write_result("finished")
+    assert seen[0] == ((tmp_path / "metrics.jsonl").stat().st_ino, False)
+    assert result.exists()
+
+
 def test_two_runs_cannot_share_a_directory_and_the_second_learns_who_is_there(tmp_path: Path) -> None:
     first = open_here(config_in(tmp_path))
     with pytest.raises(UserError, match="in use by another process; choose another directory"):

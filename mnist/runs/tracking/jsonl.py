@@ -1,6 +1,6 @@
-"""metrics.jsonl: append-only, a record a line, none doubled after a resume.
+"""metrics.jsonl: one record a line, append-only, none doubled after a resume; and its one reader.
 
-In: records. Out: the file. Only rank 0 comes here.
+In: records, on rank 0. Out: the file; what a reader takes from it, checked.
 """
 
 from __future__ import annotations
@@ -8,30 +8,66 @@ from __future__ import annotations
 import json
 import math
 import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from mnist.errors import RunError
+from mnist.runs.records import check_record
+from mnist.system.files import RecordError, read_regular, refuse_symlink
+
+MAX_BYTES = 1 << 30
+SplitName = Literal["train", "val", "test"]
+SPLITS: tuple[str, ...] = get_args(SplitName)
+
+
+@dataclass(frozen=True)
+class Record:
+    """What every line holds; a number that was not finite is None. Lines of training have more."""
+
+    step: int
+    epoch: float
+    split: SplitName
+    dataset: str
+    loss: float | None
+    accuracy: float | None
+    lr: float | None = None
+    grad_norm: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.step < 0:
+            raise ValueError(f"step must be 0 or more, not {self.step}")
+
+
+def read_records(path: Path) -> list[Record]:
+    """The records of a metrics.jsonl, without a last line that has no end: a run is writing it, or died while it did.
+
+    Raises:
+        RecordError: a line is not a record (names file and line), or `path` is not a regular file.
+        OSError: missing, or not readable.
+    """
+    lines = read_regular(path, MAX_BYTES).split(b"\n")[:-1]
+    return [_parse(line, Path(f"{path}: line {number}")) for number, line in enumerate(lines, start=1)]
+
+
+def _parse(line: bytes, where: Path) -> Record:
+    try:
+        content = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise RecordError(f"{where} is not a record ({error})") from error
+    return check_record(where, content, Record, complete=False)
 
 
 class JsonlFile:
     """Append-only metrics.jsonl; knows what it already holds."""
 
     def __init__(self, path: Path) -> None:
+        refuse_symlink(path)
         self._path = path
-        self._last_step: dict[str, int] = {}
-        complete = 0
+        records = read_records(path) if path.exists() else []
+        self._last_step: dict[str, int] = {record.split: record.step for record in records}
         if path.exists():
-            content = path.read_bytes()
-            complete = content.rfind(b"\n") + 1  # a process killed while writing leaves a torn last line
-            for number, line in enumerate(content[:complete].splitlines(), start=1):
-                try:
-                    record = json.loads(line)
-                    self._last_step[record["split"]] = record["step"]
-                except (ValueError, KeyError, TypeError) as error:
-                    raise RunError(f"{path}: line {number} is no record; mend it, or start over elsewhere") from error
-            if complete < len(content):
-                os.truncate(path, complete)
+            os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # a process killed while writing leaves a torn line
         self._file = path.open("a", encoding="utf-8", buffering=1)
 
     @property

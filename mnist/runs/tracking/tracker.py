@@ -1,14 +1,13 @@
 """What is logged where: metrics.jsonl always, W&B where it can be had, TensorBoard where it is asked for.
 
 In: records of a split at a step, pictures, exported models. Out: each record once in metrics.jsonl, none lost and none
-doubled after a resume, and from there in every sink (what a sink has not written when it is killed, it lacks). Whatever
-a sink does, it costs a warning, and the sink is dropped; a disk that has no room for metrics.jsonl ends the run. All
-happens on rank 0; elsewhere `Tracker` is a null object.
+doubled after a resume, and from there in every sink (what a sink has not written when it is killed, it lacks). A call
+of a sink that fails costs a warning, and nothing else; a metrics.jsonl that cannot be written ends the run. All happens
+on rank 0; elsewhere `Tracker` is a null object.
 """
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
@@ -16,64 +15,57 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
-
 from mnist.config import OutputConfig, check_choice
 from mnist.errors import RunError, UserError
 from mnist.runs.tracking.jsonl import JsonlFile
-from mnist.runs.tracking.sink import Counts, Hint, Sink
-from mnist.runs.tracking.wandb import PROBE_TIMEOUT_S, WandbRun, server_answers, wandb_mode
+from mnist.runs.tracking.tensorboard import TensorBoardRun
+from mnist.runs.tracking.wandb import NO_KEY, WandbRun, choose_mode
 
-Warn = Callable[[str], None]
+Hint = tuple[str, str]  # a word, and a command to type
+Sink = WandbRun | TensorBoardRun
 
 
 def tracker_names(config: OutputConfig) -> list[str]:
-    """The names under which Accelerate knows the trackers of this run.
+    """The names under which Accelerate knows the trackers of this run; W&B's settings may still disable it.
 
     Raises:
         UserError: an unknown $WANDB_MODE; --tensorboard without TensorBoard, --wandb online or offline without W&B's
             package.
     """
-    if config.wandb in ("online", "offline") and importlib.util.find_spec("wandb") is None:
+    has_wandb = importlib.util.find_spec("wandb") is not None
+    if config.wandb in ("online", "offline") and not has_wandb:
         raise UserError(f"--wandb {config.wandb}: the package is missing; pip install wandb")
     mode = os.environ.get("WANDB_MODE")
     if config.wandb == "auto" and mode:
         check_choice("WANDB_MODE", mode, ["online", "offline", "disabled", "shared", "dryrun", "run"])
     if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise UserError("--tensorboard: the package is missing; pip install tensorboard")
-    return [] if wandb_mode(config) == "disabled" else ["wandb"]
+    return ["wandb"] if has_wandb and config.wandb != "disabled" else []
 
 
 class Tracker:
     """Receives what is worth keeping. On ranks other than 0 every method does nothing."""
 
-    def __init__(self, run_dir: Path | None, dataset: str, warn: Warn) -> None:
+    def __init__(self, run_dir: Path | None, dataset: str, warn: Callable[[str], None]) -> None:
         self._dataset = dataset
         self._warn = warn
         self._jsonl = JsonlFile(run_dir / "metrics.jsonl") if run_dir is not None else None
         self._sinks: dict[str, Sink] = {}
         self._error: RunError | None = None
 
-    def start_wandb(
-        self,
-        accelerator: Accelerator,
-        config: OutputConfig,
-        run_dir: Path,
-        run_config: dict[str, Any],
-        tags: list[str],
-    ) -> None:
-        """Starts, or continues, the one W&B run of this job. Without an answer the run goes on offline."""
-        mode = wandb_mode(config)
-        if mode == "disabled":
-            return
-        if config.wandb == "online" and mode != "online":
-            self._warn("--wandb online: no key is configured (wandb login, or $WANDB_API_KEY): tracking offline")
-        if mode == "online" and not server_answers():
-            self._warn(f"W&B does not answer within {PROBE_TIMEOUT_S} s: this run is tracked offline")
-            mode = "offline"
-        arguments: dict[str, Any] = {"config": config, "run_dir": run_dir, "run_config": run_config, "tags": tags}
+    def start_wandb(self, config: OutputConfig, start: Callable[..., Sink], say: Callable[[str], None]) -> None:
+        """Starts, or continues, the one W&B run of this job. Without an answer the run is tracked offline.
+
+        Args:
+            config: the output section.
+            start: a `WandbRun` that lacks its mode.
+            say: takes a line of information.
+        """
+        mode, reason = choose_mode(config)
+        is_expected = reason is None or (reason == NO_KEY and config.wandb == "auto")
+        (say if is_expected else self._warn)(f"W&B: {mode}" + (f" ({_one_line(reason)})" if reason else ""))
         for attempt in dict.fromkeys((mode, "offline")):
-            if self.attach("W&B", partial(WandbRun, accelerator, mode=attempt, **arguments)):
+            if mode == "disabled" or self.attach(f"W&B ({attempt})", partial(start, mode=attempt)):
                 return
 
     @property
@@ -83,12 +75,7 @@ class Tracker:
 
     def attach(self, name: str, start: Callable[[], Sink]) -> bool:
         """Starts a sink and adds it; says whether it did. `name` is what warnings call it."""
-        try:
-            self._sinks[name] = start()
-        except Exception as error:  # whatever it is, training goes on
-            self._warn(f"{name} did not start ({_first_line(error)})")
-            return False
-        return True
+        return self._try(f"{name} did not start", lambda: self._sinks.update({name: start()}))
 
     def check(self) -> None:
         """Raises what `log` could not, on one rank among several: that its file was not written, or is gone."""
@@ -109,33 +96,42 @@ class Tracker:
             return
         if is_new:
             points = {_point_name(split, name): value for name, value in values.items()}
-            self._each(lambda sink: sink.log(step, {**points, "epoch": round(epoch, 4)}))
+            self._log("lacks points", step, {**points, "epoch": round(epoch, 4)})
 
     def pictures(self, step: int, paths: dict[str, Path]) -> None:
         """Shows PNG files."""
-        if paths:
-            self._each(lambda sink: sink.pictures(step, paths))
+        for name, path in paths.items():
+            self._log(f"lacks the picture {name}", step, {f"pictures/{name}": path})
 
-    def confusion(self, step: int, counts: Counts, class_names: Sequence[str]) -> None:
+    def confusion(self, step: int, counts: Sequence[Sequence[int]], class_names: Sequence[str]) -> None:
         """Shows the confusion matrix of the test set."""
-        self._each(lambda sink: sink.confusion(step, counts, class_names))
+        table = [["true", *class_names], *([name, *row] for name, row in zip(class_names, counts, strict=True))]
+        self._log("lacks the confusion matrix", step, {"test/confusion": table})
 
     def model(self, folder: Path, aliases: Sequence[str], metadata: dict[str, Any]) -> None:
         """Keeps an exported model."""
-        self._each(lambda sink: sink.model(folder, aliases, metadata))
+        self._each("lacks the model", lambda sink: sink.model(folder, aliases, metadata))
 
     def finish(self, status: str, summary: dict[str, Any]) -> list[Hint]:
         """Closes all sinks with the final numbers; says what to type next."""
-        self._each(lambda sink: sink.finish(status, summary))
+        self._each("is incomplete", lambda sink: sink.finish(status, summary))
         return [hint for sink in self._sinks.values() for hint in sink.hints()]
 
-    def _each(self, action: Callable[[Sink], None]) -> None:
-        for name, sink in list(self._sinks.items()):
-            try:
-                action(sink)
-            except Exception as error:  # telemetry never ends a run
-                self._warn(f"{name} failed and is left alone from here on ({_first_line(error)})")
-                del self._sinks[name]
+    def _log(self, complaint: str, step: int, values: dict[str, Any]) -> None:
+        self._each(complaint, lambda sink: sink.log(step, values))
+
+    def _each(self, complaint: str, action: Callable[[Sink], None]) -> None:
+        for name, sink in self._sinks.items():
+            self._try(f"{name} {complaint}", partial(action, sink))
+
+    def _try(self, complaint: str, action: Callable[[], None]) -> bool:
+        """Does it, or says once that it failed: whatever a sink raises, training is not ended by it."""
+        try:
+            action()
+        except (Exception, SystemExit) as error:
+            self._warn(f"{complaint} ({_one_line(f'{type(error).__name__}: {error}')})")
+            return False
+        return True
 
 
 _PERFORMANCE = ("images_per_s", "epoch_time_s", "memory_mb")
@@ -145,5 +141,7 @@ def _point_name(split: str, name: str) -> str:
     return f"perf/{name}" if name.startswith(_PERFORMANCE) else f"{split}/{name}"
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+def _one_line(text: str) -> str:
+    """A message on one line, its beginning and its end where it is long: the reason is in one of them."""
+    line = " ".join(text.split())
+    return line if len(line) <= 300 else f"{line[:150]} ... {line[-150:]}"
