@@ -176,6 +176,15 @@ def test_a_finished_run_says_so_and_is_left_alone(tmp_path: Path, capsys: pytest
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.name != ".lock"} == before
 
 
+def test_a_finished_run_leaves_six_pictures_and_warns_of_none(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run_ranks(run, 1, tmp_path / "$...^{$", *SMALL) == [0]
+    names = ["confusion", "curves", "features", "filters", "mistakes", "samples"]
+    assert sorted(path.stem for path in (tmp_path / "$...^{$" / "pictures").iterdir()) == names
+    assert "not drawn" not in capfd.readouterr().err
+
+
 def test_a_finished_run_prints_its_closing_lines_with_quiet(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     run_ranks(run, 1, tmp_path, *SMALL)
     capfd.readouterr()
