@@ -18,10 +18,12 @@ from mnist.config import TrainConfig
 from mnist.data.batches import TrainLoader
 from mnist.data.datasets import Dataset
 from mnist.data.transforms import Augmentation
+from mnist.errors import UserError
 from mnist.plots import pictures
 from mnist.plots.curves import draw_curves
 from mnist.plots.features import activations, filters, find_mistakes, main_activations
 from mnist.plots.history import History, read_history
+from mnist.system.files import refuse_symlink
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -69,7 +71,12 @@ def write_run_pictures(
         "confusion": lambda: pictures.draw_confusion(confusion, dataset.class_names, title),
         "mistakes": lambda: mistake_figure(dataset, model, transform, title),
     }
-    paths = {}
+    paths: dict[str, Path] = {}
+    try:
+        refuse_symlink(run_dir / "pictures")
+    except UserError as error:
+        warn(f"no pictures: {error}")
+        return paths
     for name, draw in drawings.items():
         path = run_dir / "pictures" / f"{name}.png"
         try:

@@ -38,7 +38,7 @@ def write_all(
     run_dir: Path, config: TrainConfig, model: nn.Module, warn: Callable[[str], None] | None = None
 ) -> dict[str, Path]:
     facts = {"step": 20, "epoch": 0.5, "split": "train", "dataset": "digits", "loss": 1.0, "accuracy": 0.5}
-    run_dir.mkdir()
+    run_dir.mkdir(exist_ok=True)
     (run_dir / "metrics.jsonl").write_text(json.dumps(facts) + "\n")
     return gallery.write_run_pictures(
         run_dir,
@@ -51,6 +51,17 @@ def write_all(
         step=20,
         warn=pytest.fail if warn is None else warn,
     )
+
+
+def test_pictures_are_not_written_through_a_symbolic_link(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "pictures").symlink_to(tmp_path / "elsewhere")
+    warnings: list[str] = []
+    config = RECIPES["smoke"]()
+    assert write_all(tmp_path / "run", config, build_model(config.optim.model), warnings.append) == {}
+    assert ["a symbolic link to" in line for line in warnings] == [True]
+    assert not list((tmp_path / "elsewhere").iterdir())
 
 
 @pytest.mark.parametrize(("recipe", "is_training"), [("smoke", True), ("lenet5_original", False), ("mlp", True)])
