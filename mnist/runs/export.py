@@ -18,11 +18,11 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from mnist.config import RUNS, TrainConfig
+from mnist.config import RUNS, TrainConfig, from_flat, to_flat
 from mnist.data.transforms import BatchTransform
 from mnist.errors import RunError, UserError
 from mnist.models import build_model
-from mnist.runs.records import WEIGHTS_CHECKSUM, read_config
+from mnist.runs.records import WEIGHTS_CHECKSUM
 from mnist.system.files import read_json, read_regular, refuse_symlink, remove_leftovers, write_atomically, write_json
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -38,7 +38,8 @@ class TrainedModel:
         config: what it was trained with, as resolved then (data set, precision, threads included).
         model: images (B, 1, S, S) float32 -> logits (B, 10).
         transform: pixels (B, 28, 28) uint8 -> images.
-        warning: that the weights could not be checked, because an older version wrote no checksum; or None.
+        warning: that the weights could not be checked, because an older version wrote no checksum, or that it
+            has fields of another version; or None.
     """
 
     folder: Path
@@ -111,14 +112,13 @@ def load_model(folder: Path) -> TrainedModel:
         UserError: a file is missing, damaged, or does not fit the other one.
     """
     try:
-        config = read_config(folder / CONFIG)
-        checksum = read_json(folder / CONFIG).get(WEIGHTS_CHECKSUM)
+        config, checksum, unknown = _read_config(folder / CONFIG)
         model = build_model(config.optim.model)
         num_bytes = sum(tensor.nbytes for tensor in model.state_dict().values())
         content = read_regular(folder / WEIGHTS, num_bytes + MAX_HEADER_BYTES)
         weights = safetensors.torch.load(content)
         model.load_state_dict(weights)
-    except (OSError, UserError, SafetensorError, RuntimeError) as error:
+    except (OSError, UserError, SafetensorError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"--run {folder}: not readable as an exported model ({reason})") from error
     if checksum not in (None, hashlib.sha256(content).hexdigest()):
@@ -126,5 +126,18 @@ def load_model(folder: Path) -> TrainedModel:
     damaged = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
     if damaged:
         raise UserError(f"--run {folder}: {damaged[0]} in {WEIGHTS} has weights of nan or inf; train it again")
-    warning = None if checksum else f"{folder / CONFIG}: no {WEIGHTS_CHECKSUM}, the weights cannot be checked"
+    notes = [] if checksum else [f"no {WEIGHTS_CHECKSUM}, the weights cannot be checked"]
+    notes += [f"{name} is a field of another version, left out" for name in unknown]
+    warning = f"{folder / CONFIG}: {'; '.join(notes)}" if notes else None
     return TrainedModel(folder, config, model.eval(), BatchTransform(config.image), warning)
+
+
+def _read_config(path: Path) -> tuple[TrainConfig, str | None, list[str]]:
+    """The configuration, the checksum of its weights, and the fields that this version does not know."""
+    content = read_json(path)
+    if not content:
+        raise UserError(f"{path}: missing or empty")
+    checksum = content.pop(WEIGHTS_CHECKSUM, None)
+    known = to_flat(TrainConfig())
+    unknown = sorted(set(content) - set(known))
+    return from_flat({name: value for name, value in content.items() if name in known}), checksum, unknown

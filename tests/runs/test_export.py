@@ -83,6 +83,13 @@ def test_an_export_without_a_checksum_loads_with_a_warning(tmp_path: Path) -> No
     assert "no weights_sha256" in str(load_model(tmp_path).warning)
 
 
+def test_an_export_of_an_older_version_loads_and_names_the_fields_left_out(tmp_path: Path) -> None:
+    exported(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "stretch_epochs": True}))
+    assert "stretch_epochs is a field of another version" in str(load_model(tmp_path).warning)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_refused(tmp_path: Path, value: float) -> None:
     weights = module_tensors(build_model("tinynet"))
