@@ -26,11 +26,11 @@ from mnist.runs.live_state import module_tensors
 from mnist.training.build import build_train_step
 from mnist.training.losses import build_loss
 from mnist.training.step import wait_for_device
+from mnist.training.threads import advise_on_threads
 
 DETERMINISM_STEPS, DETERMINISM_BATCH = 20, 32
 SPEED_TIME_S = 0.5
 SLOW_RANK = 1.5  # times the median of the others
-HARMFUL_THREADS = 0.8  # times the speed of one thread
 ALL_REDUCE_BYTES = tuple(1024 * 4**i for i in range(10))  # 1 KB .. 256 MB
 CPU_SIZES = 8  # on a CPU only the first ones, up to 16 MB
 MAX_LATENCY_S = 0.1  # of the smallest all-reduce
@@ -118,36 +118,20 @@ def judge_speed(facts: Sequence[Fact]) -> Judgement:
     return "pass", f"{1e3 * max(fact.value for fact in facts):.1f} ms a step on the slowest rank"
 
 
-def measure_one_thread(probe: Probe) -> dict[str, float] | None:
-    """Seconds of a training step with all threads of this rank and with one; None where it has one, or a GPU."""
-    num_threads = torch.get_num_threads()
-    if probe.accelerator.device.type != "cpu" or num_threads == 1:
-        return None
-    all_s, one_s = [], []
-    try:
-        for _ in range(2):  # in turns: what else runs on the machine comes and goes
-            torch.set_num_threads(num_threads)
-            all_s.append(_step_time_s(probe, SPEED_TIME_S / 2))
-            torch.set_num_threads(1)
-            one_s.append(_step_time_s(probe, SPEED_TIME_S / 2))
-    finally:
-        torch.set_num_threads(num_threads)
-    return {"threads": num_threads, "all_s": statistics.fmean(all_s), "one_s": statistics.fmean(one_s)}
+def measure_one_thread(probe: Probe) -> str | None:
+    """The advice that training would give: a line where one thread is faster than this rank's threads."""
+    side, batch = probe.config.image.image_size, probe.config.loop.global_batch_size
+    zeros = torch.zeros(math.ceil(batch / probe.accelerator.num_processes), 1, side, side)
+    device = probe.accelerator.device
+    return advise_on_threads(_build_model(probe).to(device), zeros.to(device))
 
 
 def judge_one_thread(facts: Sequence[Fact]) -> Judgement:
-    """Several threads are faster than one; not where other work has the cores, or where the network is too small."""
-    measured = [fact for fact in facts if fact.value is not None]
-    if not measured:
-        return "skip", "one thread a rank, or a GPU"
-    worst = min(measured, key=lambda fact: fact.value["one_s"] / fact.value["all_s"])
-    gain, threads = worst.value["one_s"] / worst.value["all_s"], f"{worst.value['threads']} threads"
-    if gain < HARMFUL_THREADS:
-        return "warn", (
-            f"one thread is {1 / gain:.1f} times as fast as {threads} on {worst.where}: other work goes on there, or "
-            "the network is small for so many; add --num-threads 1, or a few"
-        )
-    return "pass", f"{threads} take a step in {1 / gain:.2f} of the time of one"
+    """One thread is not faster than several, as it is where other work has the cores or the network is small."""
+    for fact in facts:
+        if fact.value is not None:
+            return "warn", f"{fact.where}: {fact.value}"
+    return "pass", "one thread is not faster"
 
 
 def measure_all_reduce(probe: Probe) -> dict[str, int]:
