@@ -49,14 +49,15 @@ class Console:
         self._err, err_is_terminal = _open_stream(sys.stderr, is_main)
         self._out, out_is_terminal = _open_stream(sys.stdout, is_main)
         self._has_bar = err_is_terminal and is_main and not quiet
-        self._is_table = self._has_bar and out_is_terminal  # else each record is a line that can be read alone
+        self._has_header, self._is_table = (
+            False,
+            self._has_bar and out_is_terminal,
+        )  # else each record is a line that can be read alone
         if self._is_table:
             self._out = self._err  # one screen: rich prints the lines above the bar
-        self._has_header = False
         self._warned: set[str] = set()
-        self._activity = ""
         self._loss_name, self._best_accuracy = "train loss", 0.0
-        self._num_steps, self._epoch_steps = 0, 1.0
+        self._num_steps, self._epoch_steps, self._activity = 0, 1.0, ""
         self._current_step: Callable[[], int] = lambda: 0
         self._task: TaskID | None = None
         self._spinner = Spinner("line")
