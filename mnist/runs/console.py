@@ -38,10 +38,7 @@ class _Stream(RichConsole):
 
 
 class Console:
-    """Everything that a run prints: on rank 0 only; with `quiet` only warnings and the closing lines.
-
-    A context manager: the bar goes away when the block ends, also after an error.
-    """
+    """All that rank 0 prints (with `quiet` warnings and closing lines only). The bar goes away when the block ends."""
 
     def __init__(self, is_main: bool | None = None, quiet: bool = False) -> None:
         is_main = is_first_rank() if is_main is None else is_main
@@ -49,10 +46,8 @@ class Console:
         self._err, err_is_terminal = _open_stream(sys.stderr, is_main)
         self._out, out_is_terminal = _open_stream(sys.stdout, is_main)
         self._has_bar = err_is_terminal and is_main and not quiet
-        self._has_header, self._is_table = (
-            False,
-            self._has_bar and out_is_terminal,
-        )  # else each record is a line that can be read alone
+        self._is_table = self._has_bar and out_is_terminal  # else each record is a line that can be read alone
+        self._has_header = False
         if self._is_table:
             self._out = self._err  # one screen: rich prints the lines above the bar
         self._warned: set[str] = set()
