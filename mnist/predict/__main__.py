@@ -184,6 +184,7 @@ def _drawings(files: Sequence[str], save: str | None) -> list[Path]:
                 path.with_name(f"{number:0{len(str(len(files)))}}-{path.name}") for number, path in enumerate(paths)
             ]
     inputs = {Path(file).resolve() for file in files}
+    inputs |= {path.with_stem(re.sub(r"-digit\d+$", "", path.stem)) for path in inputs if path.stem}  # see _draw
     if any(path.resolve() in inputs for path in paths):
         raise UserError(f"--save {save}: would write over a picture that it is to read; choose another folder")
     return paths

@@ -279,6 +279,11 @@ def test_drawings_of_1200_files_of_one_name_have_1200_names() -> None:
     assert len(set(predict_command._drawings(files, "out"))) == 1201
 
 
+def test_a_drawing_of_one_of_several_digits_never_replaces_a_picture() -> None:
+    with pytest.raises(UserError, match="would write over a picture"):
+        predict_command._drawings(["42.png", "42-digit1.png"], ".")
+
+
 def test_an_old_export_without_a_checksum_is_used_with_a_warning(
     run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
