@@ -18,7 +18,7 @@ from mnist.models import build_model
 from mnist.plots import gallery, pictures
 from mnist.plots.history import Curve, History, read_history
 from mnist.recipes import RECIPES
-from mnist.runs.records import Result, ScoreRecord
+from mnist.runs.records import ResultRecord, ScoreRecord
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -158,6 +158,6 @@ def test_curves_speak_of_label_smoothing_where_there_is_some(tmp_path: Path, rec
 )
 def test_curves_tell_of_a_bad_ending(status: str, title: str) -> None:
     test = ScoreRecord(loss=1.0, accuracy=0.5, num_correct=1, num_samples=2)
-    result = Result(status, "smoke", "digits", 0, 10, 1, "fp32", test=test)  # type: ignore[arg-type]
+    result = ResultRecord(status, "smoke", "digits", 0, 10, 1, "fp32", test=test)  # type: ignore[arg-type]
     history = History("run", "digits", result, {"train": Curve([20], [1.0], [0.5])}, 40.0)
     assert title in [text.get_text() for text in gallery.curve_figure([history]).texts]
