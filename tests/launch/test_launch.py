@@ -203,8 +203,11 @@ def test_a_run_that_was_stopped_for_longer_than_its_time_out_continues(tmp_path:
         size = (tmp_path / "run" / "metrics.jsonl").stat().st_size
         os.kill(process.pid, signal.SIGCONT)
         wait_until(lambda: (tmp_path / "run" / "metrics.jsonl").stat().st_size > size)
+        time.sleep(2)  # the watchdog looks about every second
         process.terminate()
         assert process.wait(timeout=60) == 75
+        assert process.stderr is not None
+        assert "no progress" not in process.stderr.read()
 
 
 @pytest.mark.skipif(os.getuid() != 0 or shutil.which("setpriv") is None, reason="limits bind root only with setpriv")

@@ -124,12 +124,12 @@ def stop_for(process: subprocess.Popen[str], seconds: float) -> None:
 
 
 def test_time_in_which_the_process_was_stopped_is_no_part_of_the_grace() -> None:
-    with start(DEFAULTS + STUCK.format(grace_s=4, is_training=True)) as process:
+    with start(DEFAULTS + STUCK.format(grace_s=6, is_training=True)) as process:
         process.send_signal(signal.SIGTERM)
         assert process.stderr is not None
         assert [process.stderr.readline() for _ in range(2)][1].startswith("SIGTERM: saving")
-        stop_for(process, 5)
-        time.sleep(0.5)
+        stop_for(process, 8)
+        time.sleep(2)  # a second is enough for a thread that waits to look at the clock
         assert process.poll() is None
         assert process.wait(timeout=25) == 1
 
@@ -145,13 +145,15 @@ ctypes.CDLL(None).sleep(60)
 
 
 def test_the_watchdog_does_not_count_time_in_which_the_process_was_stopped() -> None:
-    with start(WATCHED) as process:
-        stop_for(process, 5)
-        time.sleep(0.5)
+    program = WATCHED.replace("Watchdog(4", "Watchdog(6")
+    program = program.replace("watchdog.sign", "sys.modules[Watchdog.__module__].LINGER_S = 0; watchdog.sign")
+    with start(program) as process:
+        stop_for(process, 8)
+        time.sleep(2)
         assert process.poll() is None
         assert process.wait(timeout=25) == 1
         assert process.stdout is not None
-        assert process.stdout.read() == "no progress for 4 s\n"
+        assert process.stdout.read() == "no progress for 6 s\n"
         assert process.stderr is not None
         assert "in <module>" in process.stderr.read()
 
