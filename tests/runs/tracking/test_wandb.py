@@ -403,4 +403,4 @@ def test_a_full_disk_below_wandb_costs_a_warning(tmp_path: Path, full_disk: Path
     assert "Traceback" not in done.err
     assert shutil.disk_usage(full_disk).free < 4096, "the disk was not full"
     assert status(tmp_path) == "finished"
-    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 345 + 18
+    assert (tmp_path / "run" / "metrics.jsonl").read_text().count('"split": "train"') == 345
