@@ -158,6 +158,6 @@ def test_curves_speak_of_label_smoothing_where_there_is_some(tmp_path: Path, rec
 )
 def test_curves_tell_of_a_bad_ending(status: str, title: str) -> None:
     test = ScoreRecord(loss=1.0, accuracy=0.5, num_correct=1, num_samples=2)
-    result = ResultRecord(status, "smoke", "digits", 0, 10, 1, "fp32", test=test)  # type: ignore[arg-type]
+    result = ResultRecord(status, "smoke", "digits", 0, 10, 1, "fp32", "", "host", 1, None, test=test)  # type: ignore[arg-type]
     history = History("run", "digits", result, {"train": Curve([20], [1.0], [0.5])}, 40.0)
     assert title in [text.get_text() for text in gallery.curve_figure([history]).texts]

@@ -31,7 +31,7 @@ def test_records_become_curves_by_split(tmp_path: Path) -> None:
         "num_params": 10,
         "world_size": 1,
         "precision": "fp32",
-    } | {"job": "", "host": "h", "pid": 1}
+    } | {"job": "", "host": "h", "pid": 1, "origin": None}
     (tmp_path / "result.json").write_text(json.dumps({"status": "running", **facts}))
     history = read_history(tmp_path)
     assert list(history.curves) == ["train", "val", "test"]
