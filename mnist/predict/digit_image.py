@@ -229,7 +229,7 @@ def _find_digits(ink: Array, num_frames: int = 0) -> list[_Digit]:
     height = _height(digits[0].box)
     for piece in sorted(rest, key=lambda piece: -piece.weight):
         is_alike = 0.5 * height < _height(piece.box) < 2 * height
-        is_digit = is_alike and piece.weight > 0.2 * main.weight and not piece.touches_edge
+        is_digit = is_alike and piece.weight > 0.1 * main.weight and not piece.touches_edge
         if piece in rest and is_digit:
             digits.append(_grow(piece, rest, labels))
     return digits
@@ -302,7 +302,7 @@ def _belongs(piece: _Piece, box: Box) -> bool:
     union = _union(piece.box, box)
     size = max(union[2] - union[0], _height(union))
     gap = _distance(piece.box, box)
-    stands_beside = min(_height(piece.box), _height(box)) > 0.6 * _height(union) and gap > 0.1 * _height(union)
+    stands_beside = min(_height(piece.box), _height(box)) > 0.6 * _height(union) and gap > 0.03 * _height(union)
     is_larger = size > 2 * max(box[2] - box[0], _height(box))  # lines of a form
     return gap <= 0.2 * size and not stands_beside and not piece.touches_edge and not is_larger
 
