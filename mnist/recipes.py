@@ -110,13 +110,14 @@ def yannet() -> TrainConfig:
     """A wide convolution and a depthwise-separable one with dropout, three epochs of plain SGD.
 
     Source: mousecpn/MachineLearning_HW_CQUT, HW2; states 97.29 / 98.08 / 98.33 % after epochs 1 / 2 / 3.
-    Differs: the learning rate is not given there; 0.015 reproduces its three accuracies.
-    Expect: 98.2 % after three epochs.
+    Differs: nothing in the mathematics. The text gives no learning rate; the author's code, and the discussion that the
+        text links, say 0.02.
+    Expect: 98.4 % after three epochs.
     """
     return TrainConfig(
         recipe="yannet",
         image=_TO_TENSOR_ONLY,
-        optim=OptimConfig(model="yannet", optimizer="sgd", lr=0.015, loss="nll"),
+        optim=OptimConfig(model="yannet", optimizer="sgd", lr=0.02, loss="nll"),
         loop=LoopConfig(epochs=3, global_batch_size=64),
     )
 

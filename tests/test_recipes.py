@@ -98,7 +98,7 @@ def test_the_smoke_recipe_needs_no_network_and_has_a_gate():
         ("lenet5_classic", LENET5),
         ("mlp", {"loss": "mse_softmax", "optimizer": "adam", "lr": 1e-3, "global_batch_size": 512} | PLAIN),
         ("mlp_sigmoid", {"loss": "mse_sigmoid", "optimizer": "adam", "lr": 3e-4, "global_batch_size": 512} | PLAIN),
-        ("yannet", {"loss": "nll", "optimizer": "sgd", "global_batch_size": 64, "epochs": 3} | PLAIN),
+        ("yannet", {"loss": "nll", "optimizer": "sgd", "lr": 0.02, "global_batch_size": 64, "epochs": 3} | PLAIN),
     ],
 )
 def test_a_recipe_follows_its_source(name, expected):
