@@ -18,7 +18,7 @@ import statistics
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from mnist.errors import RunError, UserError
 from mnist.recipes import RECIPES
 from mnist.runs.console import count
 from mnist.runs.records import read_result
+from mnist.runs.tracking.jsonl import read_records
 from mnist.system.files import read_json, write_atomically, write_json
 from mnist.system.process import cpu_name, num_usable_cores
 
@@ -119,7 +120,14 @@ def _run(recipe: str, seed: int, options: Options) -> dict[str, Any]:
             raise RunError(f"{recipe}, seed {seed}: exit code {code}, no result in {folder}")
     result = read_result(folder)
     assert result is not None
-    return {**dataclasses.asdict(result), "environment": read_json(folder / "environment.json")}
+    environment = read_json(folder / "environment.json")
+    return {**dataclasses.asdict(result), "environment": environment, "epoch_accuracies": _epoch_accuracies(folder)}
+
+
+def _epoch_accuracies(folder: Path) -> list[float | None]:
+    """Test accuracy after each epoch, where the test set is scored then (--val-size 0)."""
+    records = read_records(folder / "metrics.jsonl")
+    return [record.accuracy for record in records if record.split == "test" and record.epoch.is_integer()]
 
 
 def _wait_for(training: subprocess.Popen[bytes]) -> int:
@@ -141,7 +149,7 @@ def summarise(recipe: str, runs: list[dict[str, Any]], *, is_sample: bool = Fals
 
     Args:
         recipe: its name.
-        runs: contents of result.json, each with its "environment".
+        runs: contents of result.json, each with its "environment" and its "epoch_accuracies".
         is_sample: the runs were cut short: their times are extrapolated, their accuracies not used.
     """
     first, config = runs[0], RECIPES[recipe]()
@@ -149,6 +157,7 @@ def summarise(recipe: str, runs: list[dict[str, Any]], *, is_sample: bool = Fals
     device = environment["ranks"][0]["device"]
     accuracies = [] if is_sample else [run["test"]["accuracy"] for run in runs]
     whole = config.loop.epochs
+    has_epochs = bool(accuracies) and config.data.val_size == 0 and whole > 1
     times = [run["train_time_s"] * (whole / run["epochs"] if is_sample else 1) for run in runs]
     _require_one_origin(runs)
     return {
@@ -160,6 +169,7 @@ def summarise(recipe: str, runs: list[dict[str, Any]], *, is_sample: bool = Fals
         "accuracies": accuracies,
         "accuracy_mean": statistics.fmean(accuracies) if accuracies else None,
         "accuracy_std": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
+        "epoch_accuracies": [run["epoch_accuracies"] for run in runs] if has_epochs else None,
         "train_time_s": statistics.fmean(times),
         "train_time_is_extrapolated": is_sample,
         "total_time_s": None if is_sample else statistics.fmean(run["total_time_s"] for run in runs),
@@ -189,19 +199,20 @@ def render(results: dict[str, Any], recipes: Iterable[str] = ()) -> str:
         recipes: those that get a row; default: those with results.
     """
     rows = {(row["recipe"], row["device"]): row for row in results["rows"]}
-    lines = [
-        "| recipe | source | parameters | epochs | source states | test accuracy, % | min | n | CPU | GPU |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    heads = ["recipe", "source", "parameters", "epochs", "source states", "ours likewise"]
+    heads += ["test accuracy, %", "min", "n", "CPU", "GPU"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for recipe in recipes or dict.fromkeys(row["recipe"] for row in results["rows"]):
         cpu, gpu = rows.get((recipe, "cpu")), rows.get((recipe, "gpu"))
         source, stated = describe(recipe)
         known = gpu if cpu is None or not cpu["accuracies"] else cpu
         any_row = cpu or gpu
         size = f"{any_row['num_params']:,}" if any_row else "-"
-        cells = [f"`{recipe}`", source, size, str(RECIPES[recipe]().loop.epochs), stated]
+        cells = [f"`{recipe}`", source, size, str(RECIPES[recipe]().loop.epochs), stated, _as_stated(known, stated)]
         lines.append(f"| {' | '.join([*cells, *_accuracy(known), _time(cpu), _time(gpu)])} |")
-    return "\n".join([*lines, "", f"Times are of training alone. Measured on: {_machines(list(rows.values()))}.", ""])
+    foot = "Where a source states another number than the accuracy of its last weights, ours is counted likewise. "
+    foot += f"Times are of training alone. Measured on: {_machines(list(rows.values()))}."
+    return "\n".join([*lines, "", foot, ""])
 
 
 def _machines(rows: list[dict[str, Any]]) -> str:
@@ -215,24 +226,39 @@ def _machines(rows: list[dict[str, Any]]) -> str:
 
 
 def describe(recipe: str) -> tuple[str, str]:
-    """Where a recipe comes from and what its source states, as its docstring has it."""
+    """Where a recipe comes from and what its source states, as its docstring has it.
+
+    What is stated is an accuracy in %, of the last weights; "mean over epochs", where it is that; or one per epoch.
+    """
     text = " ".join((RECIPES[recipe].__doc__ or "").split())
     source = text.partition("Source: ")[2].partition(" Differs: ")[0]
-    stated = re.search(r"states ((?:about )?[\d./ ]+) %", source)
+    stated = re.search(r"states ((?:about )?[\d./ ]+) %( \(mean over epochs\))?", source)
     name = re.split(r"[;,.] |, which|\.$", source)[0]
-    return name, stated[1] if stated else "-"
+    return name, stated[1] + (stated[2] or "") if stated else "-"
+
+
+def _as_stated(row: dict[str, Any] | None, stated: str) -> str:
+    """Our number beside one that is not of the last weights: the mean over epochs, or the mean after each epoch."""
+    runs = None if row is None else row.get("epoch_accuracies")
+    if runs and "mean over epochs" in stated:
+        return _percent([statistics.fmean(run) for run in runs])
+    if runs and "/" in stated:
+        return " / ".join(_percent([statistics.fmean(epoch)]) for epoch in zip(*runs, strict=True))
+    return "-"
+
+
+def _percent(accuracies: Sequence[float]) -> str:
+    """Mean and, of several, standard deviation: "99.19 +- 0.05"."""
+    spread = f" +- {statistics.stdev(accuracies):.2%}"[:-1] if len(accuracies) > 1 else ""
+    return f"{statistics.fmean(accuracies):.2%}"[:-1] + spread
 
 
 def _accuracy(row: dict[str, Any] | None) -> list[str]:
     if row is None or not row["accuracies"]:
         return ["not measured", "-", "-"]
-    spread = f" +- {row['accuracy_std']:.2%}"[:-1] if row["accuracy_std"] is not None else ""
     note = "" if row["dataset"] == "mnist" else f" (of {row['dataset']})"
-    return [
-        f"{row['accuracy_mean']:.2%}"[:-1] + spread + note,
-        f"{min(row['accuracies']):.2%}"[:-1],
-        str(len(row["accuracies"])),
-    ]
+    accuracies = row["accuracies"]
+    return [_percent(accuracies) + note, _percent([min(accuracies)]), str(len(accuracies))]
 
 
 def _time(row: dict[str, Any] | None) -> str:

@@ -34,6 +34,7 @@ def made(seed: int, accuracy: float, **changes: Any) -> dict[str, Any]:
         "epochs": 1.0,
         "precision": "fp32",
         "test": {"accuracy": accuracy},
+        "epoch_accuracies": [accuracy],
         "train_time_s": 2.0,
         "total_time_s": 6.0,
         "environment": environment,
@@ -48,6 +49,37 @@ def test_a_row_is_mean_deviation_minimum_and_number_of_seeds() -> None:
     assert row["accuracy_std"] == pytest.approx(statistics.stdev(accuracies))
     line = next(line for line in render({"rows": [row]}).splitlines() if line.startswith("| `fast`"))
     assert "99.20 +- 0.10 | 99.10 | 3 | 2 s | not measured |" in line
+
+
+def test_what_a_source_states_stands_beside_the_same_number_of_ours() -> None:
+    epochs = [[0.96, 0.97, 0.98], [0.965, 0.975, 0.985]]
+    runs = [made(seed, accuracies[-1], epoch_accuracies=accuracies) for seed, accuracies in enumerate(epochs)]
+    rows = [summarise(name, runs) for name in ("lenet5_original", "lenet5", "yannet", "fast")]
+    assert [row["epoch_accuracies"] for row in rows] == [epochs, epochs, epochs, None], "fast has one epoch"
+    original, lenet5, yannet, fast = render({"rows": rows}).splitlines()[2:6]
+    assert "| 97.28 (mean over epochs) | 97.25 +- 0.35 | 98.25 +- 0.35 | 98.00 | 2 |" in original
+    assert "| - | - | 98.25 +- 0.35 | 98.00 | 2 |" in lenet5
+    assert "| 97.29 / 98.08 / 98.33 | 96.25 / 97.25 / 98.25 | 98.25 +- 0.35 |" in yannet
+    assert "| - | - | 98.25 +- 0.35 |" in fast
+
+
+def test_a_row_without_accuracies_of_epochs_shows_none() -> None:
+    row = summarise("lenet5_original", [made(0, 0.98, epoch_accuracies=[0.98] * 5)])
+    old = {name: value for name, value in row.items() if name != "epoch_accuracies"}
+    for known in (old, summarise("lenet5_original", [made(0, 0.98)], is_sample=True)):
+        assert "| 97.28 (mean over epochs) | - |" in render({"rows": [known]})
+
+
+def test_accuracies_of_epochs_are_the_records_of_test_at_whole_epochs(tmp_path: Path) -> None:
+    place = {"dataset": "mnist", "loss": 0.1}
+    records = [
+        {"step": 5, "epoch": 0.5, "split": "test", "accuracy": 0.5},
+        {"step": 10, "epoch": 1.0, "split": "train", "accuracy": 0.6},
+        {"step": 10, "epoch": 1.0, "split": "test", "accuracy": 0.7},
+        {"step": 20, "epoch": 2.0, "split": "test", "accuracy": 0.8},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record | place) + "\n" for record in records))
+    assert reproduce._epoch_accuracies(tmp_path) == [0.7, 0.8]
 
 
 def test_a_sample_is_for_its_time_alone() -> None:
@@ -133,7 +165,8 @@ def test_what_is_missing_is_run(documents: Path) -> None:
 
 def test_every_recipe_has_a_source_and_stated_numbers_are_found() -> None:
     assert all(describe(recipe)[0] for recipe in RECIPES)
-    assert describe("lenet5") == ('coursework "LeNet-5 on MNIST"', "97.28")
+    assert describe("lenet5") == ('coursework "LeNet-5 on MNIST"', "-")
+    assert describe("lenet5_original")[1] == "97.28 (mean over epochs)"
     assert describe("lenet5_classic")[1] == "about 92"
     assert describe("yannet")[1] == "97.29 / 98.08 / 98.33"
     assert describe("convnet") == ("dwgan/MNIST-PyTorch", "-")
