@@ -27,6 +27,8 @@ from mnist.training.loop import TrainState
 from mnist.training.metrics import Scores
 from mnist.training.plan import Plan
 
+GUESSING_MARGIN = 0.01  # above the share of the most frequent class
+
 Rows = list[tuple[str, str]]
 
 
@@ -121,6 +123,10 @@ def closing(setup: RunSetup, test: Scores) -> Rows:
     name = f"NOT MNIST, {dataset.name}" if dataset.fallback_reason is not None else dataset.name
     counts = f"{test.num_correct:,}/{test.num_samples:,}"
     rows = [("test", f"{name}: accuracy {test.accuracy:.2%} ({counts}), loss {test.loss:.4f}, {chosen}")]
+    most_frequent = max(sum(row) for row in test.confusion) / test.num_samples
+    if test.accuracy <= most_frequent + GUESSING_MARGIN:
+        advice = f"no better than one answer for all images ({most_frequent:.2%}): nothing was learnt; a smaller --lr?"
+        rows.append(("remark", advice))
     rows.append(("worst", worst_classes(test, dataset.class_names)))
     if state.stop_reason:
         rows.append(("stopped", f"{state.stop_reason} after step {state.step} of {plan.num_steps}"))

@@ -542,3 +542,12 @@ def test_the_launchers_precision_holds_unless_a_flag_is_given(tmp_path: Path, mo
     for name, extra in (("launcher", []), ("flag", ["--mixed-precision", "no"])):
         run_ranks(run, 1, tmp_path / name, *SMALL, "--max-steps", "23", "--min-accuracy", "0.1", *extra)
     assert [result(tmp_path / name)["precision"] for name in ("launcher", "flag")] == ["bf16", "fp32"]
+
+
+@pytest.mark.parametrize(("lr", "is_remarked"), [("10", True), ("0.005", False)])
+def test_an_accuracy_of_guessing_is_remarked_at_the_end(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], lr: str, is_remarked: bool
+) -> None:
+    arguments = [*SMALL, "--model", "lenet5", "--image-size", "32", "--lr", lr, "--max-steps", "69"]
+    assert run_ranks(run, 1, tmp_path, *arguments, "--min-accuracy", "None") == [0]
+    assert ("no better than one answer for all images" in capfd.readouterr().out) == is_remarked
