@@ -13,7 +13,6 @@ import json
 import os
 import sys
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Literal
 
 from mnist.cli import RunOption, parse_options, run_command
@@ -61,7 +60,6 @@ from mnist.data import datasets
 from mnist.runs.console import Console
 from mnist.runs.export import TrainedModel, find_export, load_model
 from mnist.runs.records import ScoreRecord, read_result
-from mnist.system import ranks
 from mnist.system.accelerator import open_accelerator
 from mnist.training.evaluation import evaluate
 from mnist.training.losses import build_loss
@@ -73,17 +71,15 @@ def main(options: Options) -> int:
     trained = load_model(find_export(options.run))
     config = datasets.relocate(trained.config.data, options.dataset, options.data_dir)
     with open_accelerator(_settle_runtime(trained.config.runtime, options)) as accelerator:
-        console, together = Console(accelerator.is_main_process), partial(ranks.together, accelerator)
-        choice = together(lambda: datasets.choose(config))
-        together(lambda: datasets.fetch(choice.name, config.data_dir), on="local_main")
-        dataset = together(lambda: datasets.read(choice.name, config), on="all").to(accelerator.device)
+        console = Console(accelerator.is_main_process)
+        dataset = datasets.load(config, accelerator)
         if trained.warning is not None:
             console.warn(trained.warning)
         split = {"test": dataset.test, "val": dataset.val, "train": dataset.train}[options.split]
         if split is None:
             raise UserError("--split val: no images were held out when this model was trained; choose test or train")
-        if choice.fallback_reason is not None:
-            console.warn(f"NOT MNIST: the embedded digits, because it is {choice.fallback_reason}")
+        for line in dataset.warnings:
+            console.warn(line)
         prepared = accelerator.prepare_model(trained.model, evaluation_mode=True)
         with Progress(console=RichConsole(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
             task = bar.add_task(options.split, total=len(split))
@@ -97,7 +93,7 @@ def main(options: Options) -> int:
                 after_chunk=None if bar.disable else lambda counts: bar.update(task, completed=int(counts.sum())),
             )
         if accelerator.is_main_process:
-            report = Report(trained, choice.name, options.split, dataset.class_names, scores)
+            report = Report(trained, dataset.name, options.split, dataset.class_names, scores)
             sys.stdout.write(report.as_json() if options.json else report.as_text())
     return 0
 

@@ -94,7 +94,7 @@ class Dataset:
         train: holds each training image `train_copies` times, so that an epoch shows it that often.
         fingerprint: 16 digits of each file's sha256; equal on two machines if their data is.
         warnings: what a person must know about the files.
-        fallback_reason: why these are the embedded digits, where `auto` meant MNIST; else None.
+        is_fallback: these are the embedded digits, where `auto` meant MNIST; a warning says why.
     """
 
     name: str
@@ -105,7 +105,7 @@ class Dataset:
     fingerprint: str
     train_copies: int = 1
     warnings: tuple[str, ...] = ()
-    fallback_reason: str | None = None
+    is_fallback: bool = False
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -135,9 +135,9 @@ def load(config: DataConfig, accelerator: Accelerator) -> Dataset:
     """
     choice = ranks.together(accelerator, lambda: choose(config))
     ranks.together(accelerator, lambda: fetch(choice.name, config.data_dir), on="local_main")
-    dataset = ranks.together(accelerator, lambda: read(choice.name, config), on="all")
+    dataset = ranks.together(accelerator, lambda: read(choice.name, config, choice.fallback_reason), on="all")
     ranks.require_agreement(accelerator, data_files=dataset.fingerprint)
-    return replace(dataset.to(accelerator.device), fallback_reason=choice.fallback_reason)
+    return dataset.to(accelerator.device)
 
 
 def choose(config: DataConfig) -> Choice:
@@ -207,11 +207,16 @@ def _find_file(source: Source, data_dir: str, name: str) -> Path | None:
     return next((path for path in paths if path.exists() and not path.is_dir()), None)
 
 
-def read(name: str, config: DataConfig) -> Dataset:
+def read(name: str, config: DataConfig, fallback_reason: str | None = None) -> Dataset:
     """Reads and checks the splits; every rank calls it, once the files are there.
 
     The validation split is the end of the training set: writers come in blocks, so that a contiguous piece keeps a
     writer's digits on one side.
+
+    Args:
+        name: of the data set, not `auto`.
+        config: folder and size of the validation split.
+        fallback_reason: why `auto` came to the embedded digits, or None.
 
     Raises:
         UserError: a file that is broken, or of another kind, or does not fit its partner; or `val_size` too large.
@@ -222,6 +227,9 @@ def read(name: str, config: DataConfig) -> Dataset:
         raise UserError(f"--val-size {config.val_size}: must be below the {len(train):,} training images of {name}")
     num_train = len(train) - config.val_size
     changed = [file for file, ours, theirs in zip(source.files, source.sha256, hashes, strict=False) if ours != theirs]
+    warnings = [f"{file} is not the published file (its sha256 differs)" for file in changed]
+    if fallback_reason is not None:
+        warnings.insert(0, f"NOT MNIST: these are the 1,797 embedded digits, because MNIST is {fallback_reason}")
     return Dataset(
         name=name,
         train=train[:num_train].repeat(source.train_copies),
@@ -230,7 +238,8 @@ def read(name: str, config: DataConfig) -> Dataset:
         class_names=source.class_names,
         train_copies=source.train_copies,
         fingerprint=",".join(digest[:16] for digest in hashes),
-        warnings=tuple(f"{file} is not the published file (its sha256 differs)" for file in changed),
+        warnings=tuple(warnings),
+        is_fallback=fallback_reason is not None,
     )
 
 

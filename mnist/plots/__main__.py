@@ -359,9 +359,10 @@ def _read_data(config: TrainConfig, data_dir: str | None) -> datasets.Dataset:
     """The run's data set, from the folder that is named now, or else from where the run had it."""
     wanted = datasets.relocate(config.data, None, data_dir)
     choice = datasets.choose(wanted)
-    if choice.fallback_reason is not None:
-        Console().warn(f"NOT MNIST: these are the embedded digits, because it is {choice.fallback_reason}")
-    return datasets.read(choice.name, wanted)
+    dataset = datasets.read(choice.name, wanted, choice.fallback_reason)
+    for line in dataset.warnings:
+        Console().warn(line)
+    return dataset
 
 
 if __name__ == "__main__":

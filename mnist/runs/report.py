@@ -15,7 +15,6 @@ import torch
 from accelerate import Accelerator
 
 from mnist.config import TrainConfig
-from mnist.data.datasets import Dataset
 from mnist.models import count_parameters
 from mnist.runs.console import count
 from mnist.runs.directory import branch_origin
@@ -71,7 +70,7 @@ def run_facts(setup: RunSetup) -> dict[str, Any]:
 
 def warnings(setup: RunSetup, *, has_resumed: bool) -> list[str]:
     """What one must know before believing a number of this run."""
-    found = [*hardware_warnings(setup.accelerator), *data_warnings(setup.dataset)]
+    found = [*hardware_warnings(setup.accelerator), *setup.dataset.warnings]
     return [*found, *drill_warnings(setup.config, has_resumed=has_resumed)]
 
 
@@ -84,12 +83,6 @@ def command_to_continue(run_dir: Path) -> str:
     }
     start = starts.get(launcher(), "python train_ddp.py") if num_local != "1" else "python train_ddp.py"
     return f"{start} --resume {shlex.quote(str(run_dir))}"
-
-
-def data_warnings(dataset: Dataset) -> list[str]:
-    """What one must know about the data before believing a number."""
-    fallback = f"NOT MNIST: training on the 1,797 embedded digits, because it is {dataset.fallback_reason}"
-    return [*([fallback] if dataset.fallback_reason is not None else []), *dataset.warnings]
 
 
 def drill_warnings(config: TrainConfig, *, has_resumed: bool) -> list[str]:
@@ -120,7 +113,7 @@ def closing(setup: RunSetup, test: Scores) -> Rows:
     """How a finished run went."""
     dataset, plan, state = setup.dataset, setup.plan, setup.state
     chosen = "weights with the best validation accuracy" if dataset.val is not None else "last weights"
-    name = f"NOT MNIST, {dataset.name}" if dataset.fallback_reason is not None else dataset.name
+    name = f"NOT MNIST, {dataset.name}" if dataset.is_fallback else dataset.name
     counts = f"{test.num_correct:,}/{test.num_samples:,}"
     rows = [("test", f"{name}: accuracy {test.accuracy:.2%} ({counts}), loss {test.loss:.4f}, {chosen}")]
     most_frequent = max(sum(row) for row in test.confusion) / test.num_samples

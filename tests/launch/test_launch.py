@@ -63,7 +63,7 @@ def test_every_launcher_ends_with_the_right_world_size(
 def test_without_network_and_data_the_digits_are_trained_and_nobody_can_miss_it(tmp_path: Path) -> None:
     done = finish(train("--num-threads", "1", "--run-dir", "run", "--min-accuracy", "0.92"), tmp_path, **NO_NETWORK)
     assert done.code == 0, done.err
-    assert "NOT MNIST: training on the 1,797 embedded digits" in done.err
+    assert "NOT MNIST: these are the 1,797 embedded digits" in done.err
     assert result(tmp_path / "run")["dataset"] == "digits"
     assert result(tmp_path / "run")["steps"] == 158
     assert json.loads((tmp_path / "run" / "config.json").read_text())["dataset"] == "digits"
