@@ -88,17 +88,18 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mnist.doctor.checks_compute import COMPUTE_CHECKS, all_reduce_table
+from mnist.doctor.checks_compute import COMPUTE_CHECKS
 from mnist.doctor.checks_machine import MACHINE_CHECKS
+from mnist.doctor.checks_network import NETWORK_CHECKS, all_reduce_table
 from mnist.doctor.checkup import Finding, Probe, run_check
-from mnist.doctor.links import nccl_log
+from mnist.doctor.interconnect import nccl_log
 from mnist.errors import RankError, RunError, print_error
 from mnist.runs.console import count
 from mnist.system.accelerator import open_accelerator
 from mnist.system.watchdog import Watchdog
 
 EXIT_FIT, EXIT_UNFIT = 0, 1
-CHECKS = (*MACHINE_CHECKS, *COMPUTE_CHECKS)
+CHECKS = (*MACHINE_CHECKS, *COMPUTE_CHECKS, *NETWORK_CHECKS)
 STYLES = {"pass": "green", "warn": "yellow", "fail": "bold red", "skip": "dim"}
 # What is shown of each rank: title, check, key of its value.
 COLUMNS = (

@@ -56,7 +56,7 @@ from rich.markup import escape
 from mnist.data.datasets import SOURCES, is_here, read, relocate
 from mnist.plots.pictures import SUFFIXES, draw_prediction, save_picture
 from mnist.predict.digit_image import SeenDigit, see_digits
-from mnist.predict.likeness import Likeness
+from mnist.predict.not_a_digit import Likeness
 from mnist.predict.picture_file import PictureError, is_picture_name, read_content, read_picture
 from mnist.runs.console import Console
 from mnist.runs.export import TrainedModel, find_export, load_model

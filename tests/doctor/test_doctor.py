@@ -21,10 +21,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from mnist.config import RuntimeConfig
 from mnist.doctor import __main__ as doctor
-from mnist.doctor import checks_compute, checks_machine
+from mnist.doctor import checks_compute, checks_machine, checks_network
 from mnist.doctor.__main__ import Options
 from mnist.doctor.checkup import Fact, Judgement, judge_equal
-from mnist.doctor.links import Links
+from mnist.doctor.interconnect import Links
 from mnist.errors import UserError
 from mnist.system.accelerator import open_accelerator
 from tests.data.test_datasets import TRAIN_IMAGES, write_files
@@ -349,7 +349,8 @@ def bandwidth(first: float, last: float, *used: str, **links: Any) -> dict[str, 
     return {"seconds": seconds, "links": Links(used, **{"interface": "eth0", **links})}
 
 
-machine, compute, judge_bandwidth = checks_machine, checks_compute, checks_compute.judge_bandwidth
+machine, compute, network = checks_machine, checks_compute, checks_network
+judge_bandwidth = network.judge_bandwidth
 equal = judge_equal("mend it")
 CASES: list[tuple[Callable[[Any], Judgement], list[Any], str, str]] = [
     (equal, [{"torch": "2"}] * 3, "pass", "equal on 3 ranks"),
@@ -412,9 +413,9 @@ CASES: list[tuple[Callable[[Any], Judgement], list[Any], str, str]] = [
     (compute.judge_speed, [0.010, 0.011, 0.012, 0.020], "warn", "rank 3 on b needs 20.0 ms a step, the others 11.0 ms"),
     (compute.judge_one_thread, [None, None], "pass", "one thread is not faster"),
     (compute.judge_one_thread, [None, "2 threads are slower"], "warn", "rank 1 on a: 2 threads are slower"),
-    (compute.judge_all_reduce, [{"float32": 0, "float64": 0}] * 2, "pass", "exact in float32, float64"),
-    (compute.judge_all_reduce, [{"float32": 0}, {"float32": 3}], "fail", "3 wrong sums in float32 on rank 1 on a"),
-    (compute.judge_all_reduce, [{"float32": 0}], "skip", "one process"),
+    (network.judge_all_reduce, [{"float32": 0, "float64": 0}] * 2, "pass", "exact in float32, float64"),
+    (network.judge_all_reduce, [{"float32": 0}, {"float32": 3}], "fail", "3 wrong sums in float32 on rank 1 on a"),
+    (network.judge_all_reduce, [{"float32": 0}], "skip", "one process"),
     (judge_bandwidth, [bandwidth(1e-6, 1e-3)], "skip", "one process"),
     (
         judge_bandwidth,
@@ -462,8 +463,8 @@ def test_judges(judge: Callable[[Any], Judgement], values: list[Any], verdict: s
 
 @pytest.mark.parametrize(("world_size", "share"), [(2, 1.0), (4, 1.5), (8, 1.75)])
 def test_bandwidth_is_what_each_link_carries(world_size: int, share: float) -> None:
-    assert compute.all_reduce_table([0.5] * 8, world_size)[0] == (1024, 0.5, share * 2048)
-    assert [compute.all_reduce_table([0.5] * sizes, world_size)[-1][0] >> 20 for sizes in (8, 10)] == [16, 256]
+    assert network.all_reduce_table([0.5] * 8, world_size)[0] == (1024, 0.5, share * 2048)
+    assert [network.all_reduce_table([0.5] * sizes, world_size)[-1][0] >> 20 for sizes in (8, 10)] == [16, 256]
 
 
 def test_what_nccl_says_about_two_ranks_on_one_gpu_is_not_taken_for_a_lost_rank() -> None:
@@ -483,6 +484,6 @@ def test_a_collective_that_adds_wrongly_is_counted(monkeypatch: pytest.MonkeyPat
 
             torch.distributed.all_reduce = broken
             config = Options().config()
-            return compute.measure_all_reduce(checks_compute.Probe(accelerator, config))
+            return network.measure_all_reduce(checks_compute.Probe(accelerator, config))
 
     assert run_ranks(add, 2) == [{"float32": 1, "int64": 1, "float64": 1}] * 2

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from mnist.config import DataConfig
 from mnist.data.datasets import read
 from mnist.predict.digit_image import see_digits
-from mnist.predict.likeness import Likeness
+from mnist.predict.not_a_digit import Likeness
 
 REAL_DIR = os.environ.get("MNIST_DATA_DIR", "")
 needs_mnist = pytest.mark.skipif(not Path(REAL_DIR, "MNIST", "raw").is_dir(), reason="MNIST_DATA_DIR has no MNIST")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mnist.config import RuntimeConfig
-from mnist.doctor.links import (
+from mnist.doctor.interconnect import (
     Links,
     active_infiniband,
     find_links,
