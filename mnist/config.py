@@ -301,10 +301,13 @@ class OutputConfig:
     """What is kept: the run directory, checkpoints, tracking, console."""
 
     run_dir: str | None = setting(
-        None, "Default: the unfinished run of this configuration, else a new one in runs/.", "free", is_path=True
+        None, "Where the run is kept; default: a new directory in runs/.", "free", is_path=True
     )
     resume: str = setting(
-        "auto", "auto = the newest valid checkpoint of --run-dir; never; or a checkpoint's path.", "free", is_path=True
+        "auto",
+        "last, a run directory or a checkpoint; auto = what is in --run-dir; never = nothing.",
+        "free",
+        is_path=True,
     )
     checkpoint_every: int = setting(0, "Steps between checkpoints; 0 = one an epoch.", "free", "[0, 1e9]")
     keep_last: int = setting(2, "Newest checkpoints kept.", "free", "[1, 1e6]")

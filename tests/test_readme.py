@@ -1,13 +1,15 @@
-"""The documents tell the truth: what they name exists, tables agree with results, code runs as typed."""
+"""The documents tell the truth: what they name exists, tables agree with results, links lead somewhere, code runs."""
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import importlib
 import json
 import re
 import shlex
 import shutil
+import struct
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -18,23 +20,45 @@ from mnist.cli import _fields, _flag
 from mnist.recipes import RECIPES
 from mnist.reproduce import render
 from tests.processes import PYTHON, ROOT, finish
+from tests.test_layers import LAYERS
 
 README = (ROOT / "README.md").read_text()
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "launch" / "README.md", *(ROOT / "docs").glob("*.md")]
-COMMANDS = [
-    line.split("  #")[0].strip()
-    for path in DOCUMENTS
-    for block in re.findall(r"```bash\n(.*?)```", path.read_text(), flags=re.DOTALL)
-    for line in block.splitlines()
-    if line.strip()
+DOCUMENTS = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "launch/README.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / ".github").rglob("*.md")),
 ]
-OURS = [command for command in COMMANDS if "mnist." in command or "train_ddp.py" in command]
+PROGRAMS = ("python ", "python3 ", "torchrun ", "accelerate ", "launch/", "srun ", "sbatch ")
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def blocks_of(text: str, language: str) -> list[str]:
+    """The contents of the fenced blocks of a language, in order."""
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+    return [content for name, content in blocks if name == language]
+
+
+def commands_of(text: str) -> set[str]:
+    """What a page tells people to type: lines of its bash blocks, and commands within its text and tables."""
+    lines = {line.split(" #")[0].strip() for block in blocks_of(text, "bash") for line in block.splitlines()}
+    spans = {span for span in re.findall(r"(?<!`)`([^`\n]+)`(?!`)", text) if span.startswith(PROGRAMS)}
+    return {command for command in lines | spans if command}
+
+
+COMMANDS = sorted({command for path in DOCUMENTS for command in commands_of(path.read_text())})
+OURS = [
+    command for command in COMMANDS if re.search(r"\bmnist\.[a-z]|train_ddp\.py|\blaunch/\w+\.(sh|sbatch)", command)
+]
 
 
 def flags_of(module: str) -> set[str]:
     """The flags that a command understands, from its options; of all of its subcommands."""
     if module == "train_ddp":
-        return {_flag(name) for name in _fields()}
+        fields = _fields()
+        return {_flag(name) for name in fields} | {_flag(f"no_{name}") for name in fields if fields[name][0] is bool}
     names: set[str] = {"--help"}
     name = f"mnist.{module}" if (ROOT / "mnist" / f"{module}.py").exists() else f"mnist.{module}.__main__"
     waiting: list[Any] = [importlib.import_module(name).Options]
@@ -50,10 +74,18 @@ def flags_of(module: str) -> set[str]:
 
 
 def ours(command: str) -> tuple[str, list[str]]:
-    """Module and arguments of the part of a command line that is ours; launchers' own flags come before it."""
+    """Module and arguments of the part of a command line that is ours; launchers' own flags come before it.
+
+    The scripts in launch/ hand their arguments on to the training command.
+    """
     words = shlex.split(command.partition(" > ")[0])
-    start = next(i for i, word in enumerate(words) if word == "train_ddp.py" or word.startswith("mnist."))
-    return words[start].removesuffix(".py").removeprefix("mnist."), words[start + 1 :]
+    for i, word in enumerate(words):
+        if word == "train_ddp.py" or word.startswith("mnist."):
+            return word.removesuffix(".py").removeprefix("mnist."), words[i + 1 :]
+        if word.startswith("launch/") and not word.endswith(".yaml"):
+            assert (ROOT / word).exists(), word
+            return "train_ddp", words[i + 1 :]
+    raise AssertionError(command)
 
 
 @pytest.mark.parametrize("command", OURS)
@@ -62,41 +94,123 @@ def test_a_command_that_is_shown_exists_with_its_flags(command: str) -> None:
     flags = {word.partition("=")[0] for word in arguments if word.startswith("--")}
     assert flags <= flags_of(module)
     recipes = [value for flag, value in pairwise(arguments) if flag == "--recipe"]
-    assert set(recipes) <= set(RECIPES)
+    assert set(recipes) <= set(RECIPES) | {"NAME", "mine"}  # mine: docs/adapt.md adds it
 
 
-def test_the_commands_are_found() -> None:
-    assert len(OURS) >= 17
-    assert {ours(command)[0] for command in OURS} >= {"train_ddp", "predict", "evaluate", "plots", "bench", "doctor"}
+def test_the_commands_of_all_kinds_are_found() -> None:
+    assert len(OURS) >= 50
+    commands = {ours(command)[0] for command in OURS}
+    assert commands >= {"train_ddp", "predict", "evaluate", "plots", "bench", "doctor", "reproduce"}
     assert "--seeds" in flags_of("reproduce")
     assert "--untrained" in flags_of("plots")
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_files_that_are_named_exist(path: Path) -> None:
+def anchors_of(path: Path) -> set[str]:
+    """The names that GitHub gives to the headings of a page."""
+    text = re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
+def test_links_and_named_files_exist(path: Path) -> None:
     text = path.read_text()
-    links = [link for link in re.findall(r"\]\(([^)#\s]+)\)", text) if not link.startswith("http")]
+    wrong = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if link.startswith("http"):
+            continue
+        file, _, anchor = link.partition("#")
+        target = (path.parent / file).resolve() if file else path
+        if not target.exists() or (anchor and anchor not in anchors_of(target)):
+            wrong.append(link)
     named = re.findall(r"`((?:mnist|tests|docs|launch)/[\w/.]+\.\w+)`", text)
-    missing = [link for link in links if not (path.parent / link).exists()]
-    assert missing + [name for name in named if not (ROOT / name).exists()] == []
+    assert wrong + [name for name in named if not (ROOT / name).exists()] == []
 
 
-@pytest.mark.parametrize("name", ["reliability.md", "promises.md"])
-def test_tests_that_are_named_exist(name: str) -> None:
-    text = (ROOT / "docs" / name).read_text()
-    modules = set(re.findall(r"`(test_\w+)(?:::\w+)?`", text))
-    files = {path.stem: path for path in (ROOT / "tests").rglob("test_*.py")}
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
+def test_tests_that_are_named_exist(path: Path) -> None:
+    text = path.read_text()
+    files = {found.stem: found.read_text() for found in (ROOT / "tests").rglob("test_*.py")}
+    modules = set(re.findall(r"`(test_\w+)(?:::\w+)?`", text)) | set(re.findall(r"tests/[\w/]*(test_\w+)\.py", text))
     assert sorted(modules - files.keys()) == []
-    for module, test in re.findall(r"`(test_\w+)::(\w+)`", text):
-        assert re.search(rf"^def {test}\b", files[module].read_text(), flags=re.MULTILINE), test
+    module = ""
+    for name, test in re.findall(r"`(test_\w+)?(?:::(\w+))?`", text):
+        module = name or module  # `::test_x` alone is of the file that was named last
+        if test:
+            assert re.search(rf"^def {test}\b", files[module], flags=re.MULTILINE), f"{module}::{test}"
 
 
-def test_the_lines_of_python_run_as_they_stand(tmp_path: Path, smoke_run: Path) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+def test_every_page_is_in_the_index() -> None:
+    index = (ROOT / "docs" / "README.md").read_text()
+    pages = [path.name for path in (ROOT / "docs").glob("*.md") if path.name != "README.md"]
+    assert [name for name in pages if f"({name})" not in index] == []
+
+
+def test_the_readme_has_at_most_1000_words() -> None:
+    text = re.sub(r"```.*?```|<!--.*?-->", "", README, flags=re.DOTALL)
+    words = " ".join(line for line in text.splitlines() if not line.startswith("|")).split()
+    assert len(words) <= 1000
+
+
+PLACED = re.compile(r"At the end of `([\w/.]+)`[^\n]*\n(?:[^\n`]*`[^\n]*\n)?\n```python\n(.*?)```", re.DOTALL)
+BLOCKS = [
+    pytest.param(block, id=f"{name_of(path)}-{number}")
+    for path in DOCUMENTS
+    for number, block in enumerate(blocks_of(path.read_text(), "python"))
+    if not block.startswith(" ") and block not in {code for _, code in PLACED.findall(path.read_text())}
+]
+
+
+def test_the_blocks_of_python_that_run_are_found() -> None:
+    assert {"README.md", "docs/use.md", "docs/adapt.md"} <= {str(block.id).rpartition("-")[0] for block in BLOCKS}
+
+
+@pytest.mark.parametrize("code", BLOCKS)
+def test_the_lines_of_python_run_as_they_stand(code: str, tmp_path: Path, smoke_run: Path) -> None:
     shutil.copytree(smoke_run / "export", tmp_path / "runs" / "my-run" / "export")
     done = finish([*PYTHON, "-c", code], tmp_path)
     assert done.code == 0, done.err
-    assert done.out.startswith("tensor([[")
+    assert done.out
+
+
+def test_what_the_page_on_adapting_adds_is_trained_with(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "mnist", tmp_path / "mnist", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "train_ddp.py", tmp_path)
+    page = (ROOT / "docs" / "adapt.md").read_text()
+    placed = PLACED.findall(page)
+    assert [file for file, _ in placed] == [
+        *("mnist/recipes.py", "mnist/models.py", "mnist/training/losses.py"),
+        *("mnist/training/metrics.py", "mnist/data/datasets.py"),
+    ]
+    for file, code in placed:
+        path = tmp_path / file
+        path.write_text(f"{path.read_text()}\n\n{code}")
+    optimizers = tmp_path / "mnist/training/optim.py"
+    (case,) = [block for block in blocks_of(page, "python") if block.startswith(" ")]
+    optimizers.write_text(optimizers.read_text().replace('        case "adam":\n', f'{case}        case "adam":\n'))
+    config = tmp_path / "mnist/config.py"
+    settings = config.read_text()
+    for name, word in re.findall(r'`"(\w+)"`\s+in\s+`(\w+)`', page):
+        settings, count = re.subn(rf"^({word} = Literal\[)", rf'\1"{name}", ', settings, flags=re.MULTILINE)
+        assert count == 1, word
+    config.write_text(settings)
+
+    raw = tmp_path / "data/Mine/raw"
+    raw.mkdir(parents=True)
+    for part, count in (("train", 256), ("t10k", 20)):
+        images = bytes(count * 28 * 28)
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(struct.pack(">iiii", 0x803, count, 28, 28) + images)
+        labels = bytes(place % 10 for place in range(count))
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">ii", 0x801, count) + labels)
+    command = [*PYTHON, "train_ddp.py", "--recipe", "mine", "--dataset", "mine", "--max-steps", "4", "--no-pictures"]
+    done = finish([*command, "--run-dir", "run"], tmp_path, PYTHONPATH=str(tmp_path), MNIST_DATA_DIR="data")
+    assert done.code == 0, done.err
+    record = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert 0 < record["confidence"] <= 1
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (saved["model"], saved["loss"], saved["optimizer"]) == ("wide", "focal", "rmsprop")
+    refused = finish([*command, "--data-dir", "none"], tmp_path, PYTHONPATH=str(tmp_path))
+    assert (refused.code, "--dataset mine: not in none/Mine/raw" in refused.err) == (2, True), refused.err
 
 
 def test_the_table_is_what_the_results_say_and_every_recipe_has_a_row() -> None:
@@ -107,7 +221,59 @@ def test_the_table_is_what_the_results_say_and_every_recipe_has_a_row() -> None:
     assert {row["recipe"] for row in results["rows"]} == set(RECIPES)
 
 
+def tree() -> str:
+    """The picture of the folders in the README."""
+    return next(block for block in blocks_of(README, "") if "mnist/\n" in block)
+
+
 def test_every_module_and_folder_is_in_the_tree() -> None:
     modules = [path.name for path in (ROOT / "mnist").glob("*.py") if path.stem != "__init__"]
     folders = [f"{path.name}/" for path in (ROOT / "mnist").iterdir() if (path / "__init__.py").exists()]
-    assert [name for name in [*modules, *folders] if name not in README] == []
+    assert [name for name in [*modules, *folders] if name not in tree()] == []
+
+
+def test_files_that_the_tree_names_exist() -> None:
+    files = {path.name for path in [*(ROOT / "mnist").rglob("*.py"), *ROOT.glob("*.*")]}
+    named = set(re.findall(r"\b\w+\.(?:py|yaml)\b", tree()))
+    assert len(named) >= 25
+    assert sorted(named - files) == []
+
+
+def test_the_map_of_layers_is_the_one_that_is_tested() -> None:
+    (picture,) = blocks_of((ROOT / "CONTRIBUTING.md").read_text(), "")
+    rows = [re.split(r" {3,}", line)[0].split() for line in picture.splitlines() if line and not line.startswith(" ")]
+    assert [set(row) for row in rows] == LAYERS[::-1]
+
+
+OTHERS_SAY = ("IPv6 network addresses", "DeepSpeed is not", "torch_xla", "torchvision::nms", "were not passed")
+MESSAGES = [
+    message
+    for row in re.findall(r"^\| (.*?) \|", (ROOT / "docs/troubleshooting.md").read_text(), flags=re.MULTILINE)
+    for message in re.findall(r"`([^`]+)`", row)
+    if not message.startswith(PROGRAMS) and not any(words in message for words in OTHERS_SAY)
+]
+VALUES = r"\.\.\.|\d[\d.,]*(?: s\b)?|\([^)]*\)|\S*[/=.]\S*|\b[A-Z]{4,}\b|node7|mnist|where|labels|images|pid|offline"
+VALUES += "|the loss is"  # or: weights are
+
+
+def texts_of(path: Path) -> str:
+    """All texts in a module, with a gap where an f-string has a value."""
+    texts = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.JoinedStr):
+            texts.append("".join(part.value if isinstance(part, ast.Constant) else "\0" for part in node.values))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            texts.append(node.value)
+    return "\n".join(texts)
+
+
+def test_messages_that_are_explained_are_messages_of_this_code() -> None:
+    texts = "\n".join(texts_of(path) for path in (ROOT / "mnist").rglob("*.py"))
+    assert len(MESSAGES) >= 30
+    wrong = []
+    for message in MESSAGES:
+        parts = re.split(VALUES, message)  # what is said in every case; the longest piece of it is looked for
+        longest = max((part.strip(" :;") for part in parts), key=len)
+        if len(longest) < 3 or longest not in texts:
+            wrong.append((message, longest))
+    assert wrong == []

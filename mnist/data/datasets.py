@@ -177,7 +177,7 @@ def fetch(name: str, data_dir: str) -> None:
             mirrors, resources = list(published.mirrors), published.resources
         transfer = Transfer(mirrors, resources, source.max_bytes)
         download(transfer, Path(data_dir), folder, lambda: is_here(name, data_dir))
-    except (OSError, ImportError) as error:
+    except (OSError, ImportError, AttributeError) as error:  # torchvision may have no class of that name
         raise UserError(
             f"--dataset {name}: not in {folder} and the download failed ({error}); either name the folder that holds "
             f"{source.torchvision_class}/raw with --data-dir or $MNIST_DATA_DIR, or copy the four files "
