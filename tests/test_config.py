@@ -195,7 +195,7 @@ def test_evolve_checks_what_it_makes():
 
 
 def test_evolve_refuses_a_field_that_does_not_exist():
-    with pytest.raises(AssertionError, match="learning_rate"):
+    with pytest.raises(TypeError, match="learning_rate"):
         evolve(TrainConfig(), learning_rate=1.0)
 
 
