@@ -215,6 +215,9 @@ class OptimConfig:
     """The mathematics of a training run, apart from its data."""
 
     model: Model = setting("fastnet", "The network.", "fixed")
+    init_from: str | None = setting(
+        None, "A run, or an exported model, whose weights a new run begins with; None = random.", "fixed", is_path=True
+    )
     optimizer: Optimizer = setting("adam", "The update rule.", "fixed")
     lr: float = setting(1e-3, "Learning rate; the peak where the schedule rises first.", "course", "(0, 1e38]")
     momentum: float = setting(0.0, "Momentum (SGD).", "fixed", "[0, 1)")

@@ -23,6 +23,7 @@ from mnist.runs.checkpoint_files import (
     save_checkpoint,
 )
 from mnist.runs.directory import RunDirectory, branch_origin
+from mnist.runs.initial_weights import begin_with_weights
 from mnist.runs.live_state import check_fits, module_tensors, optimizer_tensors, restore_optimizer
 from mnist.runs.records import ScoreRecord
 from mnist.runs.resume import check_checkpoint, wants_to_go_on
@@ -36,7 +37,9 @@ from mnist.training.step import DivergedError, TrainStep
 
 
 def resume_run(setup: RunSetup) -> list[str]:
-    """Takes up a run at its newest valid checkpoint, or at the one that it branches from. Every rank must call this.
+    """Takes up a run at its newest valid checkpoint, or at the one that it branches from, or from other weights.
+
+    Every rank must call this.
 
     Args:
         setup: of the run; its training step and its state get what the checkpoint holds.
@@ -45,11 +48,12 @@ def resume_run(setup: RunSetup) -> list[str]:
         Notes for people; empty where the run begins at its first step.
 
     Raises:
-        UserError: the checkpoint is of another run.
+        UserError: the checkpoint is of another run, or the weights of --init-from do not fit.
         CheckpointError: there are checkpoints, and none is valid.
     """
     found = ranks.together(setup.accelerator, lambda: _find(setup))
     if found is None:
+        begin_with_weights(setup)
         return []
     saved, notes = found
     _restore(saved, setup.train_step)

@@ -38,6 +38,7 @@ class TrainedModel:
         config: what it was trained with, as resolved then (data set, precision, threads included).
         model: images (B, 1, S, S) float32 -> logits (B, 10).
         transform: pixels (B, 28, 28) uint8 -> images.
+        sha256: of the weights' file.
         warning: that the weights could not be checked, because an older version wrote no checksum, or that it
             has fields of another version; or None.
     """
@@ -46,6 +47,7 @@ class TrainedModel:
     config: TrainConfig
     model: nn.Sequential
     transform: BatchTransform
+    sha256: str
     warning: str | None = None
 
 
@@ -82,12 +84,13 @@ def runs_with(file: str) -> list[Path]:
     return [run for _, run in sorted(found, reverse=True)]
 
 
-def find_export(run: str | None) -> Path:
+def find_export(run: str | None, flag: str = "--run") -> Path:
     """The folder of an exported model.
 
     Args:
         run: a run directory (its best model is meant) or a folder with an exported model; None = the newest run below
             runs/ with an export that can be loaded.
+        flag: named in errors.
 
     Raises:
         UserError: there is none. Says what to do.
@@ -98,15 +101,15 @@ def find_export(run: str | None) -> Path:
                 return load_model(newest / "export" / "best").folder
         raise UserError("--run: no finished run below runs/; train one (python train_ddp.py), or name its directory")
     if not Path(run).is_dir():
-        raise UserError(f"--run {run}: no such folder")
+        raise UserError(f"{flag} {run}: no such folder")
     for folder in (Path(run), Path(run, "export", "best"), Path(run, "export", "last")):
         if (folder / WEIGHTS).is_file():
             return folder
-    raise UserError(f"--run {run}: no exported model there ({WEIGHTS}); a run exports its model when it finishes")
+    raise UserError(f"{flag} {run}: no exported model there ({WEIGHTS}); a run exports its model when it finishes")
 
 
-def load_model(folder: Path) -> TrainedModel:
-    """Reads an exported model.
+def load_model(folder: Path, flag: str = "--run") -> TrainedModel:
+    """Reads an exported model; `flag` is named in errors.
 
     Raises:
         UserError: a file is missing, damaged, or does not fit the other one.
@@ -120,16 +123,17 @@ def load_model(folder: Path) -> TrainedModel:
         model.load_state_dict(weights)
     except (OSError, UserError, SafetensorError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"--run {folder}: not readable as an exported model ({reason})") from error
-    if checksum not in (None, hashlib.sha256(content).hexdigest()):
-        raise UserError(f"--run {folder}: {WEIGHTS} has changed since it was written ({CONFIG} has another sha256)")
+        raise UserError(f"{flag} {folder}: not readable as an exported model ({reason})") from error
+    sha256 = hashlib.sha256(content).hexdigest()
+    if checksum not in (None, sha256):
+        raise UserError(f"{flag} {folder}: {WEIGHTS} has changed since it was written ({CONFIG} has another sha256)")
     damaged = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
     if damaged:
-        raise UserError(f"--run {folder}: {damaged[0]} in {WEIGHTS} has weights of nan or inf; train it again")
+        raise UserError(f"{flag} {folder}: {damaged[0]} in {WEIGHTS} has weights of nan or inf; train it again")
     notes = [] if checksum else [f"no {WEIGHTS_CHECKSUM}, the weights cannot be checked"]
     notes += [f"{name} is a field of another version, left out" for name in unknown]
     warning = f"{folder / CONFIG}: {'; '.join(notes)}" if notes else None
-    return TrainedModel(folder, config, model.eval(), BatchTransform(config.image), warning)
+    return TrainedModel(folder, config, model.eval(), BatchTransform(config.image), sha256, warning)
 
 
 def _read_config(path: Path) -> tuple[TrainConfig, str | None, list[str]]:

@@ -5,6 +5,7 @@ In: configuration, plan, facts and numbers. Out: rows of words for the console, 
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shlex
 from collections.abc import Sequence
@@ -40,9 +41,10 @@ def banner(setup: RunSetup, facts: dict[str, Any], environment: dict[str, Any]) 
     world = f"{count(plan.world_size, 'process')} ({environment['launcher']})"
     threads = count(environment["threads_per_process"], "thread")
     share = f"{plan.world_size} x {plan.accumulation_steps} x {plan.micro_batch_size}"
-    optim = config.optim
+    optim, weights = config.optim, setup.state.initialised_from
     return [
         ("recipe", f"{config.recipe}: {optim.model}, {facts['num_params']:,} parameters"),
+        *([("weights", str(weights))] if weights is not None else []),
         ("data", f"{dataset.name}: {sizes} / {len(dataset.test):,} test"),
         ("device", f"{environment['ranks'][0]['device']}, {threads}, {world}"),
         ("precision", facts["precision"]),
@@ -55,7 +57,7 @@ def banner(setup: RunSetup, facts: dict[str, Any], environment: dict[str, Any]) 
 def run_facts(setup: RunSetup) -> dict[str, Any]:
     """What result.json says of a run from its first step on."""
     config, accelerator = setup.config, setup.accelerator
-    origin = branch_origin(config)
+    origin, weights = branch_origin(config), setup.state.initialised_from
     return {
         "recipe": config.recipe,
         "dataset": setup.dataset.name,
@@ -65,6 +67,7 @@ def run_facts(setup: RunSetup) -> dict[str, Any]:
         "precision": executed_precision(accelerator),
         "evaluation": config.loop.evaluation,
         "origin": None if origin is None else str(origin),
+        "initialised_from": None if weights is None else dataclasses.asdict(weights),
     }
 
 

@@ -19,6 +19,25 @@ from mnist.training.step import DivergedError, TrainStep, wait_for_device
 EXCHANGE_S = 1.0  # about how often ranks exchange their sums
 
 
+@dataclass(frozen=True)
+class InitialWeights:
+    """Where a run has its first weights from, if not from its seed.
+
+    Attributes:
+        folder: of the exported model.
+        sha256: of its weights' file.
+        skipped: tensors that do not fit, because the classes are others; these are random.
+    """
+
+    folder: str
+    sha256: str
+    skipped: list[str]
+
+    def __str__(self) -> str:
+        skipped = f"; random, because the classes are others: {', '.join(self.skipped)}" if self.skipped else ""
+        return f"{self.folder}, sha256 {self.sha256[:12]}{skipped}"
+
+
 @dataclass
 class TrainState:
     """What the loop remembers besides weights and optimizer state, as plain numbers, the same on every rank.
@@ -33,6 +52,7 @@ class TrainState:
         val_scores: of the last evaluation on validation.
         stop_reason: why the run ends before its planned length, or None.
         is_stopping: a signal has arrived on some rank, and all ranks end after this step.
+        initialised_from: another run's weights; None = random weights.
     """
 
     step: int = 0
@@ -44,6 +64,7 @@ class TrainState:
     val_scores: dict[str, float] | None = None
     stop_reason: str | None = None
     is_stopping: bool = False
+    initialised_from: InitialWeights | None = None
 
     def load(self, saved: TrainState) -> None:
         """Becomes a copy of the state in a checkpoint; nobody has asked this start to stop."""

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from mnist.data.datasets import read
 from mnist.data.transforms import Augmentation, BatchTransform
 from mnist.models import build_model, seed_initial_weights
 from mnist.recipes import RECIPES
+from mnist.runs.records import check_record
 from mnist.system.accelerator import build_accelerator
 from mnist.training.build import build_train_step
 from mnist.training.evaluation import evaluate
@@ -199,7 +201,7 @@ def test_a_record_after_a_resume_has_the_sums_of_the_whole_interval(world_size: 
 
     def train_again(saved: dict[str, Any]) -> tuple[TrainSums, TrainSums]:
         step, loader = make_step(optimizer="sgd", lr=1e-30)
-        state = TrainState.from_dict(json.loads(json.dumps(saved)))
+        state = check_record(Path("state"), json.loads(json.dumps(saved)), TrainState, complete=True)
         (record,) = train_one_epoch(step, loader.steps(state.step, 10), state, pauses_at=lambda s: s == 10)
         return record.sums, state.run_sums
 
