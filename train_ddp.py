@@ -27,6 +27,8 @@ if __name__ == "__main__":
     CONSOLE.show("importing torch")
 
 
+from accelerate import Accelerator
+
 from mnist.config import TrainConfig, evolve
 from mnist.data import datasets
 from mnist.errors import RunError, UserError, print_error
@@ -69,43 +71,46 @@ def train(config: TrainConfig, console: Console | None = None) -> Result:
     config = fill_in(config)
     console = console or Console(quiet=config.output.quiet)
     with console, open_accelerator(config.runtime, tracker_names(config.output)) as accelerator:
-        console.show("reading the data")
-        dataset = datasets.load(config.data, accelerator)
-        config = evolve(config, dataset=dataset.name)
-        accumulation_steps = config.loop.gradient_accumulation_steps
-        plan = build_plan(config, len(dataset.train), accelerator.num_processes, accumulation_steps)
+        return run_ranks_part(config, accelerator, console)  # frees the model before the process group closes
 
-        directory = open_run_directory(config, dataset.name, accelerator)
-        resume.check_directory(directory, config)
-        if resume.is_finished(directory, config, plan):
-            return report_finished(directory, config, console)
-        train_loader = build_train_loader(config, plan, dataset.train, accelerator)
-        train_step = build_train_step(
-            config,
-            accelerator,
-            num_steps=plan.num_steps,
-            epoch_steps=plan.epoch_steps,
-            accumulation_steps=plan.accumulation_steps,
-        )
-        state = TrainState()
-        setup = RunSetup(config, plan, dataset, directory, train_step, state)
-        notes = resume_run(setup)
 
-        with start_run(setup, console, notes=notes, started_s=STARTED_S, draw=write_run_pictures) as run:
-            validation = Validation(setup, run.tracker, console, run.heartbeat)
-            checkpointing = Checkpointing(setup, run.tracker, validation)
-            run.warm_up(train_loader)
-            while not run.is_over():
-                steps = run.with_drills(train_loader.steps(state.step, plan.next_epoch_end(state.step)))
-                for record in train_one_epoch(
-                    train_step, steps, state, pauses_at=plan.pauses_at, heartbeat=run.heartbeat
-                ):
-                    run.log(record)
-                    if plan.evaluates_at(record.step):
-                        validation.score()
-                    if checkpointing.is_due():
-                        checkpointing.save()
-            return run.finish(validation, checkpointing)
+def run_ranks_part(config: TrainConfig, accelerator: Accelerator, console: Console) -> Result:
+    """A run of `config` on this rank, inside an open accelerator."""
+    console.show("reading the data")
+    dataset = datasets.load(config.data, accelerator)
+    config = evolve(config, dataset=dataset.name)
+    accumulation_steps = config.loop.gradient_accumulation_steps
+    plan = build_plan(config, len(dataset.train), accelerator.num_processes, accumulation_steps)
+
+    directory = open_run_directory(config, dataset.name, accelerator)
+    resume.check_directory(directory, config)
+    if resume.is_finished(directory, config, plan):
+        return report_finished(directory, config, console)
+    train_loader = build_train_loader(config, plan, dataset.train, accelerator)
+    train_step = build_train_step(
+        config,
+        accelerator,
+        num_steps=plan.num_steps,
+        epoch_steps=plan.epoch_steps,
+        accumulation_steps=plan.accumulation_steps,
+    )
+    state = TrainState()
+    setup = RunSetup(config, plan, dataset, directory, train_step, state)
+    notes = resume_run(setup)
+
+    with start_run(setup, console, notes=notes, started_s=STARTED_S, draw=write_run_pictures) as run:
+        validation = Validation(setup, run.tracker, console, run.heartbeat)
+        checkpointing = Checkpointing(setup, run.tracker, validation)
+        run.warm_up(train_loader)
+        while not run.is_over():
+            steps = run.with_drills(train_loader.steps(state.step, plan.next_epoch_end(state.step)))
+            for record in train_one_epoch(train_step, steps, state, pauses_at=plan.pauses_at, heartbeat=run.heartbeat):
+                run.log(record)
+                if plan.evaluates_at(record.step):
+                    validation.score()
+                if checkpointing.is_due():
+                    checkpointing.save()
+        return run.finish(validation, checkpointing)
 
 
 if __name__ == "__main__":

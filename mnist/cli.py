@@ -22,7 +22,7 @@ import tyro
 import yaml
 
 from mnist.config import DataConfig, TrainConfig, check_choice, evolve, sections, to_flat, user_path
-from mnist.errors import RunError, UserError, is_first_rank, print_error
+from mnist.errors import MachineError, RunError, UserError, is_first_rank, print_error
 from mnist.recipes import RECIPES, list_recipes
 from mnist.runs.continued import continued_config
 from mnist.system import launcher, process
@@ -316,7 +316,7 @@ def _read_mapping(path: Path) -> list[tuple[str, yaml.Node]]:
             content = file.read(_LARGEST_FILE + 1)
         root = yaml.compose(content, Loader=yaml.SafeLoader) if len(content) <= _LARGEST_FILE else None
     except OSError as error:
-        raise UserError(f"--config {path}: cannot be read ({error.strerror})") from error
+        raise MachineError(f"--config {path}: cannot be read ({error.strerror})") from error
     except RecursionError as error:
         raise UserError(f"--config {path}: cannot be read as YAML (nested too deeply)") from error
     except (UnicodeDecodeError, yaml.YAMLError) as error:

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -343,6 +344,15 @@ def test_other_ranks_of_the_script_keep_silent():
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "")
 
 
+@pytest.mark.parametrize("flag", ["--resume", "--config"])
+def test_a_file_that_one_machine_lacks_is_named_by_its_first_rank(flag, tmp_path):
+    missing = str(tmp_path / "missing")
+    first = run_script("train_ddp.py", flag, missing, **(RANKS | {"RANK": "1", "LOCAL_RANK": "0"}))
+    second = run_script("train_ddp.py", flag, missing, **(RANKS | {"RANK": "2", "LOCAL_RANK": "1", "WORLD_SIZE": "3"}))
+    assert (first.returncode, first.stderr.count(missing)) == (2, 1)
+    assert (second.returncode, second.stderr) == (2, "")
+
+
 @pytest.mark.parametrize(
     "left_over",
     [
@@ -422,13 +432,16 @@ def test_the_rank_that_torch_distributed_launch_adds_is_ignored():
 
 
 @pytest.mark.parametrize("argv", [["--run-dir=~/x"], ["--run-dir", "~/x"]])
-def test_a_tilde_in_a_path_is_the_home_folder(monkeypatch, config_file, argv):
-    monkeypatch.setenv("HOME", "/home/me")
-    assert parse_command_line(argv).output.run_dir == "/home/me/x"
+def test_a_tilde_in_a_path_is_the_home_folder(monkeypatch, tmp_path, config_file, argv):
+    home = tmp_path / "home"
+    (home / "y" / "step-1").mkdir(parents=True)
+    (home / "y" / "step-1" / "manifest.json").write_text(json.dumps({"config": to_flat(RECIPES["fast"]())}))
+    monkeypatch.setenv("HOME", str(home))
+    assert parse_command_line(argv).output.run_dir == f"{home}/x"
     file = config_file("run_dir: ~/x\nresume: ~/y/step-1\ndata_dir: ~/z\nwandb_notes: ~/stays\n")
     config = parse_command_line(["--config", file])
-    assert (config.output.run_dir, config.output.resume) == ("/home/me/x", "/home/me/y/step-1")
-    assert (config.data.data_dir, config.output.wandb_notes) == ("/home/me/z", "~/stays")
+    assert (config.output.run_dir, config.output.resume) == (f"{home}/x", f"{home}/y/step-1")
+    assert (config.data.data_dir, config.output.wandb_notes) == (f"{home}/z", "~/stays")
 
 
 def test_a_tilde_is_the_home_folder_in_other_commands_too(tmp_path):

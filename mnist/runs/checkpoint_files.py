@@ -75,7 +75,7 @@ class Checkpoint:
         scaler: where there is one.
         config: the configuration, flat.
         plan: of the run.
-        facts: what the result depends on besides the configuration: data files, code, precision, threads.
+        facts: what the result depends on besides the configuration: data_files, code, threads.
         scores: of the evaluation at this step, by split; empty where there was none.
         num_records: lines of metrics.jsonl at that time; `save_checkpoint` counts them.
     """

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate import Accelerator
 
 from mnist.config import to_flat
 from mnist.data.datasets import Dataset
@@ -63,19 +62,18 @@ def resume_run(setup: RunSetup) -> list[str]:
     return notes
 
 
-def resume_facts(dataset: Dataset, accelerator: Accelerator) -> dict[str, Any]:
+def resume_facts(dataset: Dataset) -> dict[str, Any]:
     """What the weights of a run depend on besides its configuration; a resume says what has changed of it."""
     return {
         "data_files": dataset.fingerprint,
         "code": code_sha256(),
-        "precision": accelerator.mixed_precision,
         "threads": torch.get_num_threads(),
     }
 
 
 def _find(setup: RunSetup) -> tuple[Checkpoint, list[str]] | None:
     directory, origin = setup.directory, branch_origin(setup.config)
-    facts = resume_facts(setup.dataset, setup.accelerator)
+    facts = resume_facts(setup.dataset)
 
     def check(checkpoint: Checkpoint) -> list[str]:
         changes = check_checkpoint(checkpoint, setup.config, setup.plan, facts)
@@ -129,7 +127,7 @@ class Checkpointing:
         self._accelerator = setup.accelerator
         self._tracker = tracker
         self._validation = validation
-        self._facts = resume_facts(setup.dataset, setup.accelerator)
+        self._facts = resume_facts(setup.dataset)
         self._saved_step = -1
 
     def is_due(self) -> bool:

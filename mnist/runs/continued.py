@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mnist.config import RUNS, TrainConfig, evolve, from_flat
-from mnist.errors import UserError
+from mnist.errors import MachineError, UserError
 from mnist.runs.records import MANIFEST
 from mnist.system.files import RecordError, read_json
 
@@ -21,32 +21,34 @@ def continued_config(resume: str, run_dir: str | None) -> TrainConfig:
         run_dir: what --run-dir says, or None.
 
     Raises:
-        UserError: there is nothing of the kind; or `run_dir` names another directory than the run's own.
+        MachineError: there is nothing of the kind; or `run_dir` names another directory than the run's own.
     """
     path = _newest_run() if resume == "last" else Path(resume)
     is_checkpoint = (path / MANIFEST).is_file()
     try:
         flat = read_json(path / MANIFEST).get("config") if is_checkpoint else read_json(path / "config.json")
     except RecordError as error:
-        raise UserError(f"--resume {resume}: {error}") from error
+        raise MachineError(f"--resume {resume}: {error}") from error
     if not flat or not isinstance(flat, dict):
-        raise UserError(
+        raise MachineError(
             f"--resume {resume}: no run there; give auto, never, last, a run directory or one of its "
             "checkpoints/step-... directories"
         )
     try:
         config = evolve(from_flat(flat), resume=str(path), run_dir=run_dir, inject=())
     except UserError as error:
-        raise UserError(f"--resume {resume}: its configuration cannot be used ({error})") from error
+        raise MachineError(f"--resume {resume}: its configuration cannot be used ({error})") from error
     if is_checkpoint:
         return config
     if run_dir is not None and Path(run_dir).resolve() != path.resolve():
-        raise UserError(f"--run-dir {run_dir}: --resume {resume} continues the run in {path}; leave one of the two out")
+        raise MachineError(
+            f"--run-dir {run_dir}: --resume {resume} continues the run in {path}; leave one of the two out"
+        )
     return evolve(config, resume="auto", run_dir=str(path))
 
 
 def _newest_run() -> Path:
     started = {path.parent: path.stat().st_mtime for path in RUNS.glob("*/config.json") if path.is_file()}
     if not started:
-        raise UserError(f"--resume last: no run below {RUNS}/")
+        raise MachineError(f"--resume last: no run below {RUNS}/")
     return max(started, key=lambda path: started[path])

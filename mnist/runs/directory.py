@@ -36,23 +36,21 @@ class RunDirectory:
         path: of the directory.
         config: config.json of the start before this one; None where this is the first.
         result: result.json of the start before this one, likewise.
+        belongs_to_this_job: whether an earlier attempt of the same job, which its launcher or scheduler has restarted,
+            began it. Rank 0 has found it out for all: on several machines launchers, and so job names, differ.
         lock: held by rank 0; None on other ranks, and where the file system has no locks.
     """
 
     path: Path
     config: TrainConfig | None
     result: ResultRecord | None
+    belongs_to_this_job: bool
     lock: FileLock | None
 
     @property
     def checkpoints(self) -> Path:
         """The folder of the checkpoints."""
         return self.path / "checkpoints"
-
-    @property
-    def belongs_to_this_job(self) -> bool:
-        """Whether an earlier attempt of the same job, which its launcher or scheduler has restarted, began it."""
-        return is_restart() and self.result is not None and self.result.job == job_id()
 
     def write_start(self, config: dict[str, Any], environment: dict[str, Any], facts: dict[str, Any]) -> None:
         """Writes what is known before the first step. Rank 0 alone calls it."""
@@ -87,8 +85,8 @@ def open_run_directory(config: TrainConfig, dataset: str, accelerator: Accelerat
 
     path = ranks.together(accelerator, lambda: _choose_path(config, dataset))
     held = ranks.together(accelerator, lock, on="all")
-    config_before, result_before = ranks.together(accelerator, lambda: _read_before(path))
-    return RunDirectory(path, config_before, result_before, held)
+    config_before, result_before, belongs_to_this_job = ranks.together(accelerator, lambda: _read_before(path))
+    return RunDirectory(path, config_before, result_before, belongs_to_this_job, held)
 
 
 def branch_origin(config: TrainConfig) -> Path | None:
@@ -115,9 +113,10 @@ def job_id() -> str:
     return f"{socket.gethostname()}-{top.pid}-{top.create_time():.0f}"
 
 
-def _read_before(path: Path) -> tuple[TrainConfig | None, ResultRecord | None]:
-    has_config = (path / "config.json").exists()
-    return read_config(path / "config.json") if has_config else None, read_result(path)
+def _read_before(path: Path) -> tuple[TrainConfig | None, ResultRecord | None, bool]:
+    config = read_config(path / "config.json") if (path / "config.json").exists() else None
+    result = read_result(path)
+    return config, result, is_restart() and result is not None and result.job == job_id()
 
 
 def _choose_path(config: TrainConfig, dataset: str) -> Path:

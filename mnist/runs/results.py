@@ -69,9 +69,7 @@ def leave_results(
 
 
 def _export(setup: RunSetup, name: str) -> None:
-    executed = evolve(
-        setup.config, mixed_precision=setup.accelerator.mixed_precision, num_threads=torch.get_num_threads()
-    )
+    executed = evolve(setup.config, num_threads=torch.get_num_threads())
     weights = partial(module_tensors, setup.train_step.eval_model)
     folder = setup.directory.path / "export" / name
     ranks.together(setup.accelerator, lambda: export_model(folder, weights(), to_flat(executed)))

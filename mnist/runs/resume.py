@@ -68,7 +68,7 @@ def check_checkpoint(saved: Checkpoint, config: TrainConfig, plan: Plan, facts: 
         saved: a checkpoint of this run, or of the run that this one branches from.
         config: of this start.
         plan: of this start.
-        facts: what the result depends on besides the configuration: data files, code, precision, threads.
+        facts: what the result depends on besides the configuration: data_files, code, threads.
 
     Raises:
         UserError: the mathematics or the data would be others, or the schedule does not fit the new length.
@@ -95,13 +95,10 @@ def _notes(saved: Checkpoint, before: TrainConfig, config: TrainConfig, plan: Pl
     names = (*fields_on_resume("course"), *fields_on_resume("noted"))
     changes = _differences(before, config, names)
     notes = [f"from here on: {changes}"] if changes else []
-    for name, was in saved.facts.items():
-        if name == "code" and was != facts.get(name):
-            notes.append("the code that trains has changed since this checkpoint was written: no longer bit for bit")
-        elif was != facts.get(name):
-            notes.append(f"from here on: {name} {was} -> {facts.get(name)}")
-    if plan.accumulation_steps != saved.plan.accumulation_steps:
-        notes.append(f"from here on: accumulation {saved.plan.accumulation_steps} -> {plan.accumulation_steps}")
+    if saved.facts.get("code") != facts["code"]:
+        notes.append("the code that trains has changed since this checkpoint was written: no longer bit for bit")
+    if saved.facts.get("threads") != facts["threads"]:
+        notes.append(f"from here on: threads {saved.facts.get('threads')} -> {facts['threads']}")
     if plan.world_size != saved.plan.world_size:
         notes.append(f"from here on: processes {saved.plan.world_size} -> {plan.world_size} (same global batches)")
     return notes

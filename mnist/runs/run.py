@@ -190,11 +190,12 @@ class Run:
                 self._console.warn(remark)
         self._watchdog.timeout_s = hand_stalls_to_watchdog(self._config.runtime.timeout_s)
         self._warmup_time_s = time.perf_counter() - started
+        state = self._state  # the console outlives the process group: it must not hold the model
         self._console.start_progress(
             self._plan.num_steps,
-            lambda: self._state.step,
+            lambda: state.step,
             self._plan.epoch_steps,
-            best=self._state.best["accuracy"] if self._state.best else 0.0,
+            best=state.best["accuracy"] if state.best else 0.0,
             loss="smoothed loss" if self._config.optim.label_smoothing else "train loss",
         )
 

@@ -48,7 +48,10 @@ def open_accelerator(config: RuntimeConfig, trackers: Sequence[str] = ()) -> Ite
         if torch.distributed.is_available() and torch.distributed.is_initialized() and _backend() == "nccl":
             atexit.register(os._exit, 1)  # where the interpreter prints the traceback; `process.leave` has the code
             raise
-        traceback.clear_frames(error.__traceback__)  # their variables hold the model
+        cause: BaseException | None = error
+        while cause is not None:
+            traceback.clear_frames(cause.__traceback__)  # their variables hold the model
+            cause = cause.__cause__ or cause.__context__
         _close(accelerator, is_first)
         raise
     _close(accelerator, is_first)

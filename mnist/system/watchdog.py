@@ -53,8 +53,10 @@ class Watchdog:
                 self._thread.start()
 
     def rest(self) -> None:
-        """Stops watching, for good."""
+        """Stops watching, for good. Waits for the thread, whose `ended_after` would cancel one of the caller's."""
         self._resting.set()
+        if self._thread is not None and self._thread.is_alive():
+            self._thread.join(TICK_S)  # no longer: it may be talking to a machine that is gone
 
     def _watch(self) -> None:
         clock, tick_s = RunningClock(), min(TICK_S, self.timeout_s / 4)

@@ -12,7 +12,9 @@ import pytest
 
 from mnist.config import RuntimeConfig, TrainConfig, evolve
 from mnist.errors import UserError
+from mnist.runs import directory
 from mnist.runs.directory import RunDirectory, open_run_directory
+from mnist.system import accelerator as accelerator_module
 from mnist.system.accelerator import build_accelerator
 from tests.ranks import run_ranks
 
@@ -112,8 +114,8 @@ def test_ranks_share_the_directory_that_rank_0_has_made_and_locked(
     monkeypatch.chdir(tmp_path)
 
     def open_one() -> tuple[str, bool]:
-        directory = open_here(TrainConfig())
-        return str(directory.path), directory.lock is not None
+        found = open_here(TrainConfig())
+        return str(found.path), found.lock is not None
 
     (first, held), (second, held_too) = run_ranks(open_one, 2)
     assert first == second
@@ -171,3 +173,21 @@ def test_a_disk_without_room_for_a_line_is_named_by_its_flag(tmp_path: Path) -> 
         return "written"
 
     assert run_ranks(open_on_a_full_disk, 1) == [str(tmp_path / ".tmp-result.json")]
+
+
+def test_all_ranks_agree_on_a_restart_where_each_machine_has_a_launcher_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The job is named by the launcher's process: another one on another machine."""
+    monkeypatch.setattr(directory, "job_id", lambda: f"machine-{os.environ.get('RANK')}")
+
+    def attempt(number: str) -> bool:
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", number)
+        found = open_here(config_in(tmp_path))
+        if found.lock is not None:
+            found.write_result("running", **FACTS)
+        return found.belongs_to_this_job
+
+    monkeypatch.setattr(accelerator_module, "_restart_with_fresh_keys", lambda *_: None)
+    assert run_ranks(attempt, 2, "0") == [False, False]
+    assert run_ranks(attempt, 2, "1") == [True, True]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import os
 import re
@@ -12,11 +14,14 @@ from typing import Any
 
 import pytest
 import safetensors.torch
+import torch
+from torch.nn.parallel import DistributedDataParallel
 
 import train_ddp
 from mnist.cli import parse_command_line
 from mnist.config import to_flat
 from mnist.data.batches import TrainLoader
+from mnist.errors import RunError
 from mnist.runs.checkpoint_files import load_checkpoint, load_newest
 from mnist.system import signals
 from mnist.training.step import TrainStep
@@ -551,3 +556,25 @@ def test_an_accuracy_of_guessing_is_remarked_at_the_end(
     arguments = [*SMALL, "--model", "lenet5", "--image-size", "32", "--lr", lr, "--max-steps", "69"]
     assert run_ranks(run, 1, tmp_path, *arguments, "--min-accuracy", "None") == [0]
     assert ("no better than one answer for all images" in capfd.readouterr().out) == is_remarked
+
+
+@pytest.mark.parametrize("arguments", [(), ("--inject", "raise@2")])
+def test_no_ddp_model_is_left_when_the_process_group_closes(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    """Freeing one later would free the group too, and can wait for gloo's threads for ever."""
+
+    def count_models_at_the_end() -> list[int]:
+        found: list[int] = []
+        destroy = torch.distributed.destroy_process_group
+
+        def count_and_destroy() -> None:
+            found.append(sum(type(thing) is DistributedDataParallel for thing in gc.get_objects()))
+            destroy()
+
+        torch.distributed.destroy_process_group = count_and_destroy
+        config = parse_command_line([*SMALL, "--max-steps", "3", "--run-dir", str(tmp_path), "--quiet", *arguments])
+        with contextlib.suppress(RuntimeError, RunError):
+            train_ddp.train(config)
+        torch.distributed.destroy_process_group = destroy
+        return found
+
+    assert run_ranks(count_models_at_the_end, 2) == [[0], [0]]
