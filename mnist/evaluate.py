@@ -12,7 +12,9 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal
 
 from mnist.cli import RunOption, parse_options, run_command
@@ -41,8 +43,14 @@ class Options:
     """CPU threads per process; 0 = as in its training, where this machine has so many cores for each."""
     cpu: bool = False
     """Evaluate on the CPU even where there is a GPU."""
+    per_batch: bool = False
+    """Also the accuracy of each batch of 1,000 images, and of all images so far."""
     json: bool = False
     """Print one JSON object instead of tables."""
+
+    def __post_init__(self) -> None:
+        if self.per_batch and self.evaluation == "sharded":
+            raise UserError("--per-batch: needs --evaluation rank0, where one rank sees all batches, in their order")
 
 
 if __name__ == "__main__":
@@ -55,6 +63,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console as RichConsole
 from rich.progress import Progress
 from rich.table import Table
+from torch import Tensor
 
 from mnist.data import datasets
 from mnist.runs.console import Console
@@ -63,7 +72,7 @@ from mnist.runs.records import ScoreRecord, read_result
 from mnist.system.accelerator import open_accelerator
 from mnist.training.evaluation import evaluate
 from mnist.training.losses import build_loss
-from mnist.training.metrics import Scores
+from mnist.training.metrics import NUM_CLASSES, Scores
 
 
 def main(options: Options) -> int:
@@ -81,6 +90,13 @@ def main(options: Options) -> int:
         for line in dataset.warnings:
             console.warn(line)
         prepared = accelerator.prepare_model(trained.model, evaluation_mode=True)
+        batches: list[tuple[int, int]] = []
+
+        def watch(counts: Tensor) -> None:
+            bar.update(task, completed=int(counts.sum()))
+            if options.per_batch:
+                batches.append((int(counts.view(NUM_CLASSES, NUM_CLASSES).trace()), int(counts.sum())))
+
         with Progress(console=RichConsole(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
             task = bar.add_task(options.split, total=len(split))
             scores = evaluate(
@@ -90,10 +106,10 @@ def main(options: Options) -> int:
                 loss_fn=build_loss(trained.config.optim.loss),
                 transform=trained.transform,
                 sharded=options.evaluation == "sharded",
-                after_chunk=None if bar.disable else lambda counts: bar.update(task, completed=int(counts.sum())),
+                after_chunk=watch if options.per_batch or not bar.disable else None,
             )
         if accelerator.is_main_process:
-            report = Report(trained, dataset.name, options.split, dataset.class_names, scores)
+            report = Report(trained, dataset.name, options.split, dataset.class_names, scores, batches)
             sys.stdout.write(report.as_json() if options.json else report.as_text())
     return 0
 
@@ -110,13 +126,18 @@ def _settle_runtime(trained: RuntimeConfig, options: Options) -> RuntimeConfig:
 
 @dataclass(frozen=True)
 class Report:
-    """How a trained model did on a split."""
+    """How a trained model did on a split.
+
+    `batches` has the images that were right, and those that were scored, up to the end of each batch; empty where this
+    was not asked for.
+    """
 
     trained: TrainedModel
     dataset: str
     split: str
     class_names: tuple[str, ...]
     scores: Scores
+    batches: Sequence[tuple[int, int]] = ()
 
     def as_trained(self) -> ScoreRecord | None:
         """The training's own scores of these weights on this split; None where it has none."""
@@ -136,10 +157,16 @@ class Report:
             "confusion": self.scores.confusion,
             "as_trained": self.as_trained(),
         }
+        if self.batches:
+            content["accuracy_per_batch"] = [batch for batch, _ in self._batch_accuracies()]
+            content["accuracy_so_far"] = [so_far for _, so_far in self._batch_accuracies()]
         return json.dumps(content, indent=2) + "\n"
 
     def as_text(self) -> str:
-        """A table with a row per class: its accuracy, and the predicted classes of its images."""
+        """A line per batch, and a table with a row per class: its accuracy, and the predicted classes of its images."""
+        lines = ""
+        for (batch, so_far), (_, scored) in zip(self._batch_accuracies(), self.batches, strict=True):
+            lines += f"{scored:>6,} images: accuracy of this batch {batch:7.2%}, so far {so_far:7.2%}\n"
         table = Table("class", "accuracy", *self.class_names, box=SIMPLE_HEAD, pad_edge=False)
         table.title = "rows: true class, columns: predicted class"
         scores = self.scores
@@ -151,7 +178,12 @@ class Report:
         console = RichConsole(width=200)  # a terminal may wrap long class names, but nothing is cut
         with console.capture() as captured:
             console.print(table)
-        return captured.get() + self._closing_line()
+        return lines + captured.get() + self._closing_line()
+
+    def _batch_accuracies(self) -> list[tuple[float, float]]:
+        """Of each batch: its own accuracy, and that of all images so far."""
+        ends = [(0, 0), *self.batches]
+        return [((c - b) / (n - m), c / n) for (b, m), (c, n) in pairwise(ends)]
 
     def _closing_line(self) -> str:
         scores, trained = self.scores, self.as_trained()

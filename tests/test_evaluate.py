@@ -23,6 +23,25 @@ def test_the_numbers_of_the_training_come_again(smoke_run: Path, tmp_path: Path)
     assert found["accuracy_per_class"]["0"] == found["confusion"][0][0] / sum(found["confusion"][0])
 
 
+def test_accuracy_of_each_batch_and_of_all_so_far(tmp_path: Path) -> None:
+    short = ["--max-steps", "12", "--min-accuracy", "None", "--no-pictures"]
+    assert finish(train("--recipe", "smoke", *short, "--run-dir", "run"), tmp_path).code == 0
+    command = [*PYTHON, *EVALUATE, "--run", "run", "--split", "train", "--per-batch"]
+    found = json.loads(finish([*command, "--json"], tmp_path).out)
+    total = found["num_samples"]
+    sizes = [1000] * (total // 1000) + [total % 1000]
+    batches, so_far = found["accuracy_per_batch"], found["accuracy_so_far"]
+    assert len(sizes) > 10
+    assert so_far[-1] == found["accuracy"]
+    right = [round(rate * size) for rate, size in zip(batches, sizes, strict=True)]
+    assert [rate * size for rate, size in zip(batches, sizes, strict=True)] == pytest.approx(right)
+    assert so_far[9] == sum(right[:10]) / 10_000
+    assert (sum(right), len(set(batches)) > 1) == (found["num_correct"], True)
+    lines = finish(command, tmp_path).out.splitlines()
+    assert lines[9] == f"10,000 images: accuracy of this batch {batches[9]:7.2%}, so far {so_far[9]:7.2%}"
+    assert lines[len(sizes) - 1].startswith(f"{total:,} images: ")
+
+
 @pytest.mark.parametrize("evaluation", ["rank0", "sharded"])
 def test_two_processes_find_the_same_and_one_prints(smoke_run: Path, tmp_path: Path, evaluation: str) -> None:
     command = [*TORCHRUN, "--nproc-per-node", "2", *EVALUATE, "--run-dir", str(smoke_run), "--evaluation", evaluation]
@@ -90,6 +109,7 @@ def test_a_model_of_another_machine_is_evaluated_as_well_as_this_one_can(smoke_r
     [
         (["--run", "nowhere"], "error: --run nowhere: no such folder"),
         ([], "error: --run: no finished run below runs/"),
+        (["--per-batch", "--evaluation", "sharded"], "error: --per-batch: needs --evaluation rank0"),
     ],
 )
 def test_a_mistake_is_one_line(tmp_path: Path, arguments: list[str], line: str) -> None:
