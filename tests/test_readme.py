@@ -127,6 +127,14 @@ def test_links_and_named_files_exist(path: Path) -> None:
     assert wrong + [name for name in named if not (ROOT / name).exists()] == []
 
 
+def test_functions_that_contributing_walks_through_are_where_it_says() -> None:
+    pairs = re.findall(r"`(mnist/[\w/]+\.py)`, `(\w+)(?:\.(\w+))?`", (ROOT / "CONTRIBUTING.md").read_text())
+    assert len(pairs) >= 9
+    for file, *names in pairs:
+        for name in filter(None, names):
+            assert re.search(rf"^ *(def|class) {name}\b", (ROOT / file).read_text(), flags=re.MULTILINE), (file, name)
+
+
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
 def test_tests_that_are_named_exist(path: Path) -> None:
     text = path.read_text()
