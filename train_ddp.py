@@ -48,33 +48,38 @@ from mnist.training.loop import TrainState, train_one_epoch
 from mnist.training.plan import build_plan
 
 
-def main(config: TrainConfig, console: Console | None = None) -> int:
+def main(config: TrainConfig, console: Console | None = None, started_s: float | None = None) -> int:
     """The command: one run, from the configuration to the exit code.
 
     0 = finished, 1 = failed, diverged or below --min-accuracy, 2 = wrong usage, 75 = preempted.
     """
     try:
-        return train(config, console).exit_code
+        return train(config, console, started_s).exit_code
     except (UserError, RunError) as error:
         if config.output.debug:
             raise
         return print_error(error)
 
 
-def train(config: TrainConfig, console: Console | None = None) -> Result:
+def train(config: TrainConfig, console: Console | None = None, started_s: float | None = None) -> Result:
     """One run in this process, or this rank's part of one: every rank calls it with the same configuration.
+
+    Times count from `started_s`, a value of `time.perf_counter()`; default: now.
 
     Raises:
         UserError: something that the caller can put right; the message names the flag.
         RunError: what ended the run.
     """
+    started_s = time.perf_counter() if started_s is None else started_s
     config = fill_in(config)
     console = console or Console(quiet=config.output.quiet)
     with console, open_accelerator(config.runtime, tracker_names(config.output)) as accelerator:
-        return run_ranks_part(config, accelerator, console)  # frees the model before the process group closes
+        return run_ranks_part(
+            config, accelerator, console, started_s
+        )  # frees the model before the process group closes
 
 
-def run_ranks_part(config: TrainConfig, accelerator: Accelerator, console: Console) -> Result:
+def run_ranks_part(config: TrainConfig, accelerator: Accelerator, console: Console, started_s: float) -> Result:
     """A run of `config` on this rank, inside an open accelerator."""
     console.show("reading the data")
     dataset = datasets.load(config.data, accelerator)
@@ -98,12 +103,13 @@ def run_ranks_part(config: TrainConfig, accelerator: Accelerator, console: Conso
     setup = RunSetup(config, plan, dataset, directory, train_step, state)
     notes = resume_run(setup)
 
-    with start_run(setup, console, notes=notes, started_s=STARTED_S, draw=write_run_pictures) as run:
+    with start_run(setup, console, notes=notes, started_s=started_s, draw=write_run_pictures) as run:
         validation = Validation(setup, run.tracker, console, run.heartbeat)
         checkpointing = Checkpointing(setup, run.tracker, validation)
         run.warm_up(train_loader)
         while not run.is_over():
             steps = run.with_drills(train_loader.steps(state.step, plan.next_epoch_end(state.step)))
+            steps = run.with_profile(steps)
             for record in train_one_epoch(train_step, steps, state, pauses_at=plan.pauses_at, heartbeat=run.heartbeat):
                 run.log(record)
                 if plan.evaluates_at(record.step):
@@ -114,4 +120,4 @@ def run_ranks_part(config: TrainConfig, accelerator: Accelerator, console: Conso
 
 
 if __name__ == "__main__":
-    process.leave(main(CONFIG, CONSOLE))
+    process.leave(main(CONFIG, CONSOLE, STARTED_S))

@@ -293,6 +293,12 @@ class RuntimeConfig:
     deterministic: bool = setting(
         False, "Deterministic kernels and no TF32: bit-identical results on GPUs too, but slower.", "noted"
     )
+    sync_bn: bool = setting(
+        False, "Batch norm over the images of all GPUs; without it, each process has its own mean.", "fixed"
+    )
+    max_time: float = setting(
+        0.0, "Minutes after which this start saves and ends with exit code 75; 0 = no limit.", "free", "[0, 1e6]"
+    )
     timeout_s: int = setting(1800, "Seconds that a rank waits for another one.", "free", "[1, 1e6]")
 
     def __post_init__(self) -> None:
@@ -323,6 +329,9 @@ class OutputConfig:
     wandb_notes: str | None = setting(None, "A remark kept with the run.", "free")
     tensorboard: bool = setting(False, "Also write TensorBoard's files (pip install tensorboard).", "free")
     pictures: bool = setting(True, "Draw pictures into <run>/pictures at the end.", "free")
+    profile: int = setting(
+        0, "Steps of which a trace is written into <run>/profile, a file per rank; 0 = none.", "free", "[0, 1000]"
+    )
     quiet: bool = setting(False, "Print warnings, errors and the closing lines only.", "free")
     debug: bool = setting(False, "Show the whole traceback of an error that is otherwise one line.", "free")
     inject: tuple[str, ...] = setting(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,12 +17,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from accelerate.utils import ProfileKwargs
+
 from mnist.config import TrainConfig, to_flat
 from mnist.data.batches import MicroBatch, TrainLoader
 from mnist.errors import RankError
 from mnist.runs import report
 from mnist.runs.checkpointing import Checkpointing
-from mnist.runs.console import Console
+from mnist.runs.console import Console, count
 from mnist.runs.directory import RunDirectory, is_restart
 from mnist.runs.results import Draw, leave_results
 from mnist.runs.resume import how_to_continue
@@ -74,7 +77,7 @@ def start_run(
         setup: the parts of the run.
         console: of this rank.
         notes: what a resume starts from, and what changes; empty where the run begins at its first step.
-        started_s: `time.perf_counter()` at the start of the process.
+        started_s: `time.perf_counter()` at the start; --max-time counts from there.
         draw: writes the pictures of a finished run and returns the files by name.
     """
     has_resumed = is_restart() or bool(notes)
@@ -163,6 +166,7 @@ class Run:
         self._started_s = started_s
         self._draw = draw
         self._warmup_time_s = 0.0
+        self._num_profile_steps = setup.config.output.profile
 
     # --- while it trains ---------------------------------------------------------------------------------------------
 
@@ -200,9 +204,13 @@ class Run:
         )
 
     def heartbeat(self) -> bool:
-        """Shows that this rank is alive; returns whether a signal has asked it to end."""
+        """Shows that this rank is alive; returns whether a signal, or --max-time, has asked it to end."""
         self._watchdog.sign_of_life()
-        return signals.stop_requested()
+        return signals.stop_requested() or self._is_time_over()
+
+    def _is_time_over(self) -> bool:
+        limit_s = 60 * self._config.runtime.max_time
+        return 0 < limit_s <= self._total_time_s()
 
     def is_over(self) -> bool:
         """Whether no other step is to be taken."""
@@ -237,6 +245,16 @@ class Run:
         weights = self._train_step.model.parameters()
         return inject(steps, [] if self._has_resumed else faults, self._state.step, weights)
 
+    def with_profile(self, steps: Iterator[Sequence[MicroBatch]]) -> Iterator[Sequence[MicroBatch]]:
+        """`steps`; of this start's first ones, after two, a trace is written if --profile asks for it."""
+        num_steps, self._num_profile_steps = self._num_profile_steps, 0
+        if num_steps:
+            yield from itertools.islice(steps, 2)
+            with self._accelerator.profile(ProfileKwargs(output_trace_dir=str(self._path / "profile"))):
+                yield from itertools.islice(steps, num_steps)
+            self._console.say(f"a trace of {count(num_steps, 'step')}: {self._path / 'profile'} (open it in Perfetto)")
+        yield from steps
+
     # --- the end -----------------------------------------------------------------------------------------------------
 
     def finish(self, validation: Validation, checkpointing: Checkpointing) -> Result:
@@ -260,9 +278,12 @@ class Run:
         return Result(self._path, "finished", code, numbers)
 
     def _end_preempted(self) -> Result:
-        numbers, _ = self._together(lambda: self._close("preempted", signal=signals.signal_name()))
+        signal = signals.signal_name()
+        cause = signal or (f"--max-time {self._config.runtime.max_time:g}" if self._is_time_over() else None)
+        numbers, _ = self._together(lambda: self._close("preempted", signal=signal, reason=cause))
         again = report.command_to_continue(self._path)
-        self._console.summary([("preempted", f"after step {self._state.step}"), ("continue", again)])
+        where = f"after step {self._state.step}" + (f" ({cause})" if cause else "")
+        self._console.summary([("preempted", where), ("continue", again)])
         if self._accelerator.is_main_process and signals.signal_name() == "SIGINT":
             process.print_after_launcher(f"preempted after step {self._state.step}; to continue: {again}")
         return Result(self._path, "preempted", signals.EXIT_PREEMPTED, numbers)

@@ -100,13 +100,16 @@ def build_accelerator(config: RuntimeConfig, trackers: Sequence[str] = ()) -> Ac
     `no_sync` and explicit weights, and Accelerate's own accumulation is switched off.
 
     Raises:
-        MachineError: fp16 on a CPU, more processes than GPUs, or ranks that would each believe they are alone.
+        MachineError: fp16 or synchronised batch norm on a CPU, more processes than GPUs, or ranks that would each
+            believe they are alone.
     """
     config = fill_in_runtime(config)
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     cpu = config.cpu or not _has_accelerator()
     if cpu and config.mixed_precision == "fp16":
         raise MachineError("--mixed-precision fp16: needs a GPU; on a CPU choose bf16 or no")
+    if cpu and config.sync_bn:
+        raise MachineError("--sync-bn: needs GPUs, torch has no synchronised batch norm for CPUs; leave it out")
     if not cpu and torch.cuda.is_available() and local_world_size > torch.cuda.device_count():
         raise MachineError(
             f"{local_world_size} processes but {torch.cuda.device_count()} GPUs on {socket.gethostname()}: start fewer "

@@ -6,6 +6,7 @@ In: a configuration, an accelerator and the length of the run. Out: a `TrainStep
 from __future__ import annotations
 
 from accelerate import Accelerator
+from torch import nn
 
 from mnist.config import TrainConfig
 from mnist.data.batches import Split, TrainLoader
@@ -51,7 +52,10 @@ def build_train_step(
         communicates: false = no DDP around the model: each rank trains a model of its own.
     """
     seed_initial_weights(config.loop.seed)
-    bare_model = build_model(config.optim.model).to(accelerator.device)
+    bare_model: nn.Module = build_model(config.optim.model)
+    if config.runtime.sync_bn and communicates and accelerator.num_processes > 1:
+        bare_model = nn.SyncBatchNorm.convert_sync_batchnorm(bare_model)  # its state has the same names
+    bare_model = bare_model.to(accelerator.device)
     capturable = should_capture(accelerator, config.runtime.step_mode, accumulation_steps)
     optimizer = build_optimizer(bare_model.parameters(), config.optim, capturable=capturable)
     optimizer = prepare_optimizer(accelerator, optimizer)

@@ -26,6 +26,11 @@ def test_fp16_on_a_cpu_is_refused() -> None:
         build_accelerator(RuntimeConfig(cpu=True, mixed_precision="fp16"))
 
 
+def test_synchronised_batch_norm_on_a_cpu_is_refused() -> None:
+    with pytest.raises(UserError, match="--sync-bn: needs GPUs"):
+        build_accelerator(RuntimeConfig(cpu=True, sync_bn=True))
+
+
 def test_fp16_from_the_launcher_is_refused_likewise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
     with pytest.raises(UserError, match="fp16: needs a GPU"):
