@@ -160,7 +160,7 @@ def test_the_readme_has_at_most_1000_words() -> None:
     assert len(words) <= 1000
 
 
-PLACED = re.compile(r"At the end of `([\w/.]+)`[^\n]*\n(?:[^\n`]*`[^\n]*\n)?\n```python\n(.*?)```", re.DOTALL)
+PLACED = re.compile(r"At the end of `([\w/.]+)`(?:(?!\n\n).)*\n\n```python\n(.*?)```", re.DOTALL)
 BLOCKS = [
     pytest.param(block, id=f"{name_of(path)}-{number}")
     for path in DOCUMENTS
