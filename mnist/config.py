@@ -56,10 +56,20 @@ RUNS = Path("runs")  # where runs are kept whose --run-dir is not given
 
 DatasetName = Literal["auto", "mnist", "fashion_mnist", "kmnist", "qmnist", "digits"]
 Model = Literal[
-    "convnet", "mycnn", "lenet5", "lenet5_classic", "mlp", "mlp_sigmoid", "yannet", "fastnet", "deepnet", "tinynet"
+    "convnet",
+    "mycnn",
+    "lenet5",
+    "lenet5_classic",
+    "lenet5_1998",
+    "mlp",
+    "mlp_sigmoid",
+    "yannet",
+    "fastnet",
+    "deepnet",
+    "tinynet",
 ]
 
-IMAGE_SIZES = {"lenet5": 32, "lenet5_classic": 32}  # what a network takes, where it is not 28
+IMAGE_SIZES = {"lenet5": 32, "lenet5_classic": 32, "lenet5_1998": 32}  # what a network takes, where it is not 28
 
 Optimizer = Literal["sgd", "adam", "adamw", "adadelta"]
 Schedule = Literal["constant", "step", "exponential", "cosine", "one_cycle"]

@@ -1,7 +1,7 @@
 """The networks: float images (B, 1, S, S) -> raw logits (B, 10).
 
-Each is a plain `nn.Sequential` with named layers, so that it reads like the table in a paper, and so that pictures can
-walk through it layer by layer. Shapes in the comments are those of one image, channels x height x width.
+Each is an `nn.Sequential` with named layers, so that it reads like the table in a paper. Shapes in the comments are
+those of one image, channels x height x width.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 
 from mnist.seeding import derive_seed
 
@@ -101,6 +102,76 @@ def lenet5_classic() -> nn.Sequential:
         linear2=nn.Linear(120, 84),
         sigmoid4=nn.Sigmoid(),
         linear3=nn.Linear(84, 10),
+    )
+
+
+class ScaledTanh(nn.Module):
+    """The squashing function of the paper of 1998: 1.7159 tanh(2/3 x), which maps 1 to 1 and -1 to -1."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape -> the same shape."""
+        return 1.7159 * torch.tanh(x * (2 / 3))
+
+
+class TrainablePooling(nn.Module):
+    """Sums of 2x2 pixels, times a weight, plus a bias, both learnt per map; starts as the mean."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((channels, 1, 1), 0.25))
+        self.bias = nn.Parameter(torch.zeros(channels, 1, 1))
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H/2, W/2)."""
+        return functional.avg_pool2d(maps, 2, divisor_override=1) * self.weight + self.bias
+
+
+_C3_INPUTS = {  # the maps that each group of maps of C3 sees, one map of the group after the other
+    "three": [(first + i) % 6 for first in range(6) for i in range(3)],
+    "four": [(first + i) % 6 for first in range(6) for i in range(4)],
+    "apart": [0, 1, 3, 4, 1, 2, 4, 5, 0, 2, 3, 5],
+    "six": [0, 1, 2, 3, 4, 5],
+}
+
+
+class PartialConvolution(nn.Module):
+    """C3 of LeNet-5: 16 maps, of which each sees 3, 4 or 6 of the 6 maps before it (table I of the paper)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for (name, inputs), num_maps in zip(_C3_INPUTS.items(), (6, 6, 3, 1), strict=True):
+            self.add_module(name, nn.Conv2d(len(inputs), num_maps, kernel_size=5, groups=num_maps))
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """(B, 6, H, W) -> (B, 16, H-4, W-4)."""
+        planes = maps.split(1, dim=1)
+        seen = (torch.cat([planes[i] for i in inputs], dim=1) for inputs in _C3_INPUTS.values())
+        return torch.cat([convolve(x) for convolve, x in zip(self.children(), seen, strict=True)], dim=1)
+
+
+def lenet5_1998() -> nn.Sequential:
+    """LeNet-5 as it was in 1998; 60,850 parameters, 0.33 M.
+
+    Partial connections, trainable pooling, and 120 maps of one pixel. Only the output differs: a linear layer, whose
+    softmax is in the loss, where the paper has distances to drawings of the digits (RBF units).
+
+    Source: LeCun, Bottou, Bengio, Haffner: Gradient-Based Learning Applied to Document Recognition, section II.B.
+    """
+    return _sequential(
+        c1=nn.Conv2d(1, 6, kernel_size=5),  # 1x32x32 -> 6x28x28
+        tanh1=ScaledTanh(),
+        s2=TrainablePooling(6),  # -> 6x14x14
+        tanh2=ScaledTanh(),
+        c3=PartialConvolution(),  # -> 16x10x10
+        tanh3=ScaledTanh(),
+        s4=TrainablePooling(16),  # -> 16x5x5
+        tanh4=ScaledTanh(),
+        c5=nn.Conv2d(16, 120, kernel_size=5),  # -> 120x1x1
+        tanh5=ScaledTanh(),
+        flatten=nn.Flatten(),  # -> 120
+        f6=nn.Linear(120, 84),
+        tanh6=ScaledTanh(),
+        output=nn.Linear(84, 10),
     )
 
 
@@ -208,6 +279,7 @@ MODELS: dict[str, Callable[[], nn.Sequential]] = {
         mycnn,
         lenet5,
         lenet5_classic,
+        lenet5_1998,
         mlp,
         mlp_sigmoid,
         yannet,

@@ -7,19 +7,20 @@ import torch
 from torch import nn
 
 from mnist.config import Model
-from mnist.models import MODELS, build_model, count_parameters, seed_initial_weights
+from mnist.models import MODELS, ScaledTanh, TrainablePooling, build_model, count_parameters, seed_initial_weights
 
 PARAMETERS = {
     "convnet": 1_007_590,
     "mycnn": 8_110,
     "lenet5": 61_706,
     "lenet5_classic": 61_706,
+    "lenet5_1998": 60_850,
     "mlp": 640_842,
     "mlp_sigmoid": 575_050,
     "yannet": 30_306,
 }
 MILLION_MACS = {"convnet": 1.33, "mycnn": 0.35, "lenet5": 0.42, "lenet5_classic": 0.42, "yannet": 13.2}
-SIDES = {"lenet5": 32, "lenet5_classic": 32}
+SIDES = {"lenet5": 32, "lenet5_classic": 32, "lenet5_1998": 32}
 
 
 def images(name, batch_size=2):
@@ -38,7 +39,7 @@ def layer_outputs(name):
 
 def commented_shapes(name):
     lines = inspect.getsource(MODELS[name]).splitlines()
-    found = (re.search(r"^\s+(\w+)=nn\..*# .*-> ([\dx]+)$", line) for line in lines)
+    found = (re.search(r"^\s+(\w+)=[\w.]+\(.*# .*-> ([\dx]+)$", line) for line in lines)
     return {match[1]: tuple(map(int, match[2].split("x"))) for match in found if match}
 
 
@@ -132,6 +133,44 @@ def test_perceptrons_have_the_widths_of_the_source(name, widths):
 )
 def test_networks_differ_where_their_sources_do(name, kind, count):
     assert sum(isinstance(layer, kind) for layer in build_model(name)) == count
+
+
+def test_layers_of_lenet5_1998_have_the_trainable_numbers_of_the_paper():
+    model = build_model("lenet5_1998")
+    sizes = {name: count_parameters(layer) for name, layer in model.named_children() if list(layer.parameters())}
+    assert sizes == {"c1": 156, "s2": 12, "c3": 1516, "s4": 32, "c5": 48_120, "f6": 10_164, "output": 850}
+
+
+def test_maps_of_c3_see_the_maps_of_table_1():
+    rows = [
+        "X...XXX..XXXX.XX",
+        "XX...XXX..XXXX.X",
+        "XXX...XXX..X.XXX",
+        ".XXX..XXXX..X.XX",
+        "..XXX..XXXX.XX.X",
+        "...XXX..XXXX.XXX",
+    ]
+    c3 = build_model("lenet5_1998").c3
+    maps = torch.randn(1, 6, 14, 14, generator=torch.Generator().manual_seed(0))
+    before = c3(maps)
+    for number, row in enumerate(rows):
+        changed = maps.clone()
+        changed[:, number] += 1
+        differs = (c3(changed) != before).flatten(2).any(dim=2)[0]
+        assert "".join("X" if d else "." for d in differs) == row, number
+
+
+def test_trainable_pooling_begins_as_the_mean_of_four_pixels():
+    pooling = TrainablePooling(6)
+    maps = torch.randn(2, 6, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(pooling(maps), nn.functional.avg_pool2d(maps, 2))
+    with torch.no_grad():
+        pooling.weight[3], pooling.bias[3] = 2.0, 0.5
+    assert torch.allclose(pooling(maps)[:, 3], 8 * nn.functional.avg_pool2d(maps, 2)[:, 3] + 0.5, atol=1e-5)
+
+
+def test_the_squashing_function_of_1998_keeps_one_and_minus_one():
+    assert torch.allclose(ScaledTanh()(torch.tensor([-1.0, 0.0, 1.0])), torch.tensor([-1.0, 0.0, 1.0]), atol=1e-4)
 
 
 def test_slopes_and_dropout_are_those_of_the_source():

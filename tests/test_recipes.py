@@ -7,6 +7,7 @@ from mnist.training.optim import build_optimizer
 
 MNIST_TRAIN_SIZE = 60_000
 OF_THE_SOURCES = ["convnet", "mycnn", "lenet5", "lenet5_original", "lenet5_classic", "mlp", "mlp_sigmoid", "yannet"]
+OF_THE_PAPER = ["lenet5_1998"]
 MADE_HERE = ["fast", "accurate", "smoke"]
 PLAIN = {"mean": 0.0, "std": 1.0}
 LENET5 = {
@@ -35,8 +36,8 @@ OF_EVERY_SOURCE = {
 }
 
 
-def test_the_table_holds_the_sources_and_our_own():
-    assert sorted(RECIPES) == sorted(OF_THE_SOURCES + MADE_HERE)
+def test_the_table_holds_the_sources_the_paper_and_our_own():
+    assert sorted(RECIPES) == sorted(OF_THE_SOURCES + OF_THE_PAPER + MADE_HERE)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -105,6 +106,12 @@ def test_a_recipe_follows_its_source(name, expected):
     expected = OF_EVERY_SOURCE | {"model": name} | expected
     flat = to_flat(RECIPES[name]())
     assert {field: flat[field] for field in expected} == expected
+
+
+def test_lenet5_1998_has_the_pixel_values_of_the_paper():
+    image = RECIPES["lenet5_1998"]().image
+    paper, ink = ((pixel - image.mean) / image.std for pixel in (0.0, 1.0))
+    assert (paper, ink) == pytest.approx((-0.1, 1.175), abs=1e-3)
 
 
 def test_the_fast_recipe_is_one_epoch():

@@ -149,7 +149,7 @@ def layer_costs(model: nn.Module, image_shape: tuple[int, int, int]) -> list[Lay
     modules, counted = dict(model.named_modules()), set()
     rows = [LayerCost(INPUT, "image", image_shape)]
     for name, output in list(outputs.items())[1:]:
-        layer, macs, connections = modules["" if name == OUTPUT else name.partition(" #")[0]], 0, 0
+        layer, macs, connections = modules.get(name.partition(" #")[0], model), 0, 0
         if isinstance(layer, nn.Conv2d | nn.Linear):
             macs = output.numel() * layer.weight[0].numel()
             connections = macs + (0 if layer.bias is None else output.numel())

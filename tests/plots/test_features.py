@@ -39,7 +39,7 @@ def test_walking_the_layers_gives_what_the_network_gives(name: str) -> None:
     assert model.training
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
-    assert list(outputs) == ["input", *(layer for layer, _ in model.named_children())]
+    assert [name for name in outputs if "." not in name] == ["input", *dict(model.named_children())]
     assert torch.equal(outputs["input"], images)
     torch.testing.assert_close(list(outputs.values())[-1], model.eval()(images), rtol=0, atol=0)
 
@@ -86,6 +86,23 @@ def test_the_table_as_text_has_a_head_and_totals() -> None:
 def test_the_first_layer_of_lenet5_has_4704_neurons_and_122304_connections() -> None:
     conv1 = layer_costs(build_model("lenet5"), (1, 32, 32))[1]
     assert (conv1.name, conv1.neurons, conv1.connections) == ("conv1", 4_704, 122_304)
+
+
+def test_lenet5_1998_has_the_connections_of_the_paper() -> None:
+    rows = {row.name: row for row in layer_costs(build_model("lenet5_1998"), (1, 32, 32))}
+    c3 = sum(row.connections for name, row in rows.items() if name.startswith("c3."))
+    assert (rows["c1"].connections, c3, rows["c5"].connections, rows["f6"].connections) == (
+        122_304,
+        151_600,
+        48_120,
+        10_164,
+    )
+    assert rows["c3"].shape == (16, 10, 10)
+
+
+def test_a_layer_that_is_called_output_has_its_own_costs() -> None:
+    row = layer_costs(build_model("lenet5_1998"), (1, 32, 32))[-1]
+    assert (row.name, row.description, row.macs) == ("output", "Linear(84, 10)", 840)
 
 
 class Residual(nn.Module):
