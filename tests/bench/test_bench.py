@@ -176,7 +176,8 @@ def test_mistakes_name_the_flag(mistake: dict[str, Any], message: str) -> None:
 
 
 def test_one_process_measures_all_but_scaling(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
+        monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="loops: is measured by one process"):
         main(Options())
 

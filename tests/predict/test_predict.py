@@ -201,8 +201,8 @@ def test_a_bad_file_does_not_stop_the_others(run_dir: Path, tmp_path: Path, caps
 def test_predict_warns_below_60_percent(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     images = TEST.images.numpy()
     rng = np.random.default_rng(0)
-    for index in range(20):
-        mixed = images[rng.integers(360)] // 2 + images[rng.integers(360)] // 2
+    for index in range(40):
+        mixed = sum(images[rng.integers(360)] // 3 for _ in range(3))
         Image.fromarray(mixed.clip(0, 255).astype(np.uint8)).save(tmp_path / f"mixed-{index}.png")
     answers = ask(capsys, tmp_path, run=run_dir)
     unsure = [answer for answer in answers if max(answer["probabilities"]) < UNSURE]  # type: ignore[call-overload]

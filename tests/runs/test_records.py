@@ -19,6 +19,10 @@ RUNNING = {
     "num_params": 17_882,
     "world_size": 1,
     "precision": "fp32",
+    "job": "node7-4242-1700000000",
+    "host": "node7",
+    "pid": 4242,
+    "origin": None,
 }
 SCORES = {"loss": 0.03, "accuracy": 0.99, "num_correct": 9_900, "num_samples": 10_000}
 FINISHED = {

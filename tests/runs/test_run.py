@@ -512,7 +512,7 @@ def test_a_resume_that_cannot_be_is_one_line(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--global-batch-size", "5000"], "--global-batch-size 5000: larger than the training set of 1,437 images"),
+        (["--global-batch-size", "70000"], "--global-batch-size 70000: larger than the training set of 60,354 images"),
         (["--val-size", "1437"], "--val-size 1437: must be below"),
         (["--mixed-precision", "fp16"], "--mixed-precision fp16: needs a GPU"),
         (["--gradient-accumulation-steps", "65"], "--global-batch-size 64: too small"),
