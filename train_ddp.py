@@ -4,8 +4,8 @@
     torchrun --nproc-per-node 2 train_ddp.py
     python train_ddp.py --help
 
-This file is the table of contents of a run. A training step is in mnist/training/step.py, the recipes are in
-mnist/recipes.py.
+Where things are: mnist/training/step.py is a training step, mnist/training/loop.py the loop over them, mnist/recipes.py
+the configurations.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from mnist.system import process, signals
 
 STARTED_S = time.perf_counter()
 if __name__ == "__main__":
-    # Torch takes a second to import. A signal may come in it, and --help and mistyped flags are answered before it.
+    # Importing torch takes a second: signals are handled, and --help and mistyped flags answered, before it.
     signals.install()
     process.tune()
     from mnist.cli import parse_command_line
@@ -62,43 +62,34 @@ def main(config: TrainConfig, console: Console | None = None, started_s: float |
 
 
 def train(config: TrainConfig, console: Console | None = None, started_s: float | None = None) -> Result:
-    """One run in this process, or this rank's part of one: every rank calls it with the same configuration.
+    """One run. With several ranks every rank calls this, with the same configuration.
 
     Times count from `started_s`, a value of `time.perf_counter()`; default: now.
 
     Raises:
-        UserError: something that the caller can put right; the message names the flag.
+        UserError: a mistake that the caller can correct; the message names the flag.
         RunError: what ended the run.
     """
     started_s = time.perf_counter() if started_s is None else started_s
     config = fill_in(config)
     console = console or Console(quiet=config.output.quiet)
     with console, open_accelerator(config.runtime, tracker_names(config.output)) as accelerator:
-        return run_ranks_part(
-            config, accelerator, console, started_s
-        )  # frees the model before the process group closes
+        return run_training(config, accelerator, console, started_s)  # frees the model before the process group
 
 
-def run_ranks_part(config: TrainConfig, accelerator: Accelerator, console: Console, started_s: float) -> Result:
-    """A run of `config` on this rank, inside an open accelerator."""
+def run_training(config: TrainConfig, accelerator: Accelerator, console: Console, started_s: float) -> Result:
+    """The run between the start and the end of the process group."""
     console.show("reading the data")
     dataset = datasets.load(config.data, accelerator)
     config = evolve(config, dataset=dataset.name)
-    accumulation_steps = config.loop.gradient_accumulation_steps
-    plan = build_plan(config, len(dataset.train), accelerator.num_processes, accumulation_steps)
+    plan = build_plan(config, len(dataset.train), accelerator.num_processes)
 
     directory = open_run_directory(config, dataset.name, accelerator)
     resume.check_directory(directory, config)
     if resume.is_finished(directory, config, plan):
         return report_finished(directory, config, console)
     train_loader = build_train_loader(config, plan, dataset.train, accelerator)
-    train_step = build_train_step(
-        config,
-        accelerator,
-        num_steps=plan.num_steps,
-        epoch_steps=plan.epoch_steps,
-        accumulation_steps=plan.accumulation_steps,
-    )
+    train_step = build_train_step(config, accelerator, plan)
     state = TrainState()
     setup = RunSetup(config, plan, dataset, directory, train_step, state)
     notes = resume_run(setup)

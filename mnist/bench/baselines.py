@@ -210,7 +210,7 @@ def project(job: Job) -> Pass:
     """This project's loop, put together as in train_ddp.py, a record every `log_every` steps included."""
     accelerator = build_accelerator(job.config.runtime)
     loader = train_loader(job, job.split.to(accelerator.device))
-    train_step = build_train_step(job.config, accelerator, num_steps=1, epoch_steps=1)
+    train_step = build_train_step(job.config, accelerator)
     side = job.config.image.image_size
     batch = min(len(job.split), job.config.loop.global_batch_size)
     warm_up(train_step.model, torch.zeros(batch, 1, side, side, device=accelerator.device))

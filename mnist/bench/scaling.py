@@ -64,7 +64,7 @@ def measure_scaling(
 
 def _build(accelerator: Accelerator, config: TrainConfig, split: Split, num_steps: int, way: str) -> Callable[[], int]:
     """A function that trains `num_steps` steps in this way, and returns how many images this rank has taken."""
-    train_step = build_train_step(config, accelerator, num_steps=1, epoch_steps=1, communicates=way == PROJECT)
+    train_step = build_train_step(config, accelerator, communicates=way == PROJECT)
     batch, side = config.loop.global_batch_size, config.image.image_size
     warm_up(train_step.model, torch.zeros(batch, 1, side, side, device=accelerator.device))
     ranks = accelerator.num_processes

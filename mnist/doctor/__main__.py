@@ -171,10 +171,10 @@ def examine(options: Options) -> Iterator[Finding]:
 
     def begin(name: str) -> None:
         doing.append(name)
-        watchdog.sign_of_life()
+        watchdog.heartbeat()
 
     with ExitStack() as stack:
-        stack.callback(watchdog.rest)
+        stack.callback(watchdog.stop)
         log = stack.enter_context(nccl_log())
         begin("reaching rank 0")
         reach_rank_0(options.timeout_s)

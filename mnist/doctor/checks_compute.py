@@ -157,7 +157,7 @@ def _step_time_s(probe: Probe, duration_s: float) -> float:
 
 def _build_step(probe: Probe, batch: int) -> tuple[Callable[[], None], nn.Module]:
     """A training step of the recipe on noise, in the precision asked for, without communication; and the network."""
-    train_step = build_train_step(probe.config, probe.accelerator, num_steps=1, epoch_steps=1, communicates=False)
+    train_step = build_train_step(probe.config, probe.accelerator, communicates=False)
     images, labels = _sample(probe, batch)
     rows = torch.arange(batch, device=images.device)
     micro_batch = MicroBatch(Split(images, labels), rows, slice(0, batch), global_batch_size=batch, num_samples=batch)

@@ -34,10 +34,10 @@ from mnist.runs.tracking.tracker import Hint, Tracker
 from mnist.runs.tracking.wandb import WandbRun
 from mnist.runs.validation import Validation
 from mnist.system import process, ranks, signals
-from mnist.system.accelerator import hand_stalls_to_watchdog, is_out_of_memory
+from mnist.system.accelerator import is_out_of_memory, set_step_timeouts
 from mnist.system.drills import faults_on_rank, inject
 from mnist.system.environment import describe_environment, peak_memory_mb
-from mnist.system.roll_call import RollCall
+from mnist.system.heartbeats import Heartbeats
 from mnist.system.watchdog import Watchdog
 from mnist.training.cuda_graph import choose_step_mode
 from mnist.training.loop import TrainRecord
@@ -159,8 +159,8 @@ class Run:
         self._accelerator = setup.accelerator
         self._path = setup.directory.path
         self._console = console
-        self._roll_call = RollCall(setup.accelerator, lambda: setup.state.step)
-        self._watchdog = Watchdog(setup.config.runtime.timeout_s, self._roll_call.answer, self._record_stall)
+        self._heartbeats = Heartbeats(setup.accelerator, lambda: setup.state.step)
+        self._watchdog = Watchdog(setup.config.runtime.timeout_s, self._heartbeats.publish, self._record_stall)
         self._facts = facts
         self._has_resumed = has_resumed
         self._started_s = started_s
@@ -172,7 +172,7 @@ class Run:
 
     def warm_up(self, train_loader: TrainLoader) -> None:
         """Does what happens once, before the first step: kernels are chosen, a step is captured. Not training time."""
-        self._watchdog.sign_of_life()
+        self._watchdog.heartbeat()
         signals.training_begins()
         started = time.perf_counter()
         self._console.show("warming up")
@@ -192,7 +192,7 @@ class Run:
             self._facts["step_mode"] = mode
             if remark is not None:
                 self._console.warn(remark)
-        self._watchdog.timeout_s = hand_stalls_to_watchdog(self._config.runtime.timeout_s)
+        self._watchdog.timeout_s = set_step_timeouts(self._config.runtime.timeout_s)
         self._warmup_time_s = time.perf_counter() - started
         state = self._state  # the console outlives the process group: it must not hold the model
         self._console.start_progress(
@@ -205,7 +205,7 @@ class Run:
 
     def heartbeat(self) -> bool:
         """Shows that this rank is alive; returns whether a signal, or --max-time, has asked it to end."""
-        self._watchdog.sign_of_life()
+        self._watchdog.heartbeat()
         return signals.stop_requested() or self._is_time_over()
 
     def _is_time_over(self) -> bool:
@@ -338,14 +338,14 @@ class Run:
 
     def _record_stall(self, reason: str) -> None:
         """For the watchdog's thread, which ends the process afterwards."""
-        reason = self._roll_call.explain(reason)
+        reason = self._heartbeats.explain(reason)
         if self._accelerator.is_main_process:
             self._write_result("failed", None, reason=reason)
 
     def stop_watching(self) -> None:
         """Takes the bar away and ends the watchdog: the run is over."""
         self._console.stop_progress()
-        self._watchdog.rest()
+        self._watchdog.stop()
 
     def _together(self, work: Callable[[], T]) -> T:
         return ranks.together(self._accelerator, work)

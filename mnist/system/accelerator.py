@@ -77,11 +77,11 @@ def _backend() -> str:
     return str(torch.distributed.get_backend())
 
 
-def hand_stalls_to_watchdog(timeout_s: int) -> float:
-    """Sets the process group's time-out for the steps, once the first one is done; returns the watchdog's, in seconds.
+def set_step_timeouts(timeout_s: int) -> float:
+    """Sets the time-out of collectives for the steps, after the warm-up; returns the watchdog's time-out in seconds.
 
-    The watchdog tells which rank is silent, and does not count time in which the processes were stopped; so it comes
-    first. Communication has been set up by now: on NCCL a sixth of --timeout-s is enough, and NCCL's own watchdog
+    The watchdog is the shorter one: it names the rank that hangs, and does not count time in which processes were
+    stopped. Communication has been set up by now: on NCCL a sixth of --timeout-s is enough, and NCCL's own watchdog
     follows 30 s later, in case Python does not run. Gloo notices by itself when another process ends.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):

@@ -1,6 +1,6 @@
 """Ends a process that makes no progress, after printing where its threads are.
 
-In: signs of life. Out: the stacks of a stalled process and its end. Standard library only.
+In: heartbeats. Out: the stacks of a stalled process and its end. Standard library only.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from contextlib import contextmanager
 
 from mnist.system.process import TICK_S, RunningClock
 
-LINGER_S = 3.0  # other ranks hear of a stall within about a second, and then all end together
+LINGER_S = 3.0  # other ranks learn of a stall within about a second: then all end at about the same time
 END_S = 20.0  # for what is done at a stall, before the stacks are printed and the process ends
 
 
 class Watchdog:
-    """Ends a process that gives no sign of life, after printing where all its threads are.
+    """Ends a process that makes no progress, after printing where all its threads are.
 
-    It watches from the first sign of life on, in a thread of its own. That is Python: a thread that waits in C++ with
+    It watches from the first heartbeat on, in a thread of its own. That is Python: a thread that waits in C++ with
     the global lock held stops it too, but a timer in C could not tell a stalled process from one that was stopped.
 
     Args:
-        timeout_s: seconds without a sign of life, not counting those in which the process was stopped.
+        timeout_s: seconds without a heartbeat, not counting those in which the process was stopped.
         each_tick: called about once a second; what it returns, if not None, is a reason to end now.
         at_stall: called once, with the reason, before the stacks are printed and the process ends with exit code 1.
     """
@@ -40,38 +40,38 @@ class Watchdog:
         self.timeout_s = timeout_s
         self._each_tick = each_tick
         self._at_stall = at_stall
-        self._now = self._last_sign = 0.0  # of the running clock
+        self._now = self._last_heartbeat = 0.0  # of the running clock
         self._thread: threading.Thread | None = None
-        self._resting = threading.Event()
+        self._stopped = threading.Event()
 
-    def sign_of_life(self) -> None:
+    def heartbeat(self) -> None:
         """Starts the time-out anew; costs nothing, and may be called in every step."""
-        self._last_sign = self._now
+        self._last_heartbeat = self._now
         if self._thread is None:
             self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
             with contextlib.suppress(RuntimeError):  # a limit on threads: the run is not watched
                 self._thread.start()
 
-    def rest(self) -> None:
+    def stop(self) -> None:
         """Stops watching, for good. Waits for the thread, whose `ended_after` would cancel one of the caller's."""
-        self._resting.set()
+        self._stopped.set()
         if self._thread is not None and self._thread.is_alive():
             self._thread.join(TICK_S)  # no longer: it may be talking to a machine that is gone
 
     def _watch(self) -> None:
         clock, tick_s = RunningClock(), min(TICK_S, self.timeout_s / 4)
-        while not self._resting.wait(tick_s):
+        while not self._stopped.wait(tick_s):
             self._now = clock.read()
-            silent_s = self._now - self._last_sign
+            idle_s = self._now - self._last_heartbeat
             reason = None
             with (
                 ended_after(self.timeout_s),
                 contextlib.suppress(RuntimeError),
             ):  # it may talk to a machine that is gone
-                reason = self._each_tick(silent_s)
-            if reason is None and silent_s >= self.timeout_s:
+                reason = self._each_tick(idle_s)
+            if reason is None and idle_s >= self.timeout_s:
                 reason = f"no progress for {self.timeout_s:.0f} s"
-            if reason is not None and not self._resting.is_set():
+            if reason is not None and not self._stopped.is_set():
                 self._end(reason)
 
     def _end(self, reason: str) -> None:

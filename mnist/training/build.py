@@ -1,6 +1,6 @@
 """The training step of a configuration: for training, benchmarks and the doctor alike.
 
-In: a configuration, an accelerator and the length of the run. Out: a `TrainStep`.
+In: a configuration, an accelerator and the plan of the run. Out: a `TrainStep`.
 """
 
 from __future__ import annotations
@@ -33,24 +33,19 @@ def build_train_loader(config: TrainConfig, plan: Plan, split: Split, accelerato
 
 
 def build_train_step(
-    config: TrainConfig,
-    accelerator: Accelerator,
-    *,
-    num_steps: int,
-    epoch_steps: int,
-    accumulation_steps: int = 1,
-    communicates: bool = True,
+    config: TrainConfig, accelerator: Accelerator, plan: Plan | None = None, *, communicates: bool = True
 ) -> TrainStep:
     """The recipe's network with its initial weights, optimizer, schedule and average. Every rank must call this.
 
     Args:
         config: the recipe.
         accelerator: prepares model and optimizer.
-        num_steps: length of the run, for the schedule.
-        epoch_steps: length of an epoch, likewise.
-        accumulation_steps: micro-batches per step.
+        plan: length of the run and of its epochs, for the schedule. None = a single step, to be timed or tested.
         communicates: false = no DDP around the model: each rank trains a model of its own.
     """
+    num_steps, epoch_steps, accumulation_steps = (
+        (plan.num_steps, plan.epoch_steps, plan.accumulation_steps) if plan is not None else (1, 1, 1)
+    )
     seed_initial_weights(config.loop.seed)
     bare_model: nn.Module = build_model(config.optim.model)
     if config.runtime.sync_bn and communicates and accelerator.num_processes > 1:

@@ -1,4 +1,4 @@
-"""The algebra of a run, settled before its first step: batches, length, and at which steps what happens.
+"""The plan of a run, made before its first step: batches, length, and at which steps what happens.
 
 In: the `loop` section, the size of the training set, the number of processes. Out: a `Plan`. Letters: N training
 images, P processes, A accumulated micro-batches. A step is an optimizer step.
@@ -70,20 +70,19 @@ class Plan:
         return step % self.log_steps == 0 or self.evaluates_at(step) or self.saves_at(step)
 
 
-def build_plan(config: TrainConfig, num_train: int, world_size: int, accumulation_steps: int) -> Plan:
-    """Settles the run.
+def build_plan(config: TrainConfig, num_train: int, world_size: int) -> Plan:
+    """The plan of a run.
 
     Args:
         config: the resolved configuration.
         num_train: N, after the validation split is taken off.
         world_size: P.
-        accumulation_steps: A.
 
     Raises:
         UserError: a global batch that does not fit the data or the processes; a drill that would never happen.
     """
     loop = config.loop
-    batch = loop.global_batch_size
+    batch, accumulation_steps = loop.global_batch_size, loop.gradient_accumulation_steps or 1
     if batch > num_train:
         raise UserError(f"--global-batch-size {batch}: larger than the training set of {num_train:,} images")
     if batch < world_size * accumulation_steps:

@@ -334,7 +334,7 @@ def test_a_drill_that_makes_no_sense_is_one_line(text: str) -> None:
 @pytest.mark.parametrize("text", ["kill@rank2:5", "kill@rank1:201", "slow@rank2:1"])
 def test_a_drill_that_would_never_happen_is_refused(text: str) -> None:
     with pytest.raises(UserError, match=f"--inject {text}: would never happen in 200 steps of ranks 0 to 1"):
-        build_plan(evolve(TrainConfig(), max_steps=200, inject=(text,)), 60_000, 2, 1)
+        build_plan(evolve(TrainConfig(), max_steps=200, inject=(text,)), 60_000, 2)
 
 
 def test_a_slow_rank_loses_its_time_before_every_step_and_without_a_drill_nothing_is_touched() -> None:

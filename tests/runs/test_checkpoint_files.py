@@ -33,7 +33,7 @@ def make_checkpoint(step: int, val_accuracy: float | None = None) -> Checkpoint:
         loop=TrainState(step=step),
         scaler=None,
         config=to_flat(TrainConfig()),
-        plan=build_plan(TrainConfig(), 60_000, 1, 1),
+        plan=build_plan(TrainConfig(), 60_000, 1),
         facts={},
         scores=scores,
     )

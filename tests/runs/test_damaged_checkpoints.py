@@ -51,7 +51,7 @@ def make_checkpoint(step: int, model: nn.Module, optimizer: Optimizer, ema: nn.M
         loop=TrainState(step=step, best={"step": step, **SCORES}),
         scaler=ScalerState(**SCALER),  # type: ignore[typeddict-item]
         config=to_flat(CONFIG),
-        plan=build_plan(CONFIG, 60_000, 1, 1),
+        plan=build_plan(CONFIG, 60_000, 1),
         facts={"data_files": "abc", "precision": "fp32", "threads": 1},
         scores={"val": SCORES},
     )

@@ -10,9 +10,9 @@ from mnist.training.plan import build_plan
 def test_images_per_s_counts_the_images_of_a_run_that_ends_within_a_pass() -> None:
     """One step of 59,999 of 60,000 images, of two in a pass: half the pass was reported (6,416 a second)."""
     state = TrainState(step=1, run_sums=TrainSums(num_samples=59_999, time_s=4.676))
-    numbers = report.result(build_plan(TrainConfig(), 60_000, 1, 1), state, None)
+    numbers = report.result(build_plan(TrainConfig(), 60_000, 1), state, None)
     assert (numbers["train_time_s"], numbers["images_per_s"]) == (4.676, 12_831.3)
 
 
 def test_images_per_s_is_null_where_nothing_was_trained() -> None:
-    assert report.result(build_plan(TrainConfig(), 60_000, 1, 1), TrainState(), None)["images_per_s"] is None
+    assert report.result(build_plan(TrainConfig(), 60_000, 1), TrainState(), None)["images_per_s"] is None

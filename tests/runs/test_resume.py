@@ -17,14 +17,14 @@ SAVED = Checkpoint(
     loop=TrainState(step=5),
     scaler=None,
     config=to_flat(CONFIG),
-    plan=build_plan(CONFIG, 60_000, 1, 1),
+    plan=build_plan(CONFIG, 60_000, 1),
     facts=FACTS,
 )
 
 
 def test_another_precision_accumulation_and_number_of_processes_are_noted_once_each() -> None:
     config = evolve(CONFIG, mixed_precision="bf16", gradient_accumulation_steps=2)
-    assert check_checkpoint(SAVED, config, build_plan(config, 60_000, 4, 2), FACTS) == [
+    assert check_checkpoint(SAVED, config, build_plan(config, 60_000, 4), FACTS) == [
         "from here on: --gradient-accumulation-steps was 1, now 2, --mixed-precision was no, now bf16",
         "from here on: processes 1 -> 4 (same global batches)",
     ]

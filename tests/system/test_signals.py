@@ -138,7 +138,7 @@ WATCHED = """
 import ctypes, sys, time
 from mnist.system.watchdog import Watchdog
 watchdog = Watchdog(4, at_stall=lambda reason: print(reason, flush=True))
-watchdog.sign_of_life()
+watchdog.heartbeat()
 print("ready", flush=True)
 ctypes.CDLL(None).sleep(60)
 """
@@ -146,7 +146,7 @@ ctypes.CDLL(None).sleep(60)
 
 def test_the_watchdog_does_not_count_time_in_which_the_process_was_stopped() -> None:
     program = WATCHED.replace("Watchdog(4", "Watchdog(6")
-    program = program.replace("watchdog.sign", "sys.modules[Watchdog.__module__].LINGER_S = 0; watchdog.sign")
+    program = program.replace("watchdog.heart", "sys.modules[Watchdog.__module__].LINGER_S = 0; watchdog.heart")
     with start(program) as process:
         stop_for(process, 8)
         time.sleep(2)
@@ -161,7 +161,7 @@ def test_the_watchdog_does_not_count_time_in_which_the_process_was_stopped() -> 
 def test_a_stall_ends_the_process_also_where_its_report_hangs_or_fails() -> None:
     for at_stall in ("lambda _: time.sleep(60)", "lambda _: 1 / 0"):
         program = WATCHED.replace("lambda reason: print(reason, flush=True)", at_stall)
-        program = program.replace("watchdog.sign", "sys.modules[Watchdog.__module__].END_S = 1; watchdog.sign")
+        program = program.replace("watchdog.heart", "sys.modules[Watchdog.__module__].END_S = 1; watchdog.heart")
         with start(program) as process:
             assert process.wait(timeout=25) == 1
             assert process.stderr is not None
@@ -177,10 +177,10 @@ def test_ranks_that_can_no_longer_be_asked_do_not_end_the_watch() -> None:
         assert process.stdout.read() == "no progress for 4 s\n"
 
 
-def test_signs_of_life_keep_a_process_alive_and_rest_ends_the_watch() -> None:
+def test_heartbeats_keep_a_process_alive_and_stop_ends_the_watch() -> None:
     program = WATCHED.replace("Watchdog(4", "Watchdog(1.5").replace(
         "ctypes.CDLL(None).sleep(60)",
-        "for _ in range(30):\n    time.sleep(0.1); watchdog.sign_of_life()\nwatchdog.rest(); time.sleep(3)",
+        "for _ in range(30):\n    time.sleep(0.1); watchdog.heartbeat()\nwatchdog.stop(); time.sleep(3)",
     )
     with start(program) as process:
         assert process.wait(timeout=25) == 0
@@ -204,7 +204,7 @@ threading.Thread.start = start
 
 SHORT_WATCH = """
 from mnist.system.watchdog import Watchdog
-Watchdog(0.1).sign_of_life()
+Watchdog(0.1).heartbeat()
 """
 
 

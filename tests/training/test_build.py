@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import cast
 
 import pytest
 import torch
@@ -26,8 +26,7 @@ def bare_model(num_processes: int, *, sync_bn: bool, communicates: bool = True) 
     )
     config = evolve(RECIPES["fast"](), sync_bn=sync_bn)
     accelerator = cast("Accelerator", stand_in)
-    options: dict[str, Any] = {"num_steps": 10, "epoch_steps": 10, "communicates": communicates}
-    return build_train_step(config, accelerator, **options).bare_model
+    return build_train_step(config, accelerator, communicates=communicates).bare_model
 
 
 @pytest.mark.parametrize(

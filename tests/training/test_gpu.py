@@ -58,7 +58,7 @@ def test_where_recording_breaks_off_steps_are_eager_and_the_same() -> None:
 def test_steps_of_this_recipe_never_wait_for_the_device(recipe: str) -> None:
     """Across the end of a pass, where the next order is copied to the device."""
     accelerator = build_accelerator(RuntimeConfig())
-    step = build_train_step(RECIPES[recipe](), accelerator, num_steps=40, epoch_steps=15)
+    step = build_train_step(RECIPES[recipe](), accelerator)
     loader = TrainLoader(DIGITS.train.to(accelerator.device), global_batch_size=100, seed=0)
     for number, micro_batches in enumerate(loader.steps(0, 2)):
         step(micro_batches, number, measure_grad_norm=True)

@@ -15,8 +15,8 @@ DIGITS = 42 * 1_437  # as many as are stored
 
 
 def plan_of(num_train=MNIST, world_size=1, accumulation_steps=1, **changes):
-    config = evolve(TrainConfig(), **({"global_batch_size": 256, "epochs": 2} | changes))
-    return build_plan(config, num_train, world_size, accumulation_steps)
+    fixed = {"global_batch_size": 256, "epochs": 2, "gradient_accumulation_steps": accumulation_steps}
+    return build_plan(evolve(TrainConfig(), **(fixed | changes)), num_train, world_size)
 
 
 def steps_where(plan, predicate):
@@ -46,7 +46,7 @@ def test_the_length_of_a_run(num_train, changes, epoch_steps, num_steps):
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_is_as_long_on_the_digits_as_on_mnist_to_1_percent(recipe):
     config, num_train = RECIPES[recipe](), len(read("digits", DataConfig()).train)
-    on_mnist, on_digits = (build_plan(config, size, 1, 1).num_steps for size in (MNIST, num_train))
+    on_mnist, on_digits = (build_plan(config, size, 1).num_steps for size in (MNIST, num_train))
     assert on_mnist <= on_digits <= 1.01 * on_mnist
 
 

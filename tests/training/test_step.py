@@ -160,7 +160,7 @@ def test_a_step_of_this_recipe_never_waits_for_the_device(recipe: str) -> None:
     """With clipping or the gradient norm, an average of the weights, and a short batch at the end of a pass."""
     config = evolve(RECIPES[recipe](), ema=0.9)
     accelerator = build_accelerator(RuntimeConfig(cpu=True, num_threads=1))
-    step = build_train_step(config, accelerator, num_steps=10, epoch_steps=5)
+    step = build_train_step(config, accelerator)
     loader = TrainLoader(DIGITS.train[:250], global_batch_size=100, seed=0)
     steps = list(loader.steps(0, 3))
     with HostReads() as reads:

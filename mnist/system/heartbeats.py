@@ -1,4 +1,4 @@
-"""Which rank do the others wait for? Each rank says about once a second how far it is; read when nobody gets on.
+"""Heartbeats of all ranks: each writes about once a second how far it is, and at a stall they show who is missing.
 
 In: an `Accelerator`. Out: the rank that hangs, with host and step, on every rank. For the thread of `Watchdog`.
 """
@@ -18,15 +18,15 @@ from torch.distributed import PrefixStore, distributed_c10d
 
 from mnist.system import signals
 
-LOST_S = 10.0  # without progress after a signal, until a rank asks whether the others are still there
-ANSWER_S = 4.0  # for an answer, which comes about every second
+LOST_S = 10.0  # without progress after a signal, until a rank looks whether the others are still there
+OBSERVE_S = 4.0  # in which a living rank writes its entry several times
 
 
-class RollCall:
-    """Entries of all ranks in the process group's key-value store: a running number, collectives begun, host, step.
+class Heartbeats:
+    """An entry of each rank in the process group's key-value store: a counter, collectives begun, host, step.
 
-    A rank that hangs has begun fewer collectives than those that wait for it. One whose number stands still is lost: it
-    was killed, or stopped, or its machine is gone. Every rank must make one, at the same point.
+    A rank that hangs has begun fewer collectives than those that wait for it. A rank whose counter stands still was
+    killed or stopped, or its machine is gone. Every rank must make one, at the same point.
 
     Args:
         accelerator: knows the ranks.
@@ -35,28 +35,28 @@ class RollCall:
 
     def __init__(self, accelerator: Accelerator, step: Callable[[], int]) -> None:
         self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
-        self._step, self._number, self._host = step, 0, socket.gethostname()
+        self._step, self._counter, self._host = step, 0, socket.gethostname()
         self._lost: list[int] = []
         if self._world_size > 1:
             self._group = distributed_c10d._get_default_group()
             prefix = broadcast_object_list([os.urandom(8).hex()])[0]  # a restart may find the store as it was
             self._store = PrefixStore(prefix, distributed_c10d._get_default_store().clone())  # type: ignore[attr-defined]
-        self.answer(0.0)
+        self.publish(0.0)
 
-    def answer(self, silent_s: float) -> str | None:
-        """Writes this rank's entry; returns why all ranks have to end, once one of them has found a reason.
+    def publish(self, idle_s: float) -> str | None:
+        """Writes this rank's entry; returns why all ranks must end, once one of them has found a reason.
 
         Args:
-            silent_s: seconds in which this rank has made no progress.
+            idle_s: seconds in which this rank has made no progress.
         """
         if self._world_size == 1:
             return None
-        self._number += 1
-        begun = self._group._get_sequence_number_for_group()  # type: ignore[attr-defined]
-        self._store.set(str(self._rank), json.dumps([self._number, begun, self._host, self._step()]))
+        self._counter += 1
+        begun = self._group._get_sequence_counter_for_group()  # type: ignore[attr-defined]
+        self._store.set(str(self._rank), json.dumps([self._counter, begun, self._host, self._step()]))
         if self._store.check(["reason"]):
             return self._store.get("reason").decode()
-        if silent_s >= LOST_S and signals.stop_requested():
+        if idle_s >= LOST_S and signals.stop_requested():
             self._lost = self._find_lost()
         return "no progress after a signal" if self._lost else None
 
@@ -85,12 +85,12 @@ class RollCall:
         return {int(key): json.loads(self._store.get(key)) for key in keys if self._store.check([key])}
 
     def _find_lost(self) -> list[int]:
-        """Ranks whose entries stand still while this one goes on answering."""
+        """Ranks whose entries do not change while this rank keeps writing its own."""
         before, start = self._read(), time.monotonic()
-        while time.monotonic() < start + ANSWER_S:
+        while time.monotonic() < start + OBSERVE_S:
             time.sleep(0.5)
-            self._number += 1
-            entry = [self._number, *before[self._rank][1:]]
+            self._counter += 1
+            entry = [self._counter, *before[self._rank][1:]]
             self._store.set(str(self._rank), json.dumps(entry))
         after = self._read()
         return [rank for rank in range(self._world_size) if rank not in after or before.get(rank) == after[rank]]
