@@ -52,7 +52,7 @@ class Heartbeats:
         if self._world_size == 1:
             return None
         self._counter += 1
-        begun = self._group._get_sequence_counter_for_group()  # type: ignore[attr-defined]
+        begun = self._group._get_sequence_number_for_group()  # type: ignore[attr-defined]
         self._store.set(str(self._rank), json.dumps([self._counter, begun, self._host, self._step()]))
         if self._store.check(["reason"]):
             return self._store.get("reason").decode()
