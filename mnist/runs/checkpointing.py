@@ -119,12 +119,9 @@ class Checkpointing:
     """
 
     def __init__(self, setup: RunSetup, tracker: Tracker, validation: Validation) -> None:
-        self._config = setup.config
-        self._plan = setup.plan
+        self._setup = setup
         self._state = setup.state
-        self._directory = setup.directory
         self._train_step = setup.train_step
-        self._accelerator = setup.accelerator
         self._tracker = tracker
         self._validation = validation
         self._facts = resume_facts(setup.dataset)
@@ -133,8 +130,8 @@ class Checkpointing:
     def is_due(self) -> bool:
         """Whether this step is to be saved: by the plan, as the best on validation so far, or because the run ends."""
         state = self._state
-        is_best = self._config.data.val_size > 0 and state.best is not None and state.best["step"] == state.step
-        return self._plan.saves_at(state.step) or is_best or state.stop_reason is not None
+        is_best = self._setup.config.data.val_size > 0 and state.best is not None and state.best["step"] == state.step
+        return self._setup.plan.saves_at(state.step) or is_best or state.stop_reason is not None
 
     def save(self) -> None:
         """Writes a checkpoint of this step, unless it has been written.
@@ -146,14 +143,14 @@ class Checkpointing:
             return
         finite = torch.stack([weight.isfinite().all() for weight in self._train_step.bare_model.parameters()])
         if not bool(finite.all()):  # alike on every rank
-            raise DivergedError(self._state.step, self._accelerator.process_index, "weights are")
+            raise DivergedError(self._state.step, self._setup.accelerator.process_index, "weights are")
 
         def write() -> None:
             self._tracker.check()
-            output = self._config.output
-            save_checkpoint(self._directory.checkpoints, self._capture(), output.keep_last, output.keep_best)
+            output = self._setup.config.output
+            save_checkpoint(self._setup.directory.checkpoints, self._capture(), output.keep_last, output.keep_best)
 
-        ranks.together(self._accelerator, write)
+        ranks.together(self._setup.accelerator, write)
         self._saved_step = self._state.step
 
     def _capture(self) -> Checkpoint:
@@ -167,8 +164,8 @@ class Checkpointing:
             tensors=tensors,
             loop=self._state,
             scaler=None if scaler is None else scaler.state_dict(),
-            config=to_flat(self._config),
-            plan=self._plan,
+            config=to_flat(self._setup.config),
+            plan=self._setup.plan,
             facts=self._facts,
             scores={name: cast("ScoreRecord", score.as_dict()) for name, score in self._validation.scores.items()},
         )
@@ -178,14 +175,14 @@ class Checkpointing:
 
         def read() -> dict[str, Any] | str:
             try:
-                saved, train_step = load_checkpoint(checkpoint_path(self._directory, step)), self._train_step
+                saved, train_step = load_checkpoint(checkpoint_path(self._setup.directory, step)), self._train_step
                 ema = None if train_step.average is None else train_step.average.module
                 check_fits(saved, train_step.bare_model, train_step.optimizer, ema)
             except CheckpointError as error:
                 return str(error)
             return saved.tensors["model" if self._train_step.average is None else "ema"]
 
-        found = ranks.together(self._accelerator, read)
+        found = ranks.together(self._setup.accelerator, read)
         if isinstance(found, str):
             return found
         module.load_state_dict(found)

@@ -114,28 +114,6 @@ def _open_tracker(setup: RunSetup, facts: dict[str, Any], environment: dict[str,
     return tracker
 
 
-def report_finished(directory: RunDirectory, config: TrainConfig, console: Console) -> Result:
-    """What to say and return where an earlier start has done all that is asked for."""
-    found = directory.result
-    assert found is not None
-    assert found.test is not None  # or the record of a finished run would have been refused
-    accuracy = found.test["accuracy"]
-    rows = [
-        ("finished", f"{directory.path}: {found.steps} steps, test accuracy {accuracy:.2%}"),
-        ("", how_to_continue(directory, config)),
-    ]
-    console.summary(rows, report.next_commands(directory.path))
-    return Result(directory.path, "finished", _gate(config, accuracy, console), dataclasses.asdict(found))
-
-
-def _gate(config: TrainConfig, accuracy: float, console: Console) -> int:
-    gate = config.loop.min_accuracy
-    if gate is None or accuracy >= gate:
-        return EXIT_FINISHED
-    console.warn(f"--min-accuracy {gate}: missed with {accuracy:.4f}")
-    return EXIT_FAILED
-
-
 class Run:
     """A run in progress; made by `start_run`."""
 
@@ -152,12 +130,8 @@ class Run:
     ) -> None:
         self.tracker = tracker
         self._setup = setup
-        self._config = setup.config
         self._plan = setup.plan
         self._state = setup.state
-        self._train_step = setup.train_step
-        self._accelerator = setup.accelerator
-        self._path = setup.directory.path
         self._console = console
         self._heartbeats = Heartbeats(setup.accelerator, lambda: setup.state.step)
         self._watchdog = Watchdog(setup.config.runtime.timeout_s, self._heartbeats.publish, self._record_stall)
@@ -178,21 +152,21 @@ class Run:
         self._console.show("warming up")
         images = self._setup.dataset.train.images
         zeros = images.new_zeros((self._plan.micro_batch_size, *images.shape[1:]))
-        inputs = self._train_step.transform(zeros)
-        warm_up(self._train_step.model, inputs)
-        if advice := advise_on_threads(self._train_step.bare_model, inputs):
+        inputs = self._setup.train_step.transform(zeros)
+        warm_up(self._setup.train_step.model, inputs)
+        if advice := advise_on_threads(self._setup.train_step.bare_model, inputs):
             self._console.warn(advice)
         if not self.is_over():
             mode, remark = choose_step_mode(
-                self._train_step,
-                self._config.runtime.step_mode,
+                self._setup.train_step,
+                self._setup.config.runtime.step_mode,
                 self._plan.accumulation_steps,
                 lambda: train_loader.steps(self._state.step, self._plan.num_steps),
             )
             self._facts["step_mode"] = mode
             if remark is not None:
                 self._console.warn(remark)
-        self._watchdog.timeout_s = set_step_timeouts(self._config.runtime.timeout_s)
+        self._watchdog.timeout_s = set_step_timeouts(self._setup.config.runtime.timeout_s)
         self._warmup_time_s = time.perf_counter() - started
         state = self._state  # the console outlives the process group: it must not hold the model
         self._console.start_progress(
@@ -200,7 +174,7 @@ class Run:
             lambda: state.step,
             self._plan.epoch_steps,
             best=state.best["accuracy"] if state.best else 0.0,
-            loss="smoothed loss" if self._config.optim.label_smoothing else "train loss",
+            loss="smoothed loss" if self._setup.config.optim.label_smoothing else "train loss",
         )
 
     def heartbeat(self) -> bool:
@@ -209,7 +183,7 @@ class Run:
         return signals.stop_requested() or self._is_time_over()
 
     def _is_time_over(self) -> bool:
-        limit_s = 60 * self._config.runtime.max_time
+        limit_s = 60 * self._setup.config.runtime.max_time
         return 0 < limit_s <= self._total_time_s()
 
     def is_over(self) -> bool:
@@ -223,7 +197,7 @@ class Run:
         performance = {
             "images_per_s": round(speed, 1),
             "images_per_s_per_device": round(speed / self._plan.world_size, 1),
-            "memory_mb": round(peak_memory_mb(self._accelerator.device)),
+            "memory_mb": round(peak_memory_mb(self._setup.accelerator.device)),
         }
         if self._plan.epoch_ends_at(record.step):
             performance["epoch_time_s"] = round(self._state.epoch_sums.time_s, 3)
@@ -241,8 +215,8 @@ class Run:
 
     def with_drills(self, steps: Iterator[Sequence[MicroBatch]]) -> Iterator[Sequence[MicroBatch]]:
         """`steps` with the faults that --inject asks for; a resumed run is spared."""
-        faults = faults_on_rank(self._config.output.inject, self._accelerator.process_index)
-        weights = self._train_step.model.parameters()
+        faults = faults_on_rank(self._setup.config.output.inject, self._setup.accelerator.process_index)
+        weights = self._setup.train_step.model.parameters()
         return inject(steps, [] if self._has_resumed else faults, self._state.step, weights)
 
     def with_profile(self, steps: Iterator[Sequence[MicroBatch]]) -> Iterator[Sequence[MicroBatch]]:
@@ -250,16 +224,20 @@ class Run:
         num_steps, self._num_profile_steps = self._num_profile_steps, 0
         if num_steps:
             yield from itertools.islice(steps, 2)
-            with self._accelerator.profile(ProfileKwargs(output_trace_dir=str(self._path / "profile"))):
+            with self._setup.accelerator.profile(
+                ProfileKwargs(output_trace_dir=str(self._setup.directory.path / "profile"))
+            ):
                 yield from itertools.islice(steps, num_steps)
-            self._console.say(f"a trace of {count(num_steps, 'step')}: {self._path / 'profile'} (open it in Perfetto)")
+            self._console.say(
+                f"a trace of {count(num_steps, 'step')}: {self._setup.directory.path / 'profile'} (open it in Perfetto)"
+            )
         yield from steps
 
     # --- the end -----------------------------------------------------------------------------------------------------
 
     def finish(self, validation: Validation, checkpointing: Checkpointing) -> Result:
         """Leaves the results of a run that has taken its last step; or saves one that was asked to stop."""
-        state = self._state
+        state, path = self._state, self._setup.directory.path
         if state.is_stopping and state.step < self._plan.num_steps and state.stop_reason is None:
             checkpointing.save()
             return self._end_preempted()
@@ -267,26 +245,26 @@ class Run:
         results = leave_results(
             self._setup, validation, checkpointing, tracker=self.tracker, console=self._console, draw=self._draw
         )
-        code = _gate(self._config, results.test.accuracy, self._console)
+        code = _gate(self._setup.config, results.test.accuracy, self._console)
         gate_passed = code == EXIT_FINISHED
         numbers, hints = self._together(lambda: self._close("finished", results.test, gate_passed=gate_passed))
         starts, span = (" over all starts", "since this start") if self._has_resumed else ("", "in all")
         times = f"{state.run_sums.time_s:.1f} s training{starts}, {numbers['total_time_s']:.1f} s {span}"
-        rows = [*report.closing(self._setup, results.test), ("time", times), ("run", str(self._path))]
-        rows += [("pictures", str(self._path / "pictures"))] if results.has_pictures else []
-        self._console.summary([*rows, *hints], report.next_commands(self._path))
-        return Result(self._path, "finished", code, numbers)
+        rows = [*report.closing(self._setup, results.test), ("time", times), ("run", str(path))]
+        rows += [("pictures", str(path / "pictures"))] if results.has_pictures else []
+        self._console.summary([*rows, *hints], report.next_commands(path))
+        return Result(path, "finished", code, numbers)
 
     def _end_preempted(self) -> Result:
-        signal = signals.signal_name()
-        cause = signal or (f"--max-time {self._config.runtime.max_time:g}" if self._is_time_over() else None)
+        path, signal = self._setup.directory.path, signals.signal_name()
+        cause = signal or (f"--max-time {self._setup.config.runtime.max_time:g}" if self._is_time_over() else None)
         numbers, _ = self._together(lambda: self._close("preempted", signal=signal, reason=cause))
-        again = report.command_to_continue(self._path)
+        again = report.command_to_continue(path)
         where = f"after step {self._state.step}" + (f" ({cause})" if cause else "")
         self._console.summary([("preempted", where), ("continue", again)])
-        if self._accelerator.is_main_process and signals.signal_name() == "SIGINT":
+        if self._setup.accelerator.is_main_process and signal == "SIGINT":
             process.print_after_launcher(f"preempted after step {self._state.step}; to continue: {again}")
-        return Result(self._path, "preempted", signals.EXIT_PREEMPTED, numbers)
+        return Result(path, "preempted", signals.EXIT_PREEMPTED, numbers)
 
     def _close(self, status: str, test: Scores | None = None, **more: Any) -> tuple[dict[str, Any], list[Hint]]:
         """Writes result.json and closes the trackers, on rank 0; returns the numbers, and what to type next."""
@@ -314,8 +292,8 @@ class Run:
         Raises:
             RankError: the run has lost another rank, or has no memory left; only this rank knows.
         """
-        where = f"rank {self._accelerator.process_index} after step {self._state.step}"
-        if self._accelerator.is_main_process:
+        where = f"rank {self._setup.accelerator.process_index} after step {self._state.step}"
+        if self._setup.accelerator.is_main_process:
             with contextlib.suppress(OSError):  # on a full disk; the error itself says so
                 self._write_failure(error, where)
         if ranks.is_lost_contact(error):
@@ -339,7 +317,7 @@ class Run:
     def _record_stall(self, reason: str) -> None:
         """For the watchdog's thread, which ends the process afterwards."""
         reason = self._heartbeats.explain(reason)
-        if self._accelerator.is_main_process:
+        if self._setup.accelerator.is_main_process:
             self._write_result("failed", None, reason=reason)
 
     def stop_watching(self) -> None:
@@ -348,4 +326,26 @@ class Run:
         self._watchdog.stop()
 
     def _together(self, work: Callable[[], T]) -> T:
-        return ranks.together(self._accelerator, work)
+        return ranks.together(self._setup.accelerator, work)
+
+
+def report_finished(directory: RunDirectory, config: TrainConfig, console: Console) -> Result:
+    """What to say and return where an earlier start has done all that is asked for."""
+    found = directory.result
+    assert found is not None
+    assert found.test is not None  # or the record of a finished run would have been refused
+    accuracy = found.test["accuracy"]
+    rows = [
+        ("finished", f"{directory.path}: {found.steps} steps, test accuracy {accuracy:.2%}"),
+        ("", how_to_continue(directory, config)),
+    ]
+    console.summary(rows, report.next_commands(directory.path))
+    return Result(directory.path, "finished", _gate(config, accuracy, console), dataclasses.asdict(found))
+
+
+def _gate(config: TrainConfig, accuracy: float, console: Console) -> int:
+    gate = config.loop.min_accuracy
+    if gate is None or accuracy >= gate:
+        return EXIT_FINISHED
+    console.warn(f"--min-accuracy {gate}: missed with {accuracy:.4f}")
+    return EXIT_FAILED

@@ -9,8 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from torch import Tensor
-
 from mnist.data.batches import Split
 from mnist.runs.console import Console
 from mnist.runs.setup import RunSetup
@@ -34,9 +32,6 @@ class Validation:
 
     def __init__(self, setup: RunSetup, tracker: Tracker, console: Console, heartbeat: Callable[[], object]) -> None:
         self._setup = setup
-        self._config = setup.config
-        self._plan = setup.plan
-        self._dataset = setup.dataset
         self._state = setup.state
         self._tracker = tracker
         self._console = console
@@ -53,8 +48,8 @@ class Validation:
     def score(self) -> None:
         """Evaluates during training, and decides about the best weights and early stopping."""
         ranks.together(self._setup.accelerator, self._tracker.check)
-        state, split = self._state, "test" if self._dataset.val is None else "val"
-        scores = self._evaluate(split, self._dataset.val or self._dataset.test)
+        state, split = self._state, "test" if self._setup.dataset.val is None else "val"
+        scores = self._evaluate(split, self._setup.dataset.val or self._setup.dataset.test)
         is_new_best = state.best is None or scores.accuracy > state.best["accuracy"]
         if is_new_best or split == "test":  # without validation, "best" can only mean "last"
             state.best = {"step": state.step, **scores.as_dict()}
@@ -63,14 +58,14 @@ class Validation:
         if split == "val":
             state.val_scores = scores.as_dict()
         self._show(scores, split)
-        if self._plan.epoch_ends_at(state.step):
+        if self._setup.plan.epoch_ends_at(state.step):
             state.epoch_sums = TrainSums()
 
     def score_test(self) -> Scores:
         """The scores of the model on the test set, from the last evaluation if that was it."""
-        if self._dataset.val is None and "test" in self.scores:
+        if self._setup.dataset.val is None and "test" in self.scores:
             return self.scores["test"]
-        return self._evaluate("test", self._dataset.test)
+        return self._evaluate("test", self._setup.dataset.test)
 
     def _evaluate(self, name: str, split: Split) -> Scores:
         with self._console.doing("evaluating"):
@@ -80,22 +75,19 @@ class Validation:
                 accelerator=self._setup.accelerator,
                 loss_fn=self._loss_fn,
                 transform=self._setup.train_step.transform,
-                sharded=self._config.loop.evaluation == "sharded",
-                after_chunk=self._after_chunk,
+                sharded=self._setup.config.loop.evaluation == "sharded",
+                after_chunk=lambda _: self._heartbeat(),
             )
         self._heartbeat()
         if not math.isfinite(scores.loss):
             raise DivergedError(self._state.step, 0)
         self._scores = {**self.scores, name: scores}
         self._scored_step = self._state.step
-        self._tracker.log(name, self._state.step, self._plan.epochs_done(self._state.step), **scores.as_dict())
+        self._tracker.log(name, self._state.step, self._setup.plan.epochs_done(self._state.step), **scores.as_dict())
         return scores
 
-    def _after_chunk(self, _: Tensor) -> None:
-        self._heartbeat()
-
     def _reason_to_stop(self, scores: Scores) -> str | None:
-        config = self._config.loop
+        config = self._setup.config.loop
         targets = [
             config.target_accuracy is None or scores.accuracy >= config.target_accuracy,
             config.target_loss is None or scores.loss <= config.target_loss,
@@ -109,7 +101,7 @@ class Validation:
     def _show(self, scores: Scores, split: str) -> None:
         means = self._state.epoch_sums.means()
         self._console.epoch_row(
-            round(self._plan.epochs_done(self._state.step), 2),
+            round(self._setup.plan.epochs_done(self._state.step), 2),
             self._state.step,
             (means["loss"], means["accuracy"]),
             split,
