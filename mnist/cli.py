@@ -97,7 +97,7 @@ def parse_command_line(argv: Sequence[str] | None = None) -> TrainConfig:
 
 
 def _continued(changes: dict[str, Any]) -> TrainConfig | None:
-    """The configuration of the run that --resume names; takes from `changes` what that settles. None without one."""
+    """The configuration of the run that --resume names, or None; removes what it decides from `changes`."""
     resume = changes.get("resume", "auto")
     if resume in ("auto", "never"):
         return None

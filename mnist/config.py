@@ -98,7 +98,7 @@ def choices_of(hint: Any) -> list[str]:
 
 
 def setting(default: Any, help_text: str, on_resume: OnResume, limits: str = "", *, is_path: bool = False) -> Any:
-    """A field, and all that is known about it: the command line, the checks and a resume read it here.
+    """Declares a field with its help text, its range and what a resume does with another value.
 
     Args:
         default: a value, or a function that returns one.
@@ -120,7 +120,7 @@ def is_within(value: float, limits: str) -> bool:
     return low <= value <= high and not (value == low and "(" in limits) and not (value == high and ")" in limits)
 
 
-# What a value of each type is called; choices, and None where it is allowed, apart.
+# What an error message calls a value of each type.
 _WORDS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text", tuple: "texts"}
 
 
@@ -189,7 +189,9 @@ def _default_data_dir() -> str:
 class DataConfig:
     """Which images, and from where."""
 
-    dataset: DatasetName = setting("auto", "auto = MNIST if it can be had, else embedded digits.", "fixed")
+    dataset: DatasetName = setting(
+        "auto", "auto = MNIST if it is there or can be downloaded, else embedded digits.", "fixed"
+    )
     data_dir: str = setting(
         _default_data_dir, "Folder of MNIST/raw; default $MNIST_DATA_DIR, else data.", "free", is_path=True
     )

@@ -1,6 +1,6 @@
 """Errors that end a command in one line, their exit codes, and which rank prints them.
 
-In: what went wrong. Out: a line on standard error from the rank that knows, and an exit code. Standard library only.
+In: an error. Out: a line on standard error from the rank that knows of it, and an exit code. Standard library only.
 """
 
 from __future__ import annotations

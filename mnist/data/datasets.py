@@ -1,4 +1,4 @@
-"""From files to splits in memory: find, download, verify, read; and the digits that are always there.
+"""From files to splits in memory: find, download, verify and read; and the digits embedded in the package.
 
 In: the `data` section. Out: `Dataset`, three splits of uint8 images and int64 labels. Deciding (`choose`) is for rank
 0, fetching (`fetch`) for one process per node, reading (`read`) for everyone; `load` does all three.
@@ -119,7 +119,7 @@ class Dataset:
 
 
 def relocate(config: DataConfig, dataset: DatasetName | None, data_dir: str | None) -> DataConfig:
-    """The data that a model was trained on as they are to be found here and now, or another data set."""
+    """The `data` section of a trained model for this machine: another folder or data set where one is given."""
     folder = data_dir or os.environ.get("MNIST_DATA_DIR") or config.data_dir
     val_size = config.val_size if dataset in (None, config.dataset) else 0
     return replace(config, dataset=dataset or config.dataset, data_dir=folder, val_size=val_size)
@@ -141,10 +141,10 @@ def load(config: DataConfig, accelerator: Accelerator) -> Dataset:
 
 
 def choose(config: DataConfig) -> Choice:
-    """Settles what `--dataset` means on this machine, downloading if need be. Rank 0 calls it, the others are told.
+    """Decides what `--dataset` means on this machine, and downloads what is missing. Rank 0 calls it for all.
 
     Raises:
-        UserError: a data set that was asked for by name is neither here nor to be had.
+        UserError: the data set was not found and could not be downloaded.
     """
     if config.dataset != "auto":
         fetch(config.dataset, config.data_dir)
@@ -160,10 +160,10 @@ def fetch(name: str, data_dir: str) -> None:
     """Downloads the data set unless all its files are there; then nothing is written and no lock is taken.
 
     Raises:
-        UserError: it could not be had. Says what was tried, and the ways out.
+        UserError: it could not be downloaded. Says what was tried, and what to do.
     """
     source = SOURCES[name]
-    if source.torchvision_class is None or is_here(name, data_dir):
+    if source.torchvision_class is None or is_present(name, data_dir):
         return
     folder = Path(data_dir, source.torchvision_class, "raw")
     try:
@@ -176,7 +176,7 @@ def fetch(name: str, data_dir: str) -> None:
         else:
             mirrors, resources = list(published.mirrors), published.resources
         transfer = Transfer(mirrors, resources, source.max_bytes)
-        download(transfer, Path(data_dir), folder, lambda: is_here(name, data_dir))
+        download(transfer, Path(data_dir), folder, lambda: is_present(name, data_dir))
     except (OSError, ImportError, AttributeError) as error:  # torchvision may have no class of that name
         raise UserError(
             f"--dataset {name}: not in {folder} and the download failed ({error}); either name the folder that holds "
@@ -185,7 +185,7 @@ def fetch(name: str, data_dir: str) -> None:
         ) from error
 
 
-def is_here(name: str, data_dir: str) -> bool:
+def is_present(name: str, data_dir: str) -> bool:
     """Whether all files of the data set are in `data_dir`; the digits always are."""
     source = SOURCES[name]
     return all(_find_file(source, data_dir, file) is not None for file in source.files)
@@ -275,7 +275,7 @@ def _read_digits() -> tuple[Split, Split, list[str]]:
 
 
 def to_mnist_form(images: Tensor) -> Tensor:
-    """8x8 grey digits as MNIST would show them: 20x20 pixels, centred by mass on a larger page.
+    """8x8 grey digits in the form of MNIST: 20x20 pixels, centred by mass on a larger page.
 
     Args:
         images: uint8 (N, 8, 8), 0..16.

@@ -83,7 +83,7 @@ def download(transfer: Transfer, data_dir: Path, raw: Path, is_complete: Callabl
 
 
 def _download_within_time(transfer: Transfer, staging: Path) -> None:
-    """Waits for a thread as long as enough comes in, then leaves it: looking up a host name knows no time-out."""
+    """Waits for a thread as long as enough comes in, then leaves it: looking up a host name has no time-out."""
     thread = threading.Thread(target=_fetch_files, args=(transfer, staging), daemon=True, name="download")
     start = time.monotonic()
     thread.start()

@@ -1,4 +1,4 @@
-"""Reads IDX files, the format of MNIST, and refuses what is not exactly one.
+"""Reads IDX files, the format of MNIST; a file that is not exactly one is an error.
 
 In: a path, plain or packed with gzip, whatever its name says. Out: uint8 images (N, H, W) or (N, 3, H, W), or int64
 labels (N,), with the sha256 of the unpacked bytes. torchvision's own reader accepts swapped label files, and cannot

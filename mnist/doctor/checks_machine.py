@@ -69,7 +69,7 @@ def measure_data(probe: Probe) -> dict[str, str]:
     """Hashes of the data files as this rank finds them; nothing where they are missing."""
     config = probe.config.data
     name = "mnist" if config.dataset == "auto" else config.dataset
-    if not datasets.is_here(name, config.data_dir):
+    if not datasets.is_present(name, config.data_dir):
         return {}
     dataset = datasets.read(name, config)
     files = datasets.SOURCES[name].files or ("digits",)

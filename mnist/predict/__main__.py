@@ -53,7 +53,7 @@ from PIL import Image
 from rich.console import Console as RichConsole
 from rich.markup import escape
 
-from mnist.data.datasets import SOURCES, is_here, read, relocate
+from mnist.data.datasets import SOURCES, is_present, read, relocate
 from mnist.plots.pictures import SUFFIXES, draw_prediction, save_picture
 from mnist.predict.digit_image import SeenDigit, see_digits
 from mnist.predict.not_a_digit import Likeness
@@ -153,7 +153,7 @@ def main(options: Options) -> int:
 def _training_likeness(trained: TrainedModel) -> Likeness | None:
     """What tells letters and scribbles from digits; None where MNIST is not on this machine, or was not learnt."""
     config = relocate(trained.config.data, None, None)
-    if trained.config.data.dataset != "mnist" or not is_here("mnist", config.data_dir):
+    if trained.config.data.dataset != "mnist" or not is_present("mnist", config.data_dir):
         return None
     try:
         return Likeness(read("mnist", config).train.images.numpy())

@@ -182,7 +182,7 @@ def _val_accuracy(path: Path) -> float:
 
 
 def list_steps(folder: Path) -> dict[int, Path]:
-    """The checkpoints in `folder` by step, complete ones only as far as their names tell."""
+    """The checkpoints in `folder` by step, judged by their names only."""
     if not folder.is_dir():
         return {}
     matches = ((_NAME.fullmatch(path.name), path) for path in folder.iterdir())
@@ -195,7 +195,7 @@ def load_newest(folder: Path, check: Check | None = None) -> tuple[Checkpoint | 
     Where `check` raises a CheckpointError about a checkpoint, that one is skipped, too.
 
     Raises:
-        CheckpointError: there are checkpoints and none is valid. Starting over silently would look like a resume.
+        CheckpointError: there are checkpoints and none is valid. Starting at step 0 silently would look like a resume.
     """
     skipped: list[str] = []
     for _, path in sorted(list_steps(folder).items(), reverse=True):

@@ -1,7 +1,7 @@
-"""When a checkpoint is written, what it holds, and how a run goes on from one.
+"""When a checkpoint is written, what it holds, and how a run continues from one.
 
-In: the live objects of a run. Out: checkpoints of them, or the objects as a checkpoint has them. The files themselves
-are mnist/runs/checkpoint_files.py's, and what may continue what is mnist/runs/resume.py's.
+In: the live objects of a run. Out: checkpoints of them, or the objects with the state of a checkpoint. The
+files are written and read by checkpoint_files.py; resume.py decides which checkpoint fits which configuration.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from mnist.runs.directory import RunDirectory, branch_origin
 from mnist.runs.initial_weights import begin_with_weights
 from mnist.runs.live_state import check_fits, module_tensors, optimizer_tensors, restore_optimizer
 from mnist.runs.records import ScoreRecord
-from mnist.runs.resume import check_checkpoint, wants_to_go_on
+from mnist.runs.resume import asks_for_more, check_checkpoint
 from mnist.runs.setup import RunSetup
 from mnist.runs.tracking.tracker import Tracker
 from mnist.runs.validation import Validation
@@ -36,7 +36,7 @@ from mnist.training.step import DivergedError, TrainStep
 
 
 def resume_run(setup: RunSetup) -> list[str]:
-    """Takes up a run at its newest valid checkpoint, or at the one that it branches from, or from other weights.
+    """Continues a run at its newest valid checkpoint, or at the one that it branches from, or from other weights.
 
     Every rank must call this.
 
@@ -57,7 +57,7 @@ def resume_run(setup: RunSetup) -> list[str]:
     saved, notes = found
     _restore(saved, setup.train_step)
     setup.state.load(saved.loop)
-    if wants_to_go_on(saved, setup.config, setup.plan):
+    if asks_for_more(saved, setup.config, setup.plan):
         setup.state.stop_reason = None
     return notes
 

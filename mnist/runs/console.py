@@ -1,4 +1,4 @@
-"""What a person sees: the banner, one progress bar, a row per epoch, the closing lines; plain lines in a log file.
+"""What a person sees of a run: the banner, a progress bar, a row per epoch, closing lines; plain lines in a log file.
 
 In: plain numbers and strings. Out: results and records on standard output, warnings and the bar on standard error.
 """
@@ -120,7 +120,7 @@ class Console:
         self.show("")
 
     def show(self, activity: str) -> None:
-        """Says on a terminal what is going on when it is not training, such as "importing torch"; "" = training."""
+        """Shows on a terminal what the run does besides training, such as "importing torch"; "" = training."""
         self._activity = activity
         if self._has_bar and not self._live.is_started:
             self._live.start()

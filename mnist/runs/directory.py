@@ -1,7 +1,7 @@
-"""The run directory: one directory is one run, and a run only goes forward.
+"""The run directory: one for each run, locked while a process writes to it.
 
-In: the resolved configuration. Out: a folder with config.json, environment.json and result.json, locked until the
-process ends, however it ends. Rank 0 alone touches the disk; every rank knows what is there.
+In: the resolved configuration. Out: a folder with config.json, environment.json and result.json, locked until
+the process ends, whatever ends it. Only rank 0 reads and writes it, and tells the other ranks what is there.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class RunDirectory:
         config: config.json of the start before this one; None where this is the first.
         result: result.json of the start before this one, likewise.
         belongs_to_this_job: whether an earlier attempt of the same job, which its launcher or scheduler has restarted,
-            began it. Rank 0 has found it out for all: on several machines launchers, and so job names, differ.
+            began it. Decided by rank 0, because each machine has a launcher of its own, and so another `job_id`.
         lock: held by rank 0; None on other ranks, and where the file system has no locks.
     """
 
@@ -130,7 +130,7 @@ def _choose_path(config: TrainConfig, dataset: str) -> Path:
         return Path(config.output.run_dir)
     if is_restart():
         for result in RUNS.glob("*/result.json"):
-            with contextlib.suppress(RecordError):  # another run's damage is no concern of this one
+            with contextlib.suppress(RecordError):  # the damaged record of another run is no reason to stop
                 if read_json(result).get("job") == job_id():
                     return result.parent
     return _make_new(f"{config.recipe}-{dataset}-{datetime.now():%Y%m%d-%H%M%S}")

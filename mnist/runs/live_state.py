@@ -1,6 +1,6 @@
-"""The tensors of a live model and its optimizer: taken, compared with those of a checkpoint, and put back.
+"""The tensors of a model and its optimizer: copied, compared with those of a checkpoint, and restored.
 
-In: module, optimizer, or a `Checkpoint`. Out: tensors by name, on the CPU; or the objects as the checkpoint has them.
+In: module, optimizer, or a `Checkpoint`. Out: tensors by name, on the CPU; or the objects with that state.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the project reads back of what it has written itself: checked against the types of its fields.
+"""Reads the records that the project has written itself, and checks them against the types of their fields.
 
 In: a JSON file, and a dataclass. Out: an object of that class, or one line that names file and field. No torch.
 """
@@ -103,16 +103,16 @@ def read_config(path: Path) -> TrainConfig:
 
 
 def check_record(path: Path, content: Any, kind: type[T], *, complete: bool) -> T:
-    """`content` as a `kind`, a dataclass or TypedDict whose fields all have the declared types, nested ones too.
+    """`content` as a `kind`, a dataclass or TypedDict; all fields, also nested ones, must have the declared types.
 
     Args:
         path: named in the message.
         content: as JSON has it.
         kind: fields of bool, int, float, str, Any, Literal, list, dict[str, ...], `... | None`, or of other such types.
-        complete: fields with a default must be there, too. What is no field is left out.
+        complete: fields with a default must be there, too. Unknown names are ignored.
 
     Raises:
-        RecordError: it is none; names file and field.
+        RecordError: a field is missing or has another type; names file and field.
     """
     try:
         made: T = _convert(content, kind, "", complete)

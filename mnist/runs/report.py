@@ -89,10 +89,10 @@ def command_to_continue(run_dir: Path) -> str:
 
 
 def drill_warnings(config: TrainConfig, *, has_resumed: bool) -> list[str]:
-    """A loud word about faults on demand."""
+    """A warning where --inject is used."""
     if not config.output.inject:
         return []
-    meaning = "not again, this run goes on" if has_resumed else "this run is made to fail"
+    meaning = "not repeated, because this run was resumed" if has_resumed else "this run is made to fail"
     return [f"DRILL: --inject {' '.join(config.output.inject)}: {meaning}"]
 
 

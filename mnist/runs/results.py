@@ -76,10 +76,10 @@ def _export(setup: RunSetup, name: str) -> None:
 
 
 def _load_best(setup: RunSetup, checkpointing: Checkpointing, console: Console) -> int:
-    """Puts the weights of the best validation score into the scored model, for its one look at the test set.
+    """Loads the weights with the best validation score into the model that is then scored on the test set.
 
     Returns:
-        The step of the weights that the model has then.
+        The step of the weights that the model then has.
     """
     best, last_step = setup.state.best, setup.state.step
     if setup.dataset.val is None or best is None or best["step"] == last_step:

@@ -1,6 +1,6 @@
-"""What may continue a run, and what it says about it: pure functions of configurations, plans and facts.
+"""Which configuration may continue a run, and what changes then: pure functions of configurations, plans and facts.
 
-In: what an earlier start has left, and the configuration of this one. Out: yes, notes for people, or a one-line error.
+In: the records of an earlier start, and the configuration of this one. Out: yes or no, notes, or a one-line error.
 The fields of the configuration themselves say what a difference means (`on_resume`, mnist/config.py).
 """
 
@@ -16,7 +16,7 @@ from mnist.runs.checkpoint_files import Checkpoint
 from mnist.runs.directory import RunDirectory, branch_origin
 from mnist.training.plan import Plan
 
-LENGTH_BOUND_SCHEDULES = ("cosine", "one_cycle")  # laid out over the whole run: they cannot be made longer
+LENGTH_BOUND_SCHEDULES = ("cosine", "one_cycle")  # they span the whole run, so that their length is fixed
 _STOPPING_FIELDS = ("target_accuracy", "target_loss", "patience")
 
 
@@ -62,7 +62,7 @@ def is_finished(directory: RunDirectory, config: TrainConfig, plan: Plan) -> boo
 
 
 def check_checkpoint(saved: Checkpoint, config: TrainConfig, plan: Plan, facts: dict[str, Any]) -> list[str]:
-    """Whether the run may go on from `saved`; returns a note on each thing that changes from here on.
+    """Whether the run may continue from `saved`; returns a note on each thing that changes from here on.
 
     Args:
         saved: a checkpoint of this run, or of the run that this one branches from.
@@ -104,8 +104,8 @@ def _notes(saved: Checkpoint, before: TrainConfig, config: TrainConfig, plan: Pl
     return notes
 
 
-def wants_to_go_on(saved: Checkpoint, config: TrainConfig, plan: Plan) -> bool:
-    """Whether this start asks for something else than what ended the run of `saved` early."""
+def asks_for_more(saved: Checkpoint, config: TrainConfig, plan: Plan) -> bool:
+    """Whether this start changes the length, or the targets that ended the run of `saved` early."""
     return saved.plan.num_steps != plan.num_steps or bool(
         _differences(from_flat(saved.config), config, _STOPPING_FIELDS)
     )

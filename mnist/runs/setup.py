@@ -1,6 +1,6 @@
-"""What a run is made of before its first step.
+"""The parts of a run, built before its first step.
 
-In: the objects that `train_ddp.py` builds. Out: one value to hand on, so that signatures stay short.
+In: the objects that `train_ddp.py` builds. Out: one object to pass on, so that signatures stay short.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class RunSetup:
     """The parts of a run; every rank has its own.
 
     Attributes:
-        config: resolved.
+        config: with the choices of the launcher and the data set filled in.
         plan: length, batches and cadences.
         dataset: its splits, on the device.
         directory: where the run writes.

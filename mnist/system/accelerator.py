@@ -1,6 +1,6 @@
 """The accelerator: built from the `runtime` section and the launcher's environment, checked, and closed in order.
 
-In: the `runtime` section and the launcher's environment. Out: an `Accelerator` that does what was promised.
+In: the `runtime` section and the launcher's environment. Out: an `Accelerator`.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def set_step_timeouts(timeout_s: int) -> float:
 
 
 def build_accelerator(config: RuntimeConfig, trackers: Sequence[str] = ()) -> Accelerator:
-    """Accelerate, set up so that what the launcher promised is what happens, or an error says why not.
+    """An `Accelerator` with the processes, device and precision that the launcher announced, or an error.
 
     Every rank must call this once, first. The global batch is sliced by our own loader, so gradients accumulate by
     `no_sync` and explicit weights, and Accelerate's own accumulation is switched off.
@@ -136,10 +136,10 @@ def build_accelerator(config: RuntimeConfig, trackers: Sequence[str] = ()) -> Ac
     # After Accelerate, which sets threads on CPUs, and TF32 with a dynamo backend.
     _set_determinism(config.deterministic)
     _set_threads(config.num_threads, local_world_size)
-    promised = int(os.environ.get("WORLD_SIZE", "1"))
-    if promised != accelerator.num_processes:
+    announced = int(os.environ.get("WORLD_SIZE", "1"))
+    if announced != accelerator.num_processes:
         raise MachineError(
-            f"the launcher announces {promised} processes, but Accelerate sees {accelerator.num_processes}: "
+            f"the launcher announces {announced} processes, but Accelerate sees {accelerator.num_processes}: "
             f"each would train alone; use accelerate launch or torchrun, or unset RANK and WORLD_SIZE"
         )
     return accelerator
@@ -173,7 +173,7 @@ def _has_accelerator() -> bool:
 
 
 def _set_threads(num_threads: int, local_world_size: int) -> None:
-    """Launchers set OMP_NUM_THREADS=1 unasked; a rank is better off with its share of the cores it may use."""
+    """Launchers set OMP_NUM_THREADS=1 by themselves; a rank is faster with its share of the usable cores."""
     torch.set_num_threads(num_threads or max(1, num_usable_cores() // local_world_size))
 
 

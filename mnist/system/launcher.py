@@ -1,7 +1,7 @@
-"""What launchers and schedulers say in environment variables: checked, and filled into the configuration.
+"""Environment variables of launchers and schedulers: checked, and filled into the configuration.
 
-In: the environment. Out: a one-line error at the start, or a configuration that says what the launcher has chosen.
-Standard library only, because mistakes are answered before torch is imported.
+In: the environment. Out: a one-line error, or a configuration with the choices of the launcher in it.
+Standard library only, because mistakes are reported before torch is imported.
 """
 
 from __future__ import annotations

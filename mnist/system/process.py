@@ -1,6 +1,6 @@
 """The process as a whole: what it runs on, what is set before torch is imported, and how it ends.
 
-In: what the system says. Out: cores; settings of OpenMP, of the C library and of Python itself. Standard library only.
+In: the operating system. Out: cores; settings of OpenMP, of the C library and of Python itself. Standard library only.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # names of glibc's malloc.h
 
 
 def tune() -> None:
-    """Sets what every command is better off with; to be called before torch is imported."""
+    """Settings that every command needs; to be called before torch is imported."""
     wait_briefly()
     keep_memory()
     columns = shutil.get_terminal_size().columns
@@ -64,7 +64,7 @@ def _raise_open_files_limit() -> None:
 
 
 def wait_briefly() -> None:
-    """Lets OpenMP's threads sleep after some ten microseconds of waiting, unless the environment has a word on it.
+    """Lets OpenMP's threads sleep after some ten microseconds of waiting, unless OMP_WAIT_POLICY is set.
 
     They spin for milliseconds by default. On a machine that does other work as well a thread then waits for one that
     has no core to run on: training was 3 to 8 times slower. Where nothing else runs this costs 3 %. Torch's OpenMP
@@ -78,7 +78,7 @@ def keep_memory() -> None:
     """Lets the C library keep the memory of freed tensors for the next ones.
 
     It gives it back to the system by default, and gets it again at the next step, page by page: on a CPU `yannet` had
-    0.7 of its speed. (Only glibc has this switch. What the environment says of it stays.)
+    0.7 of its speed. (Only glibc has this switch. Environment variables about it have precedence.)
     """
     if sys.platform != "linux" or any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
         return
@@ -123,7 +123,7 @@ def cpu_quota() -> float | None:
 
 
 def num_usable_cores() -> int:
-    """As many threads as can run at a time; more of them than a container's quota would all be stopped by turns."""
+    """The number of threads that can run at a time: the cores, or a container's quota where that is smaller."""
     cores, quota = len(usable_cores()), cpu_quota()
     return cores if quota is None else min(cores, math.ceil(quota))
 
@@ -180,10 +180,10 @@ def print_after_launcher(text: str) -> None:
 
 
 def leave(code: int) -> NoReturn:
-    """Exits, and leaves what the process holds to the system: looking for garbage among it first takes 0.4 s.
+    """Exits without a last garbage collection, which would take 0.4 s.
 
-    Not one rank of several: what is left of a broken process group is better taken apart in Python's order. But where
-    the group has been left open, after an error on NCCL (`open_accelerator`), this leaves at once.
+    One rank of several does collect, because a broken process group is better taken apart in Python's order. Where the
+    group is still open, after an error on NCCL (`open_accelerator`), the process ends at once.
     """
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():

@@ -1,4 +1,4 @@
-"""Work that ranks do for one another, and what they must agree on.
+"""Work that some ranks do for all, and values on which all ranks must agree.
 
 In: an `Accelerator` and a callable. Out: its result on every rank, or the same error on every rank.
 """

@@ -28,7 +28,7 @@ def evaluate(
     loss_fn: Callable[[Tensor, Tensor], Tensor],
     transform: Callable[[Tensor], Tensor],
     sharded: bool = False,
-    after_chunk: Callable[[Tensor], None] | None = None,
+    after_chunk: Callable[[Tensor], object] | None = None,
 ) -> Scores:
     """Scores `model` on every image of `split`, each exactly once. Every rank must call this; all get the result.
 

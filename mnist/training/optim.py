@@ -103,7 +103,7 @@ def _half_cosine(start: float, end: float, fraction: float) -> float:
 
 
 class LearningRate:
-    """The schedule at work: writes each step's rate into the optimizer.
+    """Writes each step's rate into the optimizer.
 
     It has no state: nothing to save, step or prepare. (A prepared scheduler of torch would step once per process,
     accelerate#2926. Where the gradient scaler of fp16 skips an update, the schedule does not stop: asking it would
@@ -140,7 +140,7 @@ class WeightAverage:
 
     Args:
         model: the bare, prepared module; the average keeps its precision wrapper.
-        decay: the decay it settles at.
+        decay: the final decay.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:

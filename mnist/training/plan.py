@@ -15,14 +15,15 @@ from mnist.errors import UserError
 
 @dataclass(frozen=True)
 class Plan:
-    """Attributes:
+    """What `build_plan` has computed.
 
-    global_batch_size: images per step, over all processes.
-    accumulation_steps: A.
-    world_size: P.
-    epoch_steps: steps in one epoch, a pass over the training set; its last batch may be short.
-    num_steps: length of the run.
-    log_steps, eval_steps, checkpoint_steps: cadences, each 1 or more.
+    Attributes:
+        global_batch_size: images per step, over all processes.
+        accumulation_steps: A.
+        world_size: P.
+        epoch_steps: steps in one epoch, a pass over the training set; its last batch may be short.
+        num_steps: length of the run.
+        log_steps, eval_steps, checkpoint_steps: cadences, each 1 or more.
     """
 
     global_batch_size: int

@@ -1,4 +1,4 @@
-"""Whether several CPU threads are worth having, measured with the network at hand.
+"""Whether several CPU threads are faster than one, measured with the network of the run.
 
 In: a network and a batch. Out: a line of advice, or None. It depends on what else the machine does: on a busy one a
 thread that has no core keeps all others waiting (measured: 16.0 s of training with two threads, 3.3 s with one).

@@ -111,8 +111,8 @@ def test_files_are_found_as_mirrors_name_and_unpack_them(tmp_path, no_network, a
 
 def test_the_raw_folder_of_mnist_is_not_taken_for_kmnist(tmp_path):
     write_files(tmp_path)
-    assert datasets.is_here("mnist", str(tmp_path / "MNIST" / "raw"))
-    assert not datasets.is_here("kmnist", str(tmp_path / "MNIST" / "raw"))
+    assert datasets.is_present("mnist", str(tmp_path / "MNIST" / "raw"))
+    assert not datasets.is_present("kmnist", str(tmp_path / "MNIST" / "raw"))
 
 
 @pytest.mark.timeout(20)

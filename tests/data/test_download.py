@@ -15,7 +15,7 @@ import pytest
 
 from mnist.data import datasets
 from mnist.data import download as module
-from mnist.data.datasets import is_here
+from mnist.data.datasets import is_present
 from mnist.system.torchvision_compat import import_torchvision
 from tests.ranks import run_ranks
 
@@ -41,7 +41,7 @@ def download(class_name, data_dir, max_bytes=10**6):
     """As `datasets.fetch` calls it; "MNIST" and "KMNIST" are the data sets mnist and kmnist."""
     published = getattr(import_torchvision("datasets"), class_name)
     transfer = module.Transfer(list(published.mirrors), published.resources, max_bytes)
-    is_complete = partial(is_here, class_name.lower(), str(data_dir))
+    is_complete = partial(is_present, class_name.lower(), str(data_dir))
     module.download(transfer, data_dir, data_dir / class_name / "raw", is_complete)
 
 

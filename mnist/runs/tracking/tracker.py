@@ -1,4 +1,4 @@
-"""What is logged where: metrics.jsonl always, W&B where it can be had, TensorBoard where it is asked for.
+"""What is logged where: metrics.jsonl always, W&B where it is configured, TensorBoard with --tensorboard.
 
 In: records of a split at a step, pictures, exported models. Out: each record once in metrics.jsonl, none lost and none
 doubled after a resume, and from there in every sink (what a sink has not written when it is killed, it lacks). A call
@@ -44,7 +44,7 @@ def tracker_names(config: OutputConfig) -> list[str]:
 
 
 class Tracker:
-    """Receives what is worth keeping. On ranks other than 0 every method does nothing."""
+    """Passes records, pictures and models to metrics.jsonl and all sinks. On ranks other than 0 it does nothing."""
 
     def __init__(self, run_dir: Path | None, dataset: str, warn: Callable[[str], None]) -> None:
         self._dataset = dataset
@@ -85,7 +85,7 @@ class Tracker:
             self._jsonl.check()
 
     def log(self, split: str, step: int, epoch: float, **values: float) -> None:
-        """Records values of one split at one step, once: a step that was recorded before a crash is passed over."""
+        """Records values of one split at one step, once: a step that was recorded before a crash is skipped."""
         if self._jsonl is None or self._error is not None:
             return
         place = {"step": step, "epoch": round(epoch, 4), "split": split, "dataset": self._dataset}

@@ -1,4 +1,4 @@
-"""The W&B run of a job: one for any number of ranks, the same one after a resume, never in the way of training.
+"""The W&B run of a job: one for any number of ranks, the same one after a resume; its failures do not end training.
 
 In: points, pictures, weights. Out: a W&B run, or an offline folder that `wandb sync` uploads. Only rank 0 comes here.
 
