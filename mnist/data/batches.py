@@ -53,10 +53,10 @@ class MicroBatch:
 
     Attributes:
         split: holds the images, all of them.
-        indices: int64 (B,), the ones that are meant.
+        indices: int64 (B,), the images of this micro-batch in `split`.
         rows: the place of these images in the global batch of the step.
         global_batch_size: images in that global batch; less than usual at the end of an epoch.
-        num_samples: B, or 0 for a stand-in: a rank without images still takes part in the backward pass, weighted 0.
+        num_samples: B, or 0 for a placeholder: a rank without images still takes part in the backward pass, weighted 0.
     """
 
     split: Split

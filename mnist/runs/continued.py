@@ -17,7 +17,7 @@ def continued_config(resume: str, run_dir: str | None) -> TrainConfig:
     """The configuration of the run that `resume` names, which flags may change.
 
     Args:
-        resume: `last` or a run directory: the same run goes on, in its directory; or a checkpoint: a new run begins.
+        resume: `last` or a run directory: the same run continues, in its directory; or a checkpoint: a new run begins.
         run_dir: what --run-dir says, or None.
 
     Raises:

@@ -44,7 +44,7 @@ def check_surroundings() -> None:
     """Checks what a process inherits beside variables: the working directory and the limit on open files.
 
     Raises:
-        UserError: names what is wrong and the way out.
+        UserError: names what is wrong and what to do.
     """
     try:
         Path.cwd()

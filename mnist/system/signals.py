@@ -60,7 +60,7 @@ def training_begins() -> None:
 
 
 def _start_watching() -> None:
-    """Starts a thread that ends this process when it does not obey, or at a later second Ctrl-C.
+    """Starts a thread that ends this process when it does not stop in time, or at a second Ctrl-C.
 
     The main thread may be in C++, in a collective whose other ranks are gone, where no Python runs. The interpreter
     writes the number of *every* signal that has a Python handler to the wake-up descriptor, at once and also then;

@@ -1,4 +1,4 @@
-"""The training loop: runs steps, and hands over a record of plain numbers where one is due.
+"""The training loop: runs steps, and yields a record of plain numbers where one is due.
 
 In: a `TrainStep` and the micro-batches of its steps. Out: records. Between two records the host never waits for the
 device; ranks exchange gradients, and about once a second their sums.
@@ -40,7 +40,7 @@ class InitialWeights:
 
 @dataclass
 class TrainState:
-    """What the loop remembers besides weights and optimizer state, as plain numbers, the same on every rank.
+    """What the loop keeps besides weights and optimizer state, as plain numbers, the same on every rank.
 
     Attributes:
         step: optimizer steps done.

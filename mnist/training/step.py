@@ -1,8 +1,8 @@
 """A training step: forward, loss, backward and update on this rank's micro-batches of one global batch.
 
-In: a prepared model and optimizer, and micro-batches (images uint8 (B, 28, 28), labels int64 (B,)). Out: new weights,
-and sums of metrics on the device. Nothing here waits for the device. Letters: B images in a rank's micro-batch, G in
-the global batch, S side in pixels, P ranks.
+In: a prepared model and optimizer, and micro-batches (images uint8 (B, H, W) or (B, C, H, W), labels int64 (B,)). Out:
+new weights, and sums of metrics on the device. Nothing here waits for the device. Letters: B images in a rank's
+micro-batch, G in the global batch, C channels, S side of the network's input in pixels, P ranks.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ class TrainStep:
 
     Args:
         accelerator: for ranks, `no_sync`, clipping and the gradient scaler of fp16.
-        model: prepared; images (B, 1, S, S) float32 -> logits (B, 10).
+        model: prepared; images (B, C, S, S) float32 -> logits (B, 10).
         optimizer: prepared.
         learning_rate: the schedule.
         loss_fn: (logits, labels) -> loss of each sample (B,).
-        transform: pixels (B, 28, 28) -> network input (B, 1, S, S).
-        augment: pixels (B, 28, 28) -> pixels (B, 28, 28), seeded by step.
+        transform: pixels -> network input (B, C, S, S).
+        augment: pixels -> pixels of the same shape, with random numbers seeded by step.
         grad_clip: largest total gradient norm; 0 = no clipping.
         average: of the weights, moved after each update.
         seed: fixes dropout together with step, micro-batch and rank.
@@ -99,7 +99,7 @@ class TrainStep:
         self.num_samples += sum(batch.num_samples for batch in micro_batches)
 
     def compute(self, micro_batches: Sequence[MicroBatch], step: int, measure_grad_norm: bool = False) -> None:
-        """The work on the device: gradients of all micro-batches, then one update."""
+        """The work on the device: forward and backward passes of all micro-batches, then one update."""
         for index, batch in enumerate(micro_batches):
             self.set_step(step, index)
             is_last = index == len(micro_batches) - 1
@@ -124,12 +124,12 @@ class TrainStep:
             for name, total in self._totals.items():
                 total.add_(TRAIN_METRICS[name](loss_sum.detach(), logits.detach(), labels))
         # DDP averages gradients over the P ranks: P / G turns that into the mean over the G images of the global batch,
-        # however unevenly they are spread. The stand-in of a rank without images has weight 0.
+        # however unevenly they are spread. The placeholder of a rank without images has weight 0.
         weight = self.accelerator.num_processes / batch.global_batch_size if batch.num_samples else 0.0
         self._backward(loss_sum, gradient=loss_sum.new_full((), weight))
 
     def update(self, measure_grad_norm: bool) -> None:
-        """Clips, steps, clears the gradients, moves the average."""
+        """One update of the weights from the gradients, and of the average from the weights."""
         if self.grad_clip:
             self.grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.grad_clip)
         elif measure_grad_norm:
@@ -165,7 +165,7 @@ def warm_up(model: nn.Module, inputs: Tensor) -> None:
 
     Args:
         model: prepared.
-        inputs: zeros in the shape of a micro-batch (B, 1, S, S).
+        inputs: zeros in the shape of a micro-batch (B, C, S, S).
     """
     buffers = [buffer.clone() for buffer in model.buffers()]
     model.train()

@@ -21,7 +21,7 @@ def advise_on_threads(model: nn.Module, inputs: Tensor) -> str | None:
 
     Args:
         model: bare, so that no rank waits for another one; after its warm-up.
-        inputs: zeros in the shape of a micro-batch (B, 1, S, S).
+        inputs: zeros in the shape of a micro-batch (B, C, S, S).
 
     Returns:
         One line, where one thread is clearly faster; None otherwise, on a GPU, and with one thread.
