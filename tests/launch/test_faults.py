@@ -356,7 +356,7 @@ def test_a_drilled_nan_is_found_where_it_was_put_and_the_next_start_is_spared(
     assert result(tmp_path)["status"] == "diverged"
     checkpoint_23 = str(tmp_path / "checkpoints" / "step-00000023")
     assert run_ranks(run, 2, tmp_path / "branch", *SMALL, *fault, "--resume", checkpoint_23) == [0, 0]
-    assert "not again, this run goes on" in capfd.readouterr().err
+    assert "not repeated, because this run was resumed" in capfd.readouterr().err
 
 
 # --- disks -----------------------------------------------------------------------------------------------------------
