@@ -1,7 +1,7 @@
 """A training step: forward, loss, backward and update on this rank's micro-batches of one global batch.
 
-In: a prepared model and optimizer, and micro-batches (images uint8 (B, H, W) or (B, C, H, W), labels int64 (B,)). Out:
-new weights, and sums of metrics on the device. Nothing here waits for the device. Letters: B images in a rank's
+In: a prepared model and optimizer, and micro-batches: images uint8 (B, H, W) or (B, C, H, W), labels int64 (B,).
+Out: new weights, and sums of metrics on the device. Nothing here waits for the device. Letters: B images in a rank's
 micro-batch, G in the global batch, C channels, S side of the network's input in pixels, P ranks.
 """
 
