@@ -4,8 +4,7 @@
     torchrun --nproc-per-node 2 train_ddp.py
     python train_ddp.py --help
 
-Where things are: mnist/training/step.py is a training step, mnist/training/loop.py the loop over them, mnist/recipes.py
-the configurations.
+A training step is in mnist/training/step.py, the loop in mnist/training/loop.py, configurations in mnist/recipes.py.
 """
 
 from __future__ import annotations
@@ -25,7 +24,6 @@ if __name__ == "__main__":
     CONFIG = parse_command_line()
     CONSOLE = Console(quiet=CONFIG.output.quiet)
     CONSOLE.show("importing torch")
-
 
 from accelerate import Accelerator
 
@@ -62,9 +60,7 @@ def main(config: TrainConfig, console: Console | None = None, started_s: float |
 
 
 def train(config: TrainConfig, console: Console | None = None, started_s: float | None = None) -> Result:
-    """One run. With several ranks every rank calls this, with the same configuration.
-
-    Times count from `started_s`, a value of `time.perf_counter()`; default: now.
+    """One run, timed from `started_s` on (`time.perf_counter()`; default: now). Every rank must call this.
 
     Raises:
         UserError: a mistake that the caller can correct; the message names the flag.
@@ -74,7 +70,7 @@ def train(config: TrainConfig, console: Console | None = None, started_s: float 
     config = fill_in(config)
     console = console or Console(quiet=config.output.quiet)
     with console, open_accelerator(config.runtime, tracker_names(config.output)) as accelerator:
-        return run_training(config, accelerator, console, started_s)  # frees the model before the process group
+        return run_training(config, accelerator, console, started_s)  # its model is freed before the group closes
 
 
 def run_training(config: TrainConfig, accelerator: Accelerator, console: Console, started_s: float) -> Result:
