@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import time
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 
 from tests.processes import finish, train
 from tests.ranks import run_ranks
-from tests.runs.test_run import SMALL, metrics, result, run, weights
+from tests.runs.test_run import SMALL, metrics, result, run, run_and_signal, weights
 
 LONG = [*SMALL, "--max-steps", "400", "--inject", "slow@rank0:0.02"]  # at least 8 s
 
@@ -68,3 +69,12 @@ def test_profile_writes_a_trace_of_so_many_steps_on_each_rank_and_changes_no_wei
 def test_a_run_that_is_shorter_than_its_profile_finishes(tmp_path: Path) -> None:
     assert run_ranks(run, 1, tmp_path, *SMALL, "--max-steps", "4", "--min-accuracy", "None", "--profile", "50") == [0]
     assert (tmp_path / "profile" / "profile_0.json").is_file()
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_signal_while_steps_are_profiled_saves_as_always(tmp_path: Path, world_size: int) -> None:
+    arguments = [*SMALL, "--min-accuracy", "None", "--profile", "40"]
+    codes = run_ranks(run_and_signal, world_size, signal.SIGTERM, 10, 0, tmp_path, *arguments)
+    assert codes == [75] * world_size
+    assert result(tmp_path)["status"] == "preempted"
+    assert run_ranks(run, world_size, tmp_path, *SMALL) == [0] * world_size
