@@ -224,13 +224,15 @@ class Run:
         num_steps, self._num_profile_steps = self._num_profile_steps, 0
         if num_steps:
             yield from itertools.islice(steps, 2)
-            with self._setup.accelerator.profile(
-                ProfileKwargs(output_trace_dir=str(self._setup.directory.path / "profile"))
-            ):
-                yield from itertools.islice(steps, num_steps)
-            self._console.say(
-                f"a trace of {count(num_steps, 'step')}: {self._setup.directory.path / 'profile'} (open it in Perfetto)"
-            )
+            first = next(steps, None)
+            if first is None:
+                self._console.warn(f"--profile {num_steps}: no trace, this start has no more than two steps")
+                return
+            folder = self._setup.directory.path / "profile"
+            with self._setup.accelerator.profile(ProfileKwargs(output_trace_dir=str(folder))):
+                yield first
+                yield from itertools.islice(steps, num_steps - 1)
+            self._console.say(f"a trace of at most {count(num_steps, 'step')}: {folder} (open it in Perfetto)")
         yield from steps
 
     # --- the end -----------------------------------------------------------------------------------------------------

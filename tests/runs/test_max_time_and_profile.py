@@ -71,6 +71,12 @@ def test_a_run_that_is_shorter_than_its_profile_finishes(tmp_path: Path) -> None
     assert (tmp_path / "profile" / "profile_0.json").is_file()
 
 
+def test_a_start_of_two_steps_says_that_there_is_no_trace(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_ranks(run, 1, tmp_path, *SMALL, "--max-steps", "2", "--min-accuracy", "None", "--profile", "5") == [0]
+    assert "--profile 5: no trace" in capfd.readouterr().err
+    assert not (tmp_path / "profile").exists()
+
+
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_signal_while_steps_are_profiled_saves_as_always(tmp_path: Path, world_size: int) -> None:
     arguments = [*SMALL, "--min-accuracy", "None", "--profile", "40"]
