@@ -82,6 +82,7 @@ def _watch(reader: int) -> None:
     """
     while (number := os.read(reader, 1)[0]) not in _handled:
         pass
+    _received.append(number)  # the handler waits for the main thread, which may be in C++
     _announce(number)
     first, is_training, clock = time.monotonic(), _training.is_set(), RunningClock()
     grace_s = GRACE_S if is_training else START_GRACE_S

@@ -101,7 +101,7 @@ def test_a_slow_and_a_faulty_rank_are_named(tmp_path: Path, capfd: pytest.Captur
 def test_threads_slower_than_one_are_a_warning(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     def wait_for_a_core(*_: Any) -> None:
         if torch.get_num_threads() > 1:
-            time.sleep(0.05)
+            time.sleep(0.01)
 
     def examine_with_two_threads() -> int:
         register_module_forward_hook(wait_for_a_core)
@@ -150,7 +150,7 @@ def test_a_rank_that_hangs_ends_the_doctor_and_says_where(tmp_path: Path, capfd:
 
     def wait() -> int:
         if os.environ["RANK"] == "1":
-            checks_machine.datasets.is_here = lambda *_: time.sleep(600)
+            checks_machine.datasets.is_present = lambda *_: time.sleep(600)
         return examine(tmp_path, timeout_s=12)
 
     with pytest.raises(RuntimeError, match="a rank died"):
