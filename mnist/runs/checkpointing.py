@@ -77,9 +77,7 @@ def _find(setup: RunSetup) -> tuple[Checkpoint, list[str]] | None:
 
     def check(checkpoint: Checkpoint) -> list[str]:
         changes = check_checkpoint(checkpoint, setup.config, setup.plan, facts)
-        average = setup.train_step.average
-        optimizer = setup.train_step.optimizer
-        check_fits(checkpoint, setup.train_step.bare_model, optimizer, None if average is None else average.module)
+        _check_fits(checkpoint, setup.train_step)
         return changes
 
     for folder in ("checkpoints", "export/last", "export/best", "pictures"):
@@ -97,6 +95,11 @@ def _find(setup: RunSetup) -> tuple[Checkpoint, list[str]] | None:
     if saved is None:
         return None
     return saved, notes + check(saved)
+
+
+def _check_fits(saved: Checkpoint, train_step: TrainStep) -> None:
+    ema = None if train_step.average is None else train_step.average.module
+    check_fits(saved, train_step.bare_model, train_step.optimizer, ema)
 
 
 def _restore(saved: Checkpoint, train_step: TrainStep) -> None:
@@ -175,9 +178,8 @@ class Checkpointing:
 
         def read() -> dict[str, Any] | str:
             try:
-                saved, train_step = load_checkpoint(checkpoint_path(self._setup.directory, step)), self._train_step
-                ema = None if train_step.average is None else train_step.average.module
-                check_fits(saved, train_step.bare_model, train_step.optimizer, ema)
+                saved = load_checkpoint(checkpoint_path(self._setup.directory, step))
+                _check_fits(saved, self._train_step)
             except CheckpointError as error:
                 return str(error)
             return saved.tensors["model" if self._train_step.average is None else "ema"]

@@ -73,7 +73,10 @@ def run_facts(setup: RunSetup) -> dict[str, Any]:
 
 def warnings(setup: RunSetup, *, has_resumed: bool) -> list[str]:
     """What one must know before believing a number of this run."""
+    path = setup.directory.path
     found = [*hardware_warnings(setup.accelerator), *setup.dataset.warnings]
+    if setup.directory.lock is None:  # as on all ranks but 0, which print nothing
+        found.append(f"--run-dir {path}: no locks on this file system; start no second run there")
     return [*found, *drill_warnings(setup.config, has_resumed=has_resumed)]
 
 
