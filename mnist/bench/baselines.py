@@ -196,7 +196,7 @@ def bare(job: Job) -> Pass:
 def _captured(train_batch: Callable[[Tensor], Tensor], batch: int, device: torch.device) -> Callable[[Tensor], Tensor]:
     """`train_batch` as a CUDA graph, for `batch` images; recording it trains on a few batches of one image."""
     indices, loss = torch.zeros(batch, dtype=torch.int64, device=device), torch.zeros((), device=device)
-    replay = record_cuda_graph(lambda: loss.copy_(train_batch(indices)), [])
+    replay = record_cuda_graph(lambda: loss.copy_(train_batch(indices)))
 
     def train_full_batch(part: Tensor) -> Tensor:
         indices.copy_(part)

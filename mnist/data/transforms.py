@@ -1,7 +1,7 @@
 """Batched image operations, on the device: no image is ever handled alone.
 
 In: uint8 batches (B, H, W) or (B, C, H, W). Out: float32 batches (B, C, S, S), normalised. Letters: B images of this
-process's share, G images of the global batch, C channels, S side of the network's input in pixels.
+process's share, C channels, S side of the network's input in pixels.
 """
 
 from __future__ import annotations
@@ -36,55 +36,56 @@ class BatchTransform:
 class Augmentation:
     """Random flips, affine maps and elastic distortion of training images.
 
-    Parameters are drawn for the whole global batch from (seed, step), then the rows of this process's share are taken:
-    what happens to an image depends neither on the number of processes nor on accumulation, and needs no saved state.
+    The random numbers of an image are a hash of (seed, step, its row in the global batch): what happens to an image
+    depends neither on the number of processes nor on accumulation, and needs no saved state. A rank computes those of
+    its own rows only, the same to the last bit on CPU and CUDA.
     """
 
     def __init__(self, config: ImageConfig, seed: int, device: torch.device) -> None:
         self.config = config
         self.seed = seed
-        self.generator = torch.Generator(device)
+        self.step_key = torch.zeros((), dtype=torch.int64, device=device)  # on the device, so that CUDA graphs read it
         self.is_affine = any((config.rotation, config.translation, config.scale, config.shear))
         self.is_identity = not (self.is_affine or config.horizontal_flip or config.elastic)
 
     def reseed(self, step: int) -> None:
         """Fixes the random numbers of `apply` for an optimizer step."""
         if not self.is_identity:
-            self.generator.manual_seed(derive_seed(self.seed, "augmentation", step))
+            self.step_key.fill_(derive_seed(self.seed, "augmentation", step))
 
-    def __call__(self, images: Tensor, step: int, rows: slice, global_batch_size: int) -> Tensor:
+    def __call__(self, images: Tensor, step: int, rows: slice) -> Tensor:
         """`apply` with the random numbers of a step."""
         self.reseed(step)
-        return self.apply(images, rows, global_batch_size)
+        return self.apply(images, rows)
 
-    def apply(self, images: Tensor, rows: slice, global_batch_size: int) -> Tensor:
+    def apply(self, images: Tensor, rows: slice) -> Tensor:
         """Augments this process's part of a global batch.
 
         Args:
             images: uint8 (B, H, W) or (B, C, H, W), rows `rows` of the global batch.
             rows: place of `images` in the global batch.
-            global_batch_size: G.
 
         Returns:
             Pixels in 0..255 of the same shape: float32, or the uint8 input itself where nothing is to be done.
         """
         if self.is_identity:
             return images
-        device = self.generator.device
-        draws = torch.rand(global_batch_size, 6, generator=self.generator, device=device)[rows]
+        height, width = images.shape[-2:]
+        draws = uniform(self.step_key, rows, 6 + (2 * height * width if self.config.elastic else 0))
         batch = images.float()
         if self.config.horizontal_flip:
-            flipped = draws[:, 0] < self.config.horizontal_flip
+            flipped = draws[:, 0] < 2 * self.config.horizontal_flip - 1
             batch = torch.where(flipped.view(-1, *[1] * (batch.ndim - 1)), batch.flip(-1), batch)
         if not (self.is_affine or self.config.elastic):
             return batch
-        height, width = batch.shape[-2:]
-        maps = self._affine(2 * draws[:, 1:] - 1, height / width)
+        maps = self._affine(draws[:, 1:6], height / width)
         grid = F.affine_grid(maps, [len(batch), 1, height, width], align_corners=False)
         if self.config.elastic:
-            noise = torch.rand(global_batch_size, 2, height, width, generator=self.generator, device=device)[rows]
-            vertical, horizontal = (_gaussian_matrix(n, self.config.elastic_sigma, device) for n in (height, width))
-            grid = grid + self.config.elastic * (vertical @ (2 * noise - 1) @ horizontal.T).permute(0, 2, 3, 1)
+            noise = draws[:, 6:].view(-1, 2, height, width)
+            vertical, horizontal = (
+                _gaussian_matrix(n, self.config.elastic_sigma, noise.device) for n in (height, width)
+            )
+            grid = grid + self.config.elastic * (vertical @ noise @ horizontal.T).permute(0, 2, 3, 1)
         pixels = batch.unsqueeze(1) if batch.ndim == 3 else batch
         return F.grid_sample(pixels, grid, align_corners=False).view_as(batch)
 
@@ -103,6 +104,22 @@ class Augmentation:
         terms = [cos + shear * sin, (sin - shear * cos) * aspect, -sin / aspect, cos]
         linear = torch.stack(terms, dim=1).view(-1, 2, 2)
         return torch.cat([linear, -(linear @ shift.unsqueeze(2))], dim=2)
+
+
+def uniform(key: Tensor, rows: slice, count: int) -> Tensor:
+    """Random numbers (B, count) float32 for rows `rows`, uniform in [-1, 1) in steps of 2**-15, on the device of `key`.
+
+    Each row is a function of `key`, an int64 scalar, and of its own number. Integer arithmetic: exact everywhere.
+
+    Source: SplitMix64 (Steele, Lea, Flood 2014) seeded with `key`; row r has its values from r * ceil(count / 4) on,
+        each of which gives four numbers.
+    """
+    num_words = -(-count // 4)
+    words = torch.arange(rows.start * num_words + 1, rows.stop * num_words + 1, device=key.device)
+    words.mul_(0x9E3779B97F4A7C15 - 2**64).add_(key)  # int64 wraps around; factors are written as signed numbers
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64), (31, 1)):
+        words.bitwise_xor_((words >> shift).bitwise_and_(2 ** (64 - shift) - 1)).mul_(factor)  # a shift without sign
+    return words.view(torch.int16).view(-1, 4 * num_words)[:, :count] * 2.0**-15
 
 
 @lru_cache(maxsize=8)

@@ -108,7 +108,7 @@ def sample_figure(config: TrainConfig, dataset: Dataset, augment: Augmentation |
     images, labels = (torch.cat([getattr(b, name) for b in steps])[:count] for name in ("images", "labels"))
     subtitle, augmented = f"the first {len(labels)} training images, in the order of training", None
     if augment is not None:
-        changed = [augment(b.images, step, b.rows, b.global_batch_size) for step, b in enumerate(steps)]
+        changed = [augment(b.images, step, b.rows) for step, b in enumerate(steps)]
         subtitle, augmented = f"{subtitle}; below each what the network is trained on", torch.cat(changed)[:count]
     title = title_of(config, dataset.name)
     return pictures.draw_samples(images, labels, dataset.class_names, title, subtitle, augmented=augmented)

@@ -28,7 +28,7 @@ MAX_NOISE_RATIO = 10
 MIN_TOLERANCE = 1e-5
 
 Replay = Callable[[], object]
-Record = Callable[[Callable[[], object], Sequence[torch.Generator]], Replay]
+Record = Callable[[Callable[[], object]], Replay]
 
 
 def reason_not_capturable(accelerator: Accelerator, accumulation_steps: int) -> str | None:
@@ -104,7 +104,7 @@ class CapturedStep:
 
         with restored_afterwards(train_step):
             train_step.set_step(0, 0)
-            self._replay = record(work, [train_step.augment.generator])
+            self._replay = record(work)
         self._grad_norm = train_step.grad_norm  # the tensor that replays write to
 
     def __call__(self, micro_batches: Sequence[MicroBatch], step: int) -> bool:
@@ -142,11 +142,11 @@ class CapturedStep:
             return [tensor.detach().to(torch.float64, copy=True) for tensor in tensors]
 
 
-def record_cuda_graph(work: Callable[[], object], generators: Sequence[torch.Generator]) -> Replay:
+def record_cuda_graph(work: Callable[[], object]) -> Replay:
     """Runs `work` a few times on a side stream, as CUDA graphs require, and records it.
 
     Raises:
-        RuntimeError: some of it cannot be recorded. Stream and generators work as before.
+        RuntimeError: some of it cannot be recorded. Stream and generator work as before.
     """
     usual, stream = torch.cuda.current_stream(), torch.cuda.Stream()
     stream.wait_stream(usual)
@@ -155,15 +155,13 @@ def record_cuda_graph(work: Callable[[], object], generators: Sequence[torch.Gen
             work()
     usual.wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    for generator in generators:
-        graph.register_generator_state(generator)  # the default one is registered by torch
     try:  # "thread_local": NCCL's watchdog thread may call CUDA meanwhile
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             work()
     except BaseException:
         torch.cuda.set_stream(usual)  # a failed capture leaves torch on the side stream
-        for generator in (torch.cuda.default_generators[usual.device_index], *generators):
-            generator.graphsafe_set_state(generator.clone_state())  # and, before 2.13, generators in capture mode
+        generator = torch.cuda.default_generators[usual.device_index]
+        generator.graphsafe_set_state(generator.clone_state())  # and, before 2.13, its generator in capture mode
         torch.cuda.synchronize()
         raise
     return graph.replay

@@ -35,7 +35,7 @@ class TrainStep:
         learning_rate: the schedule.
         loss_fn: (logits, labels) -> loss of each sample (B,).
         transform: pixels -> network input (B, C, S, S).
-        augment: pixels -> pixels of the same shape, with random numbers seeded by step.
+        augment: pixels -> pixels of the same shape, with random numbers fixed by seed, step and row.
         grad_clip: largest total gradient norm; 0 = no clipping.
         average: of the weights, moved after each update.
         seed: fixes dropout together with step, micro-batch and rank.
@@ -116,7 +116,7 @@ class TrainStep:
 
     def forward_backward(self, batch: MicroBatch) -> None:
         """Adds a micro-batch's part to the gradients and to the sums."""
-        images = self.augment.apply(batch.images, batch.rows, batch.global_batch_size)
+        images = self.augment.apply(batch.images, batch.rows)
         labels = batch.labels
         logits = self.model(self.transform(images))  # (B, 10)
         loss_sum = self.loss_fn(logits, labels).sum()

@@ -76,7 +76,7 @@ def test_the_usual_loop_starts_where_the_bare_one_starts() -> None:
 def test_the_bare_loop_computes_the_same_when_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a GPU the work stands in for its recording; 300 images are two full batches and a short one."""
 
-    def record(work: Callable[[], object], _: object) -> Callable[[], object]:
+    def record(work: Callable[[], object]) -> Callable[[], object]:
         work()
         return work
 

@@ -134,7 +134,7 @@ def test_augmented_samples_are_what_training_makes_of_them(drawn: dict[str, Any]
     gallery.sample_figure(config, digits(config), augmentation(config))
     loader = TrainLoader(digits(config).train, global_batch_size=32, seed=0)
     augment = augmentation(config)
-    expected = [augment(step.images, number, slice(0, 32), 32) for number, (step,) in enumerate(loader.steps(0, 2))]
+    expected = [augment(step.images, number, slice(0, 32)) for number, (step,) in enumerate(loader.steps(0, 2))]
     assert torch.equal(drawn["augmented"], torch.cat(expected)[:50])
     assert not torch.equal(drawn["augmented"], drawn["images"].float())
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,7 +19,7 @@ from tests.training.test_step import make_step
 def recorder(step: TrainStep) -> cuda_graph.Record:
     """Stands in for graphs: warms up as they do, and replays by doing the work again, into the same memory."""
 
-    def record(work: Callable[[], object], generators: Sequence[torch.Generator]) -> Callable[[], None]:
+    def record(work: Callable[[], object]) -> Callable[[], None]:
         for _ in range(cuda_graph.WARMUP_STEPS):
             work()
         written = step.grad_norm  # a tensor where this work measures it
@@ -100,8 +100,8 @@ def test_a_step_in_the_middle_of_a_run_can_be_captured() -> None:
 def changing(step: TrainStep, change: float) -> cuda_graph.Record:
     """Replays that end with weights larger by this part than they should be."""
 
-    def record(work: Callable[[], object], generators: Sequence[torch.Generator]) -> Callable[[], None]:
-        honest = recorder(step)(work, generators)
+    def record(work: Callable[[], object]) -> Callable[[], None]:
+        honest = recorder(step)(work)
 
         def replay() -> None:
             honest()
@@ -126,8 +126,8 @@ def test_a_rate_that_was_recorded_is_noticed() -> None:
     step, loader = make_step(batch=64, optimizer="sgd", capturable=True)
     rate = step.optimizer.param_groups[0]["lr"]
 
-    def record(work: Callable[[], object], generators: Sequence[torch.Generator]) -> Callable[[], None]:
-        honest, recorded = recorder(step)(work, generators), float(rate)
+    def record(work: Callable[[], object]) -> Callable[[], None]:
+        honest, recorded = recorder(step)(work), float(rate)
 
         def replay() -> None:
             current = float(rate)
@@ -193,11 +193,11 @@ def test_captured_falls_back_on_an_error_and_warns_of_other_weights(
 ) -> None:
     step, loader = make_step()
 
-    def record(work: Callable[[], object], generators: Sequence[torch.Generator]) -> Callable[[], object]:
+    def record(work: Callable[[], object]) -> Callable[[], object]:
         if outcome == "error":
             work()
             raise RuntimeError("operation not permitted when stream is capturing\nand more")
-        return changing(step, 1e-6 if outcome == "different" else 0.0)(work, generators)
+        return changing(step, 1e-6 if outcome == "different" else 0.0)(work)
 
     monkeypatch.setattr(cuda_graph, "reason_not_capturable", lambda *_: None)
     monkeypatch.setattr(cuda_graph, "record_cuda_graph", record)

@@ -117,7 +117,7 @@ def test_the_gradient_of_a_step_is_that_of_the_mean_loss() -> None:
     step(micro_batches, 0)
     reference = build_model("tinynet")
     reference.load_state_dict(before)
-    images = torch.cat([step.augment(b.images, 0, b.rows, b.global_batch_size) for b in micro_batches])
+    images = torch.cat([step.augment(b.images, 0, b.rows) for b in micro_batches])
     loss = nn.functional.cross_entropy(reference(step.transform(images)), torch.cat([b.labels for b in micro_batches]))
     loss.backward()
     for name, parameter in reference.named_parameters():
