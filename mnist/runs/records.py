@@ -5,13 +5,11 @@ In: a JSON file, and a dataclass. Out: an object of that class, or one line that
 
 from __future__ import annotations
 
-import dataclasses
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, TypedDict, TypeVar, Union, get_args, get_origin, get_type_hints, is_typeddict
+from typing import Any, Literal, TypedDict, TypeVar
+
+import msgspec
 
 from mnist.config import TrainConfig, from_flat
 from mnist.errors import UserError
@@ -21,7 +19,6 @@ WEIGHTS_CHECKSUM = "weights_sha256"  # in the config.json of an exported model, 
 MANIFEST = "manifest.json"  # what makes a folder a checkpoint
 
 Status = Literal["running", "finished", "preempted", "failed", "diverged"]
-_WORDS = {bool: "true or false", int: "a whole number", str: "text"}
 
 T = TypeVar("T")
 
@@ -103,66 +100,22 @@ def read_config(path: Path) -> TrainConfig:
 
 
 def check_record(path: Path, content: Any, kind: type[T], *, complete: bool) -> T:
-    """`content` as a `kind`, a dataclass or TypedDict; all fields, also nested ones, must have the declared types.
+    """`content` as a `kind`, a dataclass; all fields, also nested ones, must have the declared types.
 
     Args:
         path: named in the message.
         content: as JSON has it.
-        kind: fields of bool, int, float, str, Any, Literal, list, dict[str, ...], `... | None`, or of other such types.
-        complete: fields with a default must be there, too. Unknown names are ignored.
+        kind: the class.
+        complete: its own fields with a default must be there, too. Unknown names are ignored.
 
     Raises:
         RecordError: a field is missing or has another type; names file and field.
     """
     try:
-        made: T = _convert(content, kind, "", complete)
-    except ValueError as error:
+        made = msgspec.convert(content, kind)
+    except msgspec.ValidationError as error:
         raise RecordError(f"{path}: {error}") from error
+    missing = [name for name in kind.__annotations__ if name not in content] if complete else []
+    if missing:
+        raise RecordError(f"{path}: {missing[0]} is missing")
     return made
-
-
-def _convert(value: Any, hint: Any, field: str, complete: bool) -> Any:
-    origin, parts = get_origin(hint), get_args(hint)
-    if hint is Any:
-        return value
-    if origin in (Union, UnionType):
-        return None if value is None else _convert(value, parts[0], field, complete)
-    if origin is list:
-        _require(isinstance(value, list), field, "a list", value)
-        return [_convert(item, parts[0], f"{field}[{index}]", complete) for index, item in enumerate(value)]
-    if origin in (dict, Mapping):
-        _require(isinstance(value, dict), field, "an object", value)
-        return {name: _convert(item, parts[1], f"{field}.{name}".lstrip("."), complete) for name, item in value.items()}
-    if dataclasses.is_dataclass(hint) or is_typeddict(hint):
-        _require(isinstance(value, dict), field, "an object", value)
-        return hint(**_convert_fields(value, hint, f"{field}.".lstrip("."), complete))
-    _check_value(value, hint, field)
-    return value
-
-
-def _check_value(value: Any, hint: Any, field: str) -> None:
-    if get_origin(hint) is Literal:
-        words = get_args(hint)
-        _require(isinstance(value, str) and value in words, field, f"one of {', '.join(words)}", value)
-    elif hint is float:
-        is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        _require(is_number, field, "a finite number", value)
-    else:
-        _require(type(value) is hint, field, _WORDS[hint], value)
-
-
-def _convert_fields(content: Mapping[str, Any], kind: Any, prefix: str, complete: bool) -> dict[str, Any]:
-    hints = get_type_hints(kind)
-    fields = () if complete or is_typeddict(kind) else dataclasses.fields(kind)
-    optional = {f.name for f in fields if not f.default is f.default_factory is dataclasses.MISSING}
-    for name in hints:
-        if name not in content and name not in optional:
-            raise ValueError(f"{prefix}{name} is missing")
-    known = {name: hint for name, hint in hints.items() if name in content}
-    return {name: _convert(content[name], hint, prefix + name, complete) for name, hint in known.items()}
-
-
-def _require(condition: bool, field: str, expected: str, found: Any) -> None:
-    if not condition:
-        shown = type(found).__name__ if isinstance(found, dict | list) else repr(found)[:40]
-        raise ValueError(f"{field or 'the content'} must be {expected}, not {shown}")

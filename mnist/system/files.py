@@ -13,7 +13,7 @@ import os
 import shutil
 import stat
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from mnist.errors import RunError, UserError
 
@@ -93,7 +93,7 @@ def read_regular(path: Path, max_bytes: int) -> bytes:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file of the project, {} where there is no file; a RecordError where it holds none."""
     try:
-        content = json.loads(read_regular(path, MAX_JSON_BYTES), parse_int=_parse_int)
+        content = json.loads(read_regular(path, MAX_JSON_BYTES), parse_int=_parse_int, parse_constant=_refuse)
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError, RecursionError) as error:
@@ -107,6 +107,10 @@ def _parse_int(digits: str) -> int:
     if len(digits) > 19:  # more than 64 bits hold
         raise ValueError(f"a number of {len(digits)} digits")
     return int(digits)
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is no JSON")
 
 
 def write_json(path: Path, content: Any) -> None:

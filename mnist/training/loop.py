@@ -59,9 +59,9 @@ class TrainState:
     interval_sums: TrainSums = field(default_factory=TrainSums)
     epoch_sums: TrainSums = field(default_factory=TrainSums)
     run_sums: TrainSums = field(default_factory=TrainSums)
-    best: dict[str, float] | None = None
+    best: dict[str, int | float] | None = None
     evals_since_best: int = 0
-    val_scores: dict[str, float] | None = None
+    val_scores: dict[str, int | float] | None = None
     stop_reason: str | None = None
     is_stopping: bool = False
     initialised_from: InitialWeights | None = None

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import msgspec
+
 from mnist.errors import RunError
-from mnist.runs.records import check_record
 from mnist.system.files import RecordError, read_regular, refuse_symlink
 
 MAX_BYTES = 1 << 30
@@ -52,10 +53,9 @@ def read_records(path: Path) -> list[Record]:
 
 def _parse(line: bytes, where: Path) -> Record:
     try:
-        content = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        return msgspec.json.decode(line, type=Record)
+    except (msgspec.MsgspecError, RecursionError) as error:
         raise RecordError(f"{where} is not a record ({error})") from error
-    return check_record(where, content, Record, complete=False)
 
 
 class JsonlFile:
