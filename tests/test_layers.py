@@ -22,6 +22,7 @@ LAYERS = [
     {"cli"},
     {"plots"},
     {"predict", "doctor", "bench", "evaluate", "reproduce"},
+    {"demo"},
     {"train_ddp"},
 ]
 TRAINING_PATH = {"config", "errors", "seeding", "recipes", "models", "system", "data", "training", "runs"}

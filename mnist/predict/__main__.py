@@ -48,13 +48,13 @@ if __name__ == "__main__":
     OPTIONS = parse_options(Options, "predict", __doc__)  # before torch is imported: --help answers at once
 
 import numpy as np
-import torch
 from PIL import Image
 from rich.console import Console as RichConsole
 from rich.markup import escape
 
-from mnist.data.datasets import SOURCES, is_present, read, relocate
+from mnist.data.datasets import SOURCES
 from mnist.plots.pictures import SUFFIXES, draw_prediction, save_picture
+from mnist.predict.answers import Answer, answer_digits, training_likeness
 from mnist.predict.digit_image import SeenDigit, see_digits
 from mnist.predict.not_a_digit import Likeness
 from mnist.predict.picture_file import PictureError, is_picture_name, read_content, read_picture
@@ -62,35 +62,8 @@ from mnist.runs.console import Console
 from mnist.runs.export import TrainedModel, find_export, load_model
 
 BATCH = 100  # pictures that go through the network together, and are reported together
-UNSURE = 0.6  # a probability below it is a guess
-UNSURE_WARNING = "not sure: no digit is much more probable than the others"
-UNLIKE_WARNING = "unlike all training images: perhaps no digit"
-DIGIT_SETS = ("mnist", "digits")
-NO_DIGITS = "the model knows {}, not digits; its classes are numbered"
 NUM_BARS = 20  # for so many pictures at most all probabilities are shown, for more a line each
 BAR_WIDTH = 40
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What the network says of one digit.
-
-    Attributes:
-        digit: the class of the largest probability.
-        probabilities: of the ten classes, in [0, 1].
-        warning: why the answer may be wrong, or None.
-        seen: what the network was shown.
-    """
-
-    digit: int
-    probabilities: tuple[float, ...]
-    warning: str | None
-    seen: SeenDigit
-
-    def as_dict(self) -> dict[str, Any]:
-        """Digit, probabilities and warning for --json."""
-        probabilities = [round(p, 6) for p in self.probabilities]
-        return {"digit": self.digit, "probabilities": probabilities, "warning": self.warning}
 
 
 @dataclass(frozen=True)
@@ -130,7 +103,7 @@ def main(options: Options) -> int:
     if trained.warning is not None:
         Console().warn(trained.warning)
     class_names = SOURCES[trained.config.data.dataset].class_names
-    likeness = _training_likeness(trained)
+    likeness = training_likeness(trained)
     console = _stdout_console()
     printed, num_errors = [], 0
     for first in range(0, len(files), BATCH):
@@ -148,18 +121,6 @@ def main(options: Options) -> int:
     if options.json:
         sys.stdout.write(json.dumps(printed, indent=1) + "\n")
     return 1 if num_errors else 0
-
-
-def _training_likeness(trained: TrainedModel) -> Likeness | None:
-    """What tells letters and scribbles from digits; None where MNIST is not on this machine, or was not learnt."""
-    config = relocate(trained.config.data, None, None)
-    if trained.config.data.dataset != "mnist" or not is_present("mnist", config.data_dir):
-        return None
-    try:
-        return Likeness(read("mnist", config).train.images.numpy())
-    except UserError as error:  # damaged files: the pictures can be read all the same
-        Console().warn(f"letters and scribbles are not told from digits: {error}")
-        return None
 
 
 def _drawings(files: Sequence[str], save: str | None) -> list[Path]:
@@ -216,25 +177,11 @@ def _natural_order(name: str) -> list[tuple[int, str]]:
 def predict(trained: TrainedModel, files: Sequence[str], likeness: Likeness | None = None) -> list[Prediction]:
     """What the network says of each file, in order. All digits go through it as one batch."""
     looked = [_look(file) for file in files]
-    digits = [digit.pixels for found in looked if not isinstance(found, str) for digit in found]
-    images = torch.from_numpy(np.stack(digits)) if digits else torch.empty(0, 28, 28)
-    with torch.inference_mode():
-        probabilities = iter(trained.model(trained.transform(images)).softmax(dim=1).tolist())
-    dataset = trained.config.data.dataset
-    foreign = NO_DIGITS.format(dataset) if dataset not in DIGIT_SETS else None
-    is_unlike = iter(likeness.is_foreign(np.stack(digits)).tolist() if likeness and digits else [False] * len(digits))
+    answers = iter(answer_digits(trained, [found for found in looked if not isinstance(found, str)], likeness))
     return [
-        Prediction(file, error=found)
-        if isinstance(found, str)
-        else Prediction(file, tuple(_answer(digit, next(probabilities), foreign, next(is_unlike)) for digit in found))
+        Prediction(file, error=found) if isinstance(found, str) else Prediction(file, next(answers))
         for file, found in zip(files, looked, strict=True)
     ]
-
-
-def _answer(seen: SeenDigit, probabilities: list[float], foreign: str | None, is_unlike: bool) -> Answer:
-    best = max(range(len(probabilities)), key=probabilities.__getitem__)
-    doubt = UNLIKE_WARNING if is_unlike else UNSURE_WARNING if probabilities[best] < UNSURE else None
-    return Answer(best, tuple(probabilities), foreign or seen.warning or doubt, seen)
 
 
 def _look(file: str) -> list[SeenDigit] | str:

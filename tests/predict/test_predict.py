@@ -22,7 +22,8 @@ from mnist.data.datasets import read
 from mnist.errors import RunError, UserError
 from mnist.models import build_model
 from mnist.predict import __main__ as predict_command
-from mnist.predict.__main__ import UNSURE, Options, find_pictures, main, predict, show
+from mnist.predict.__main__ import Options, find_pictures, main, predict, show
+from mnist.predict.answers import UNSURE
 from mnist.predict.digit_image import see_digits
 from mnist.recipes import RECIPES
 from mnist.runs.export import export_model, load_model

@@ -1,0 +1,84 @@
+"""What a trained network says of digits that were found in pictures, and whether to believe it.
+
+In: a trained model and `SeenDigit`s. Out: an `Answer` for each, with the warning of `python -m mnist.predict`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from mnist.data.datasets import is_present, read, relocate
+from mnist.errors import UserError
+from mnist.predict.digit_image import SeenDigit
+from mnist.predict.not_a_digit import Likeness
+from mnist.runs.console import Console
+from mnist.runs.export import TrainedModel
+
+UNSURE = 0.6  # a probability below it is a guess
+UNSURE_WARNING = "not sure: no digit is much more probable than the others"
+UNLIKE_WARNING = "unlike all training images: perhaps no digit"
+DIGIT_SETS = ("mnist", "digits")
+NO_DIGITS = "the model knows {}, not digits; its classes are numbered"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the network says of one digit.
+
+    Attributes:
+        digit: the class of the largest probability.
+        probabilities: of the ten classes, in [0, 1].
+        warning: why the answer may be wrong, or None.
+        seen: what the network was shown.
+    """
+
+    digit: int
+    probabilities: tuple[float, ...]
+    warning: str | None
+    seen: SeenDigit
+
+    def as_dict(self) -> dict[str, Any]:
+        """Digit, probabilities and warning for --json."""
+        probabilities = [round(p, 6) for p in self.probabilities]
+        return {"digit": self.digit, "probabilities": probabilities, "warning": self.warning}
+
+
+def training_likeness(trained: TrainedModel) -> Likeness | None:
+    """What tells letters and scribbles from digits; None where MNIST is not on this machine, or was not learnt."""
+    config = relocate(trained.config.data, None, None)
+    if trained.config.data.dataset != "mnist" or not is_present("mnist", config.data_dir):
+        return None
+    try:
+        return Likeness(read("mnist", config).train.images.numpy())
+    except UserError as error:  # damaged files: the pictures can be read all the same
+        Console().warn(f"letters and scribbles are not told from digits: {error}")
+        return None
+
+
+def answer_digits(
+    trained: TrainedModel, pictures: Sequence[Sequence[SeenDigit]], likeness: Likeness | None = None
+) -> list[tuple[Answer, ...]]:
+    """What the network says of the digits of each picture, in order. All digits go through it as one batch."""
+    digits = [digit.pixels for found in pictures for digit in found]
+    if not digits:
+        return [()] * len(pictures)
+    images = torch.from_numpy(np.stack(digits))
+    with torch.inference_mode():
+        probabilities = iter(trained.model(trained.transform(images)).softmax(dim=1).tolist())
+    dataset = trained.config.data.dataset
+    foreign = NO_DIGITS.format(dataset) if dataset not in DIGIT_SETS else None
+    is_unlike = iter(likeness.is_foreign(np.stack(digits)).tolist() if likeness else [False] * len(digits))
+    return [
+        tuple(_answer(digit, next(probabilities), foreign, next(is_unlike)) for digit in found) for found in pictures
+    ]
+
+
+def _answer(seen: SeenDigit, probabilities: list[float], foreign: str | None, is_unlike: bool) -> Answer:
+    best = max(range(len(probabilities)), key=probabilities.__getitem__)
+    doubt = UNLIKE_WARNING if is_unlike else UNSURE_WARNING if probabilities[best] < UNSURE else None
+    return Answer(best, tuple(probabilities), foreign or seen.warning or doubt, seen)
