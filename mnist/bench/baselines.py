@@ -215,7 +215,7 @@ def project(job: Job) -> Pass:
     batch = min(len(job.split), job.config.loop.global_batch_size)
     warm_up(train_step.model, torch.zeros(batch, 1, side, side, device=accelerator.device))
     wanted = job.config.runtime.step_mode
-    mode, remark = choose_step_mode(train_step, wanted, 1, lambda: loader.steps(0, loader.epoch_steps))
+    mode, remark = choose_step_mode(train_step, wanted, 1, loader)
     if wanted == "captured" and mode != wanted:
         raise RunError(f"--step-mode {wanted}: {remark}")
     state = TrainState()

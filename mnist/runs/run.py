@@ -161,7 +161,7 @@ class Run:
                 self._setup.train_step,
                 self._setup.config.runtime.step_mode,
                 self._plan.accumulation_steps,
-                lambda: train_loader.steps(self._state.step, self._plan.num_steps),
+                train_loader,
             )
             self._facts["step_mode"] = mode
             if remark is not None:

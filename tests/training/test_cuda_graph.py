@@ -64,9 +64,6 @@ def test_a_replayed_run_is_the_eager_one(optim: dict[str, Any]) -> None:
     first = next(iter(loader.steps(0, 1)))[0]
     captured = CapturedStep(replayed, first, recorder(replayed))
     assert torch.equal(weights(replayed), before), "capturing leaves no trace"
-    for num_steps in (1, 2, 9):
-        assert captured.matches_eager(list(loader.steps(0, num_steps)))
-    assert torch.equal(weights(replayed), before), "nor does checking"
     replayed.replay = captured
     assert train(replayed, loader, 20) == train(eager, loader, 20)
     assert torch.equal(weights(replayed), weights(eager))
@@ -97,70 +94,10 @@ def test_a_step_in_the_middle_of_a_run_can_be_captured() -> None:
     assert torch.equal(weights(replayed), weights(eager))
 
 
-def changing(step: TrainStep, change: float) -> cuda_graph.Record:
-    """Replays that end with weights larger by this part than they should be."""
-
-    def record(work: Callable[[], object]) -> Callable[[], None]:
-        honest = recorder(step)(work)
-
-        def replay() -> None:
-            honest()
-            with torch.no_grad():
-                for weight in step.model.parameters():
-                    weight.mul_(1 + change)
-
-        return replay
-
-    return record
-
-
-@pytest.mark.parametrize("change", [0.0, 1e-6])
-def test_another_result_is_noticed(change: float) -> None:
-    step, loader = make_step(batch=64)
-    replays = CapturedStep(step, next(iter(loader.steps(0, 1)))[0], changing(step, change))
-    assert replays.matches_eager(list(loader.steps(0, 5))) is (change == 0)
-
-
-def test_a_rate_that_was_recorded_is_noticed() -> None:
-    """It changes from step to step; a recording must read it anew."""
-    step, loader = make_step(batch=64, optimizer="sgd", capturable=True)
-    rate = step.optimizer.param_groups[0]["lr"]
-
-    def record(work: Callable[[], object]) -> Callable[[], None]:
-        honest, recorded = recorder(step)(work), float(rate)
-
-        def replay() -> None:
-            current = float(rate)
-            rate.fill_(recorded)
-            honest()
-            rate.fill_(current)
-
-        return replay
-
-    first = next(iter(loader.steps(0, 1)))[0]
-    assert not CapturedStep(step, first, record).matches_eager(list(loader.steps(0, 2)))
-    assert CapturedStep(step, first, recorder(step)).matches_eager(list(loader.steps(0, 2)))
-    assert float(rate) == pytest.approx(1e-3)
-
-
-@pytest.mark.parametrize(("change", "same"), [(1e-6, True), (1e-2, False)])
-def test_where_eager_steps_do_not_repeat_themselves_replays_may_differ_as_much(change: float, same: bool) -> None:
-    """As where a kernel adds up in any order; a replay that is further off is another thing."""
-    noise = torch.Generator().manual_seed(0)
-
-    def loss_fn(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
-        return losses * (1 + 1e-6 * torch.randn(len(losses), generator=noise))
-
-    step, loader = make_step(batch=64, optimizer="sgd", loss_fn=loss_fn)
-    replays = CapturedStep(step, next(iter(loader.steps(0, 1)))[0], changing(step, change))
-    assert replays.matches_eager(list(loader.steps(0, 3))) is same
-
-
 @pytest.mark.parametrize(("mode", "is_warned"), [("auto", False), ("eager", False), ("captured", True)])
 def test_on_a_cpu_steps_are_eager_and_only_captured_warns(mode: str, is_warned: bool) -> None:
     step, loader = make_step()
-    used, warning = choose_step_mode(step, mode, 1, lambda: loader.steps(0, 5))
+    used, warning = choose_step_mode(step, mode, 1, loader)
     assert used == "eager"
     assert warning == ("--step-mode captured needs a CUDA GPU: steps are eager" if is_warned else None)
     assert step.replay is None
@@ -182,46 +119,40 @@ def test_on_a_gpu_only_captured_captures(monkeypatch: pytest.MonkeyPatch, mode: 
     monkeypatch.setattr(cuda_graph, "reason_not_capturable", lambda *_: None)
     monkeypatch.setattr(cuda_graph, "record_cuda_graph", recorder(step))
     assert should_capture(step.accelerator, mode, 1) is is_captured
-    used, warning = choose_step_mode(step, mode, 1, lambda: loader.steps(0, 5))
+    used, warning = choose_step_mode(step, mode, 1, loader)
     assert (used, warning) == ("captured" if is_captured else "eager", None)
     assert (step.replay is not None) is is_captured
 
 
-@pytest.mark.parametrize(("outcome", "used"), [("same", "captured"), ("different", "captured"), ("error", "eager")])
-def test_captured_falls_back_on_an_error_and_warns_of_other_weights(
-    monkeypatch: pytest.MonkeyPatch, outcome: str, used: str
-) -> None:
+def test_where_capturing_fails_steps_are_eager_and_nothing_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     step, loader = make_step()
 
     def record(work: Callable[[], object]) -> Callable[[], object]:
-        if outcome == "error":
-            work()
-            raise RuntimeError("operation not permitted when stream is capturing\nand more")
-        return changing(step, 1e-6 if outcome == "different" else 0.0)(work)
+        work()
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
     monkeypatch.setattr(cuda_graph, "reason_not_capturable", lambda *_: None)
     monkeypatch.setattr(cuda_graph, "record_cuda_graph", record)
     before = weights(step)
-    found, warning = choose_step_mode(step, "captured", 1, lambda: loader.steps(0, 5))
-    assert torch.equal(weights(step), before), "also where capturing fails half-way"
-    assert found == used
-    assert (step.replay is not None) == (used == "captured")
-    assert (warning is None) == (outcome == "same")
-    assert "\n" not in (warning or "")
+    cause = "operation not permitted when stream is capturing"
+    found = choose_step_mode(step, "captured", 1, loader)
+    assert found == ("eager", f"steps are eager, because capturing failed ({cause})")
+    assert torch.equal(weights(step), before)
+    assert step.replay is None
 
 
 def test_a_start_just_before_a_short_batch_captures_the_full_size(monkeypatch: pytest.MonkeyPatch) -> None:
     step, loader = make_step(batch=100)  # 15 steps a pass, the last of 37 images
     monkeypatch.setattr(cuda_graph, "reason_not_capturable", lambda *_: None)
     monkeypatch.setattr(cuda_graph, "record_cuda_graph", recorder(step))
-    assert choose_step_mode(step, "captured", 1, lambda: loader.steps(14, 30)) == ("captured", None)
+    assert choose_step_mode(step, "captured", 1, loader) == ("captured", None)
     assert step.replay is not None
     assert [step.replay(batches, number) for number, batches in enumerate(loader.steps(14, 17))] == [False, True, True]
 
 
 def _two_ranks() -> str | None:
     step, loader = make_step()
-    return choose_step_mode(step, "captured", 1, lambda: loader.steps(0, 5))[1]
+    return choose_step_mode(step, "captured", 1, loader)[1]
 
 
 def test_several_processes_train_eagerly() -> None:
