@@ -26,6 +26,7 @@ from mnist.runs import report
 from mnist.runs.checkpointing import Checkpointing
 from mnist.runs.console import Console, count
 from mnist.runs.directory import RunDirectory, is_restart
+from mnist.runs.model_card import write_card
 from mnist.runs.results import Draw, leave_results
 from mnist.runs.resume import how_to_continue
 from mnist.runs.setup import RunSetup
@@ -271,6 +272,8 @@ class Run:
     def _close(self, status: str, test: Scores | None = None, **more: Any) -> tuple[dict[str, Any], list[Hint]]:
         """Writes result.json and closes the trackers, on rank 0; returns the numbers, and what to type next."""
         numbers = self._write_result(status, test, **more)
+        if test is not None:
+            write_card(self._setup.directory.path, self._setup.config, self._setup.dataset, self._console.warn)
         best = {f"best/{key}": value for key, value in (self._state.best or {}).items()}
         times = {name: numbers[name] for name in ("warmup_time_s", "total_time_s", "train_time_s")}
         with self._console.doing("closing trackers"):
