@@ -2,20 +2,23 @@
 
     python -m mnist.evaluate                                   the newest run, on the test set it was scored on
     python -m mnist.evaluate --run runs/a --dataset kmnist     another data set
+    python -m mnist.evaluate --run runs/a --versus runs/b      two models on the same images
     accelerate launch -m mnist.evaluate --evaluation sharded   on all processes
 
-In: a run directory or an exported folder. Out: accuracy, loss, a table of classes, the confusion matrix.
+In: a run directory or an exported folder. Out: accuracy, loss, a table of classes, the confusion matrix; of two models,
+how many images only one of them gets right, and McNemar's exact test.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 from mnist.cli import RunOption, parse_options, run_command
 from mnist.config import DatasetName, Evaluation, Precision, RuntimeConfig
@@ -47,8 +50,12 @@ class Options:
     """Also the accuracy of each batch of 1,000 images, and of all images so far."""
     json: bool = False
     """Print one JSON object instead of tables."""
+    versus: str | None = None
+    """Another run directory or exported model, to be compared on the same images."""
 
     def __post_init__(self) -> None:
+        if self.versus is not None and self.evaluation == "sharded":
+            raise UserError("--versus: needs --evaluation rank0, where one rank sees all images")
         if self.per_batch and self.evaluation == "sharded":
             raise UserError("--per-batch: needs --evaluation rank0, where one rank sees all batches, in their order")
 
@@ -59,6 +66,7 @@ if __name__ == "__main__":
     )  # before torch is imported: --help answers at once
 
 import torch
+from accelerate import Accelerator
 from rich.box import SIMPLE_HEAD
 from rich.console import Console as RichConsole
 from rich.progress import Progress
@@ -66,6 +74,7 @@ from rich.table import Table
 from torch import Tensor
 
 from mnist.data import datasets
+from mnist.data.batches import Split
 from mnist.runs.console import Console
 from mnist.runs.export import TrainedModel, find_export, load_model
 from mnist.runs.records import ScoreRecord, read_result
@@ -76,42 +85,62 @@ from mnist.training.metrics import NUM_CLASSES, Scores
 
 
 def main(options: Options) -> int:
-    """Scores a model and prints how it did. Every rank must call this."""
+    """Scores one model or two, and prints how they did. Every rank must call this."""
     trained = load_model(find_export(options.run))
+    other = None if options.versus is None else load_model(find_export(options.versus, "--versus"), "--versus")
     config = datasets.relocate(trained.config.data, options.dataset, options.data_dir)
     with open_accelerator(_settle_runtime(trained.config.runtime, options)) as accelerator:
         console = Console(accelerator.is_main_process)
         dataset = datasets.load(config, accelerator)
-        if trained.warning is not None:
-            console.warn(trained.warning)
         split = {"test": dataset.test, "val": dataset.val, "train": dataset.train}[options.split]
         if split is None:
             raise UserError("--split val: no images were held out when this model was trained; choose test or train")
-        for line in dataset.warnings:
-            console.warn(line)
-        prepared = accelerator.prepare_model(trained.model, evaluation_mode=True)
-        batches: list[tuple[int, int]] = []
-
-        def watch(counts: Tensor) -> None:
-            bar.update(task, completed=int(counts.sum()))
-            if options.per_batch:
-                batches.append((int(counts.view(NUM_CLASSES, NUM_CLASSES).trace()), int(counts.sum())))
-
-        with Progress(console=RichConsole(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
-            task = bar.add_task(options.split, total=len(split))
-            scores = evaluate(
-                accelerator.unwrap_model(prepared),
-                split,
-                accelerator=accelerator,
-                loss_fn=build_loss(trained.config.optim.loss),
-                transform=trained.transform,
-                sharded=options.evaluation == "sharded",
-                after_chunk=watch if options.per_batch or not bar.disable else None,
-            )
+        for line in (*(model.warning for model in (trained, other) if model), *dataset.warnings):
+            if line is not None:
+                console.warn(line)
+        scores, batches, is_correct = _score(trained, split, accelerator, options)
+        report = Report(trained, dataset.name, options.split, dataset.class_names, scores, batches)
+        if other is not None:
+            other_scores, _, other_is_correct = _score(other, split, accelerator, options)
+            report = replace(report, versus=Comparison.of(other, other_scores, is_correct, other_is_correct))
         if accelerator.is_main_process:
-            report = Report(trained, dataset.name, options.split, dataset.class_names, scores, batches)
             sys.stdout.write(report.as_json() if options.json else report.as_text())
     return 0
+
+
+def _score(
+    trained: TrainedModel, split: Split, accelerator: Accelerator, options: Options
+) -> tuple[Scores, list[tuple[int, int]], Tensor]:
+    """Scores a model. Every rank must call this.
+
+    Returns:
+        Its scores; images right and images scored up to the end of each batch, where --per-batch asks for them; and
+        whether each image was right, bool (N,), where two models are compared (else empty).
+    """
+    batches: list[tuple[int, int]] = []
+    predictions: list[Tensor] = []
+
+    def watch(counts: Tensor) -> None:
+        bar.update(task, completed=int(counts.sum()))
+        if options.per_batch:
+            batches.append((int(counts.view(NUM_CLASSES, NUM_CLASSES).trace()), int(counts.sum())))
+
+    model = accelerator.unwrap_model(accelerator.prepare_model(trained.model, evaluation_mode=True))
+    if options.versus is not None:
+        model.register_forward_hook(lambda _model, _images, logits: predictions.append(logits.argmax(dim=1)))
+    with Progress(console=RichConsole(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task(options.split, total=len(split))
+        scores = evaluate(
+            model,
+            split,
+            accelerator=accelerator,
+            loss_fn=build_loss(trained.config.optim.loss),
+            transform=trained.transform,
+            sharded=options.evaluation == "sharded",
+            after_chunk=watch if options.per_batch or not bar.disable else None,
+        )
+    is_correct = torch.cat(predictions) == split.labels if predictions else torch.empty(0, dtype=torch.bool)
+    return scores, batches, is_correct
 
 
 def _settle_runtime(trained: RuntimeConfig, options: Options) -> RuntimeConfig:
@@ -122,6 +151,45 @@ def _settle_runtime(trained: RuntimeConfig, options: Options) -> RuntimeConfig:
     share = num_usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     threads = options.num_threads or (trained.num_threads if trained.num_threads <= share else 0)
     return replace(trained, mixed_precision=precision, num_threads=threads, cpu=options.cpu)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Another model on the same images: its scores, and the images that only one of the two models gets right."""
+
+    trained: TrainedModel
+    scores: Scores
+    only_first: int
+    only_second: int
+
+    @classmethod
+    def of(cls, other: TrainedModel, scores: Scores, first: Tensor, second: Tensor) -> Comparison:
+        """From whether each image was right, bool (N,), for the first model and for the other."""
+        return cls(other, scores, int((first & ~second).sum()), int((second & ~first).sum()))
+
+    @property
+    def p_value(self) -> float:
+        """McNemar's exact test, two-sided: how likely so uneven a split is where both models are equally good."""
+        return mcnemar(self.only_first, self.only_second)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        counts = {"only_first_correct": self.only_first, "only_versus_correct": self.only_second}
+        return {"model": str(self.trained.folder), **self.scores.as_dict(), **counts, "p_value": self.p_value}
+
+    def as_text(self) -> str:
+        """Two lines."""
+        line = f"versus {self.trained.folder}: accuracy {self.scores.accuracy:.2%}\nright in one model alone: "
+        line += f"{self.only_first} images in the first, {self.only_second} in the other; "
+        verdict = "they differ" if self.p_value < 0.05 else "no difference shown"
+        return f"{line}McNemar's exact test p = {self.p_value:.3g}: {verdict}\n"
+
+
+def mcnemar(only_first: int, only_second: int) -> float:
+    """The two-sided exact p-value of McNemar's test: a fair coin's, for that many heads and tails."""
+    n, fewer = only_first + only_second, min(only_first, only_second)
+    p_value: float = 2 * sum(math.comb(n, k) for k in range(fewer + 1)) / 2**n
+    return min(1.0, p_value)
 
 
 @dataclass(frozen=True)
@@ -138,6 +206,7 @@ class Report:
     class_names: tuple[str, ...]
     scores: Scores
     batches: Sequence[tuple[int, int]] = ()
+    versus: Comparison | None = None
 
     def as_trained(self) -> ScoreRecord | None:
         """The training's own scores of these weights on this split; None where it has none."""
@@ -157,6 +226,8 @@ class Report:
             "confusion": self.scores.confusion,
             "as_trained": self.as_trained(),
         }
+        if self.versus is not None:
+            content["versus"] = self.versus.as_dict()
         if self.batches:
             content["accuracy_per_batch"] = [batch for batch, _ in self._batch_accuracies()]
             content["accuracy_so_far"] = [so_far for _, so_far in self._batch_accuracies()]
@@ -178,7 +249,8 @@ class Report:
         console = RichConsole(width=200)  # a terminal may wrap long class names, but nothing is cut
         with console.capture() as captured:
             console.print(table)
-        return lines + captured.get() + self._closing_line()
+        versus = "" if self.versus is None else self.versus.as_text()
+        return lines + captured.get() + self._closing_line() + versus
 
     def _batch_accuracies(self) -> list[tuple[float, float]]:
         """Of each batch: its own accuracy, and that of all images so far."""

@@ -2,26 +2,36 @@
 
     python -m mnist.reproduce --recipe fast --seeds 20
     python -m mnist.reproduce --publish                                every recipe but `accurate`, for the README
+    python -m mnist.reproduce --recipe fast --versus balanced          two recipes, seed by seed
+    python -m mnist.reproduce --recipe fast --versus main              the code of this commit and of another one
     python -m mnist.reproduce --recipe accurate --sample-steps 200     not to the end: for its time alone
 
 In: names of recipes, a number of seeds. Out: a table of mean, deviation, minimum and times; with --publish also
-docs/results.json and the table in README.md, where rows of other recipes and of the other kind of device stay. Finished
-runs are kept and not run again: an interrupted call, started again, continues where it was.
+docs/results.json and the table in README.md, where rows of other recipes and of the other kind of device stay; with
+--versus the mean difference, its confidence interval, and whether the weights are identical. Finished runs are kept and
+not run again: an interrupted call, started again, continues where it was.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
+import math
 import re
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file
 
 from mnist.cli import parse_options, run_command
 from mnist.config import check_choice
@@ -59,24 +69,43 @@ class Options:
     """Write docs/results.json and the README's table."""
     json: bool = False
     """Print one JSON document instead of the table."""
+    versus: str | None = None
+    """Compare with this recipe, or with the code of this commit, over the same seeds in turns."""
 
     def __post_init__(self) -> None:
         for name in self.recipe:
             check_choice("--recipe", name, list(RECIPES))
         if self.seeds < 1 or self.sample_steps < 0:
             raise UserError("--seeds must be 1 or more, --sample-steps 0 or more")
+        _, *more_recipes = self.recipe
+        if self.versus is not None and (more_recipes or self.publish or self.sample_steps):
+            raise UserError(f"--versus {self.versus}: needs one --recipe, and neither --publish nor --sample-steps")
+
+
+@dataclass(frozen=True)
+class Side:
+    """What is run: a recipe, the checkout of this repository that trains it, and the name of its run directories."""
+
+    recipe: str
+    name: str
+    root: Path = ROOT
+
+    def folder(self, seed: int, options: Options) -> Path:
+        """The run directory of a seed."""
+        return Path(options.runs_dir, f"{self.name}-seed{seed}" + ("-sample" if options.sample_steps else ""))
 
 
 def main(options: Options) -> int:
     """Runs what is missing and prints a row per recipe; after Ctrl-C of what is finished."""
+    if options.versus is not None:
+        return compare(options, options.versus)
     rows: list[dict[str, Any]] = []
     code = 0
     for recipe in options.recipe:
         runs: list[dict[str, Any]] = []
         try:
             for seed in range(options.seeds):
-                runs.append(_run(recipe, seed, options))
-                _report_seed(recipe, seed, runs[-1])
+                runs.append(_run(Side(recipe, recipe), seed, options))  # noqa: PERF401 - Ctrl-C keeps the earlier ones
         except KeyboardInterrupt:
             code = EXIT_INTERRUPTED
         if runs:
@@ -87,11 +116,6 @@ def main(options: Options) -> int:
             _publish(rows[-1])
     sys.stdout.write(json.dumps({"rows": rows}, indent=2) + "\n" if options.json else render({"rows": rows}))
     return code
-
-
-def _report_seed(recipe: str, seed: int, run: dict[str, Any]) -> None:
-    times = f"{run['train_time_s']:.2f} s training, {run['total_time_s']:.1f} s in all"
-    sys.stderr.write(f"{recipe}, seed {seed}: {run['test']['accuracy']:.2%}, {times}\n")
 
 
 def _publish(row: dict[str, Any]) -> None:
@@ -107,19 +131,102 @@ def _publish(row: dict[str, Any]) -> None:
     write_atomically(README, f"{text[:begin]}\n{table}{text[end:]}".encode())
 
 
-def _run(recipe: str, seed: int, options: Options) -> dict[str, Any]:
+def compare(options: Options, versus: str) -> int:
+    """Runs both sides seed by seed, in turns, and prints how they differ."""
+    pairs: list[list[dict[str, Any]]] = []
+    num_identical = 0
+    with _sides(options.recipe[0], versus) as sides:
+        for seed in range(options.seeds):
+            pairs.append([_run(side, seed, options) for side in sides])
+            num_identical += _same_weights(*(side.folder(seed, options) for side in sides))
+    rows = [summarise(side.recipe, list(runs)) for side, runs in zip(sides, zip(*pairs, strict=True), strict=True)]
+    if rows[0]["dataset"] != rows[1]["dataset"]:
+        raise RunError(f"--versus {versus}: trained on {rows[1]['dataset']}, not on {rows[0]['dataset']}")
+    mean, interval = paired_difference(*(row["accuracies"] for row in rows))
+    ratio = statistics.median(second["train_time_s"] / first["train_time_s"] for first, second in pairs)
+    found = {"difference": mean, "interval": interval, "time_ratio": ratio, "num_identical_weights": num_identical}
+    if options.json:
+        sys.stdout.write(json.dumps({"rows": rows, "comparison": found}, indent=2) + "\n")
+        return 0
+    for side, row in zip(sides, rows, strict=True):
+        mean_text, minimum, n = _accuracy(row)
+        sys.stdout.write(f"{side.name}: {mean_text} %, minimum {minimum}, n={n}, {_time(row)} of training\n")
+    verdict = "no difference shown"
+    if interval is not None and not interval[0] <= 0 <= interval[1]:
+        verdict = f"{sides[mean > 0].name} is better"
+    bounds = "" if interval is None else f", 95 % confidence interval {interval[0]:+.3%} to {interval[1]:+.3%}"
+    sys.stdout.write(
+        f"difference of {options.seeds} pairs: {mean:+.3%}{bounds}: {verdict}\n"
+        f"training takes {ratio:.2f} times as long (median of the pairs)\n"
+        f"weights: bit-identical for {num_identical} of {options.seeds} seeds\n"
+    )
+    return 0
+
+
+@contextmanager
+def _sides(recipe: str, versus: str) -> Iterator[tuple[Side, Side]]:
+    """Two recipes, or a recipe at this commit and at another one, which is checked out meanwhile.
+
+    Raises:
+        UserError: `versus` is neither, or there are changes that no commit has.
+    """
+    if versus in RECIPES:
+        yield Side(recipe, recipe), Side(versus, versus)
+        return
+    try:
+        here, there = (_git("rev-parse", "--short=12", "--verify", f"{name}^{{commit}}") for name in ("HEAD", versus))
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise UserError(f"--versus {versus}: neither a recipe ({', '.join(RECIPES)}) nor a commit") from error
+    if _git("status", "--porcelain", "--untracked-files=no"):
+        raise UserError(f"--versus {versus}: compares commits; commit or stash your changes first")
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder, there)
+        _git("worktree", "add", "--detach", str(root), there)
+        try:
+            yield Side(recipe, f"{recipe}-{here}", ROOT), Side(recipe, f"{recipe}-{there}", root)
+        finally:
+            _git("worktree", "remove", "--force", str(root))
+
+
+def _git(*arguments: str) -> str:
+    """What git prints in this repository."""
+    done = subprocess.run(["git", "-C", str(ROOT), *arguments], check=True, capture_output=True, text=True)  # noqa: S603
+    return done.stdout.strip()
+
+
+def _same_weights(*folders: Path) -> bool:
+    """Whether two runs have ended with the same weights, to the last bit."""
+    first, second = (load_file(folder / "export" / "last" / "model.safetensors") for folder in folders)
+    return first.keys() == second.keys() and all(np.array_equal(first[name], second[name]) for name in first)
+
+
+def paired_difference(first: Sequence[float], second: Sequence[float]) -> tuple[float, tuple[float, float] | None]:
+    """The mean of `second` - `first` over pairs, and its 95 % confidence interval by Student's t; None of one pair."""
+    differences = [b - a for a, b in zip(first, second, strict=True)]
+    mean = statistics.fmean(differences)
+    if len(differences) < 2:
+        return mean, None
+    t = float(importlib.import_module("scipy.special").stdtrit(len(differences) - 1, 0.975))  # 0.2 s to import
+    half = t * statistics.stdev(differences) / math.sqrt(len(differences))
+    return mean, (mean - half, mean + half)
+
+
+def _run(side: Side, seed: int, options: Options) -> dict[str, Any]:
     """The result of one training, which is run unless it is there."""
+    folder = side.folder(seed, options)
     steps = ["--max-steps", str(options.sample_steps)] if options.sample_steps else []
-    folder = Path(options.runs_dir, f"{recipe}-seed{seed}" + ("-sample" if steps else ""))
-    command = [sys.executable, str(ROOT / "train_ddp.py"), "--recipe", recipe, "--seed", str(seed), *steps]
+    command = [sys.executable, str(side.root / "train_ddp.py"), "--recipe", side.recipe, "--seed", str(seed), *steps]
     if not _is_finished(folder):
         threads = ["--num-threads", str(options.num_threads)] if options.num_threads else []
         quiet = ["--wandb", "disabled", "--no-pictures", "--quiet", *threads, "--run-dir", str(folder)]
         code = _wait_for(subprocess.Popen([*command, *quiet], stdout=sys.stderr))  # noqa: S603 - our own
         if not _is_finished(folder):
-            raise RunError(f"{recipe}, seed {seed}: exit code {code}, no result in {folder}")
+            raise RunError(f"{side.name}, seed {seed}: exit code {code}, no result in {folder}")
     result = read_result(folder)
     assert result is not None
+    assert result.test is not None
+    times = f"{result.train_time_s:.2f} s training, {result.total_time_s:.1f} s in all"
+    sys.stderr.write(f"{side.name}, seed {seed}: {result.test['accuracy']:.2%}, {times}\n")
     environment = read_json(folder / "environment.json")
     return {**dataclasses.asdict(result), "environment": environment, "epoch_accuracies": _epoch_accuracies(folder)}
 

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
+from mnist.evaluate import mcnemar
 from tests.processes import PYTHON, TORCHRUN, finish, train
 
 EVALUATE = ["-m", "mnist.evaluate"]
@@ -40,6 +44,41 @@ def test_accuracy_of_each_batch_and_of_all_so_far(tmp_path: Path) -> None:
     lines = finish(command, tmp_path).out.splitlines()
     assert lines[9] == f"10,000 images: accuracy of this batch {batches[9]:7.2%}, so far {so_far[9]:7.2%}"
     assert lines[len(sizes) - 1].startswith(f"{total:,} images: ")
+
+
+@pytest.mark.parametrize(
+    ("only_first", "only_second", "p_value"),
+    [(0, 0, 1.0), (5, 5, 1.0), (1, 9, 22 / 1024), (9, 1, 22 / 1024), (0, 6, 2 / 64), (40, 60, 0.0568879)],
+)
+def test_mcnemars_exact_test_is_twice_the_tail_of_a_fair_coin(
+    only_first: int, only_second: int, p_value: float
+) -> None:
+    assert mcnemar(only_first, only_second) == pytest.approx(p_value, rel=1e-5)
+
+
+def test_versus_counts_the_images_that_one_model_alone_gets_right(smoke_run: Path, tmp_path: Path) -> None:
+    """The other model calls every digit a 3."""
+    export = tmp_path / "other"
+    shutil.copytree(smoke_run / "export" / "best", export)
+    weights = load_file(export / "model.safetensors")
+    weights["linear2.weight"] = torch.zeros_like(weights["linear2.weight"])
+    weights["linear2.bias"] = torch.eye(10)[3]
+    save_file(weights, export / "model.safetensors")
+    written = json.loads((export / "config.json").read_text())
+    written["weights_sha256"] = hashlib.sha256((export / "model.safetensors").read_bytes()).hexdigest()
+    (export / "config.json").write_text(json.dumps(written))
+    command = [*PYTHON, *EVALUATE, "--run", str(smoke_run), "--versus", str(export)]
+    done = finish([*command, "--json"], tmp_path)
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    threes = found["confusion"][3]
+    only = {"only_first_correct": found["num_correct"] - threes[3], "only_versus_correct": sum(threes) - threes[3]}
+    assert found["versus"] | only == found["versus"]
+    assert found["versus"]["num_correct"] == sum(threes)
+    assert found["versus"]["p_value"] == mcnemar(*only.values()) < 0.001
+    *_, line = finish(command, tmp_path).out.splitlines()
+    assert line.startswith(f"right in one model alone: {only['only_first_correct']} images in the first, ")
+    assert line.endswith(": they differ")
 
 
 @pytest.mark.parametrize("evaluation", ["rank0", "sharded"])
@@ -110,6 +149,7 @@ def test_a_model_of_another_machine_is_evaluated_as_well_as_this_one_can(smoke_r
         (["--run", "nowhere"], "error: --run nowhere: no such folder"),
         ([], "error: --run: no finished run below runs/"),
         (["--per-batch", "--evaluation", "sharded"], "error: --per-batch: needs --evaluation rank0"),
+        (["--versus", "a", "--evaluation", "sharded"], "error: --versus: needs --evaluation rank0"),
     ],
 )
 def test_a_mistake_is_one_line(tmp_path: Path, arguments: list[str], line: str) -> None:

@@ -1,17 +1,20 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import statistics
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from mnist import reproduce
 from mnist.errors import UserError
 from mnist.recipes import RECIPES
-from mnist.reproduce import Options, describe, main, render, summarise
+from mnist.reproduce import Options, Side, describe, main, paired_difference, render, summarise
 
 
 @pytest.fixture
@@ -132,11 +135,108 @@ def test_without_publish_no_document_changes_and_seeds_are_printed(
     assert not (documents / "results.json").exists()
 
 
+def test_a_paired_difference_has_the_95_percent_interval_of_student() -> None:
+    """Of differences 1, 2, 3, 4: mean 2.5, standard error 0.6455; t of 3 degrees of freedom is 3.18245."""
+    mean, interval = paired_difference([10, 20, 30, 40], [11, 22, 33, 44])
+    assert (mean, interval) == (2.5, pytest.approx((2.5 - 2.05426, 2.5 + 2.05426), abs=1e-5))
+    assert paired_difference([0.5], [0.75]) == (0.25, None)
+
+
+def compared(monkeypatch: pytest.MonkeyPatch, first: list[float], second: list[float], same: bool = False) -> None:
+    accuracies = {"fast": first, "mlp": second}
+
+    def run(side: Side, seed: int, _options: Options) -> dict[str, Any]:
+        return made(seed, accuracies[side.name][seed], train_time_s=2.0 if side.name == "fast" else 3.0)
+
+    monkeypatch.setattr(reproduce, "_run", run)
+    monkeypatch.setattr(reproduce, "_same_weights", lambda *_: same)
+    assert main(Options(recipe=("fast",), versus="mlp", seeds=len(first))) == 0
+
+
+@pytest.mark.parametrize(
+    ("second", "verdict"),
+    [
+        ([0.991, 0.993, 0.992], "mlp is better"),
+        ([0.981, 0.983, 0.982], "fast is better"),
+        ([0.984, 0.992, 0.988], "no difference shown"),
+    ],
+)
+def test_the_better_recipe_is_named_where_the_interval_excludes_zero(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], second: list[float], verdict: str
+) -> None:
+    compared(monkeypatch, [0.986, 0.987, 0.988], second)
+    first_line, second_line, difference, time, weights = capsys.readouterr().out.splitlines()
+    assert first_line == "fast: 98.70 +- 0.10 %, minimum 98.60, n=3, 2 s of training"
+    assert second_line.startswith("mlp: ")
+    assert difference.endswith(f": {verdict}")
+    assert (time, weights) == (
+        "training takes 1.50 times as long (median of the pairs)",
+        "weights: bit-identical for 0 of 3 seeds",
+    )
+
+
+def test_a_commit_is_compared_in_a_checkout_of_its_own_and_its_weights_are_the_same(
+    smoke_run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    repository = tmp_path / "repository"
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", str(repository)]
+    subprocess.run(["git", "init", "-q", str(repository)], check=True)
+    (repository / "train_ddp.py").write_text("old")
+    for content in ("old", "new"):
+        (repository / "train_ddp.py").write_text(content)
+        subprocess.run([*git, "add", "-A"], check=True)
+        subprocess.run([*git, "commit", "-q", "-m", content], check=True)
+    monkeypatch.setattr(reproduce, "ROOT", repository)
+    codes = []
+
+    def run(side: Side, seed: int, options: Options) -> dict[str, Any]:
+        codes.append((side.root / "train_ddp.py").read_text())
+        shutil.copytree(smoke_run, side.folder(seed, options))
+        return made(seed, 0.9)
+
+    monkeypatch.setattr(reproduce, "_run", run)
+    options = Options(recipe=("smoke",), versus="HEAD~1", seeds=2, json=True, runs_dir=str(tmp_path / "runs"))
+    assert main(options) == 0
+    assert codes == ["new", "old"] * 2
+    comparison = json.loads(capsys.readouterr().out)["comparison"]
+    assert comparison["num_identical_weights"] == 2
+    assert comparison["interval"] == [0.0, 0.0]
+    assert len(list((tmp_path / "runs").iterdir())) == 4
+    trees = subprocess.run([*git, "worktree", "list"], check=True, capture_output=True, text=True).stdout
+    assert len(trees.splitlines()) == 1
+    (repository / "train_ddp.py").write_text("changed")
+    with pytest.raises(UserError, match="--versus HEAD~1: compares commits; commit or stash"):
+        main(options)
+    with pytest.raises(UserError, match=r"--versus nothing: neither a recipe .* nor a commit"):
+        main(dataclasses.replace(options, versus="nothing"))
+
+
+def test_other_weights_are_not_the_same(smoke_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(smoke_run, tmp_path / "other")
+    path = tmp_path / "other" / "export" / "last" / "model.safetensors"
+    weights = load_file(path)
+    name = next(iter(weights))
+    weights[name].flat[0] += 1e-7
+    save_file(weights, path)
+    assert not reproduce._same_weights(smoke_run, tmp_path / "other")
+    assert reproduce._same_weights(smoke_run, smoke_run)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"recipe": ("fast", "mlp")}, {"publish": True}, {"sample_steps": 5}],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_versus_needs_one_recipe_run_to_the_end(changes: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="--versus mlp: needs one --recipe"):
+        Options(**{"recipe": ("fast",), "versus": "mlp"} | changes)
+
+
 @pytest.mark.parametrize("num_finished", [0, 2])
 def test_ctrl_c_keeps_the_seeds_that_are_finished(
     documents: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], num_finished: int
 ) -> None:
-    def run(_recipe: str, seed: int, _options: Options) -> dict[str, Any]:
+    def run(_side: Side, seed: int, _options: Options) -> dict[str, Any]:
         if seed == num_finished:
             raise KeyboardInterrupt
         return made(seed, 0.99)
