@@ -27,7 +27,7 @@ if __name__ == "__main__":
 
 from accelerate import Accelerator
 
-from mnist.config import TrainConfig, evolve
+from mnist.config import TrainConfig
 from mnist.data import datasets
 from mnist.errors import RunError, UserError, print_error
 from mnist.plots.gallery import write_run_pictures
@@ -77,7 +77,7 @@ def run_training(config: TrainConfig, accelerator: Accelerator, console: Console
     """The run between the start and the end of the process group."""
     console.show("reading the data")
     dataset = datasets.load(config.data, accelerator)
-    config = evolve(config, dataset=dataset.name)
+    config = datasets.settle(config, dataset)
     plan = build_plan(config, len(dataset.train), accelerator.num_processes)
 
     directory = open_run_directory(config, dataset.name, accelerator)

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 import yaml
@@ -269,6 +269,8 @@ def _convert(flag: str, values: Sequence[str], hint: Any, is_path: bool) -> Any:
     """Text -> a value of the field's type; whether it is valid, the configuration itself checks."""
     if hint == tuple[str, ...]:
         return tuple(values)
+    if hint == tuple[float, ...]:
+        return tuple(_convert(flag, [value], float, False) for value in values)
     if hint is bool:
         word = values[0].lower() if len(values) == 1 else "true" if not values else ""
         if word not in ("true", "false"):
@@ -297,9 +299,9 @@ def _read_file(path: Path) -> dict[str, Any]:
         is_list = isinstance(node, yaml.SequenceNode)
         nodes = node.value if is_list else [node]
         if not all(isinstance(item, yaml.ScalarNode) for item in nodes) or (
-            is_list and known[name][0] != tuple[str, ...]
+            is_list and get_origin(known[name][0]) is not tuple
         ):
-            raise UserError(f"{place}: {key}: must be one value" + (", or a list of texts" if is_list else ""))
+            raise UserError(f"{place}: {key}: must be one value" + (", or a list" if is_list else ""))
         is_null = (
             isinstance(node, yaml.ScalarNode) and node.style is None and node.value in ("", "~", "null", "Null", "NULL")
         )

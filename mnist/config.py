@@ -69,6 +69,7 @@ Model = Literal[
     "tinynet",
 ]
 
+MNIST_MEAN, MNIST_STD = 0.1307, 0.3081  # of the training pixels, in [0, 1]
 IMAGE_SIZES = {"lenet5": 32, "lenet5_classic": 32, "lenet5_1998": 32}  # what a network takes, where it is not 28
 
 Optimizer = Literal["sgd", "adam", "adamw", "adadelta"]
@@ -121,12 +122,10 @@ def is_within(value: float, limits: str) -> bool:
 
 
 # What an error message calls a value of each type.
-_WORDS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text", tuple: "texts"}
+_WORDS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}
 
 
 def _is_of(value: Any, kind: type) -> bool:
-    if kind is tuple:
-        return isinstance(value, tuple) and all(isinstance(item, str) for item in value)
     if kind is float:
         return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
@@ -157,9 +156,13 @@ def _check_field(flag: str, value: Any, hint: Any, metadata: Mapping[str, Any]) 
     if choices_of(hint):
         check_choice(flag, str(value), choices_of(hint))
         return
-    kind, limits = get_origin(hint) or hint, metadata["limits"]
-    _require(_is_of(value, kind), f"{flag} {value}: must be {_WORDS[kind]}")
-    _require(not limits or is_within(value, limits), f"{flag} {value}: must lie in {limits}")
+    is_list, limits = get_origin(hint) is tuple, metadata["limits"]
+    kind = get_args(hint)[0] if is_list else hint
+    _require(isinstance(value, tuple) or not is_list, f"{flag} {value}: must be a list")
+    _require(value != () or not limits, f"{flag}: needs at least one number")
+    for item in value if is_list else (value,):
+        _require(_is_of(item, kind), f"{flag} {item}: must be {_WORDS[kind]}")
+        _require(not limits or is_within(item, limits), f"{flag} {item}: must lie in {limits}")
     _require(not metadata["is_path"] or value != "", f"{flag}: must not be empty")
 
 
@@ -208,8 +211,14 @@ class ImageConfig:
     """What happens to a batch of images before the network sees it."""
 
     image_size: int = setting(28, "Images are resized to this many pixels a side.", "fixed", "[8, 256]")
-    mean: float = setting(0.1307, "Subtracted from pixels in [0, 1].", "fixed", "[-10, 10]")
-    std: float = setting(0.3081, "Divides after the subtraction.", "fixed", "[0.001, 10]")
+    mean: tuple[float, ...] = setting(
+        (MNIST_MEAN,),
+        f"Subtracted from pixels in [0, 1], one number or one per channel; {MNIST_MEAN} with --std {MNIST_STD} is "
+        "MNIST's: data sets without digits then have those of their own training images.",
+        "fixed",
+        "[-10, 10]",
+    )
+    std: tuple[float, ...] = setting((MNIST_STD,), "Divides after the subtraction; see --mean.", "fixed", "[0.001, 10]")
     horizontal_flip: float = setting(0.0, "Probability of mirroring a training image.", "fixed", "[0, 1]")
     rotation: float = setting(0.0, "Random rotation, up to this many degrees.", "fixed", "[0, 180]")
     translation: float = setting(0.0, "Random shift, up to this fraction of the side either way.", "fixed", "[0, 1]")
@@ -430,4 +439,6 @@ def from_flat(flat: dict[str, Any]) -> TrainConfig:
     unknown = sorted(set(flat) - set(known))
     _require(not unknown, f"unknown configuration field: {', '.join(unknown)}")
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in flat.items()}
+    for name in {"mean", "std"} & values.keys():  # older versions knew one number for all channels
+        values[name] = (values[name],) if isinstance(values[name], float) else values[name]
     return evolve(TrainConfig(), **values)

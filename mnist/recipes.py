@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from mnist.config import DataConfig, ImageConfig, LoopConfig, OptimConfig, TrainConfig, evolve
 
-_TO_TENSOR_ONLY = ImageConfig(mean=0.0, std=1.0)  # pixels in [0, 1], not normalised
+_TO_TENSOR_ONLY = ImageConfig(mean=(0.0,), std=(1.0,))  # pixels in [0, 1], not normalised
 
 
 def convnet() -> TrainConfig:
@@ -91,7 +91,7 @@ def lenet5_1998() -> TrainConfig:
     """
     return TrainConfig(
         recipe="lenet5_1998",
-        image=ImageConfig(image_size=32, mean=0.0784, std=0.7843),  # paper becomes -0.1 and ink 1.175, as there
+        image=ImageConfig(image_size=32, mean=(0.0784,), std=(0.7843,)),  # paper becomes -0.1 and ink 1.175, as there
         optim=OptimConfig(model="lenet5_1998", optimizer="adam", lr=3e-3, loss="cross_entropy", schedule="cosine"),
         loop=LoopConfig(epochs=5, global_batch_size=64),
     )

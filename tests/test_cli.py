@@ -80,7 +80,8 @@ def test_a_recipe_can_be_named(name):
     [
         (["--lr", "3e-4"], {"lr": 3e-4}),
         (["--lr=3e-4"], {"lr": 3e-4}),
-        (["--mean", "-0.5"], {"mean": -0.5}),
+        (["--mean", "-0.5"], {"mean": (-0.5,)}),
+        (["--mean", "0.5", "0.4", "0.3"], {"mean": (0.5, 0.4, 0.3)}),
         (["--global-batch-size", "64"], {"global_batch_size": 64}),
         (["--global_batch_size=64"], {"global_batch_size": 64}),
         (["--target-accuracy", "0.99"], {"target_accuracy": 0.99}),
@@ -119,7 +120,7 @@ def test_every_field_has_its_flag():
         if isinstance(value, bool):
             argv.append(flag if value else "--no-" + flag[2:])
         elif isinstance(value, list):
-            argv.append(flag)
+            argv += [flag, *map(str, value)]
         else:
             argv += [flag, str(value)]
     assert parse_command_line(argv) == evolve(TrainConfig(), **changes)
@@ -158,7 +159,8 @@ def test_a_file_may_use_scientific_notation(config_file, text):
         ("wandb_tags: [a, b]", {"wandb_tags": ("a", "b")}),
         ("wandb_tags: []", {}),
         ("run_dir: null", {}),
-        ("mean: -0.5", {"mean": -0.5}),
+        ("mean: -0.5", {"mean": (-0.5,)}),
+        ("std: [0.5, 0.4]", {"std": (0.5, 0.4)}),
         ("mixed_precision: no", {"mixed_precision": "no"}),
         ("mixed_precision: 'no'", {"mixed_precision": "no"}),
     ],
@@ -569,8 +571,8 @@ def test_a_value_in_a_file_is_what_is_written_there(config_file, text, changes):
         ("wandb-tags: [a]\nwandb_tags: [b]\n", "wandb_tags: given twice"),
         (f"wandb_tags: {'[' * 5000}{']' * 5000}\n", "nested too deeply"),
         (f"wandb_tags: {'{a: ' * 5000}1{'}' * 5000}\n", "nested too deeply"),
-        ("wandb_tags: [[a]]\n", "wandb_tags: must be one value, or a list of texts"),
-        ("lr: [0.1]\n", "lr: must be one value, or a list of texts"),
+        ("wandb_tags: [[a]]\n", "wandb_tags: must be one value, or a list"),
+        ("lr: [0.1]\n", "lr: must be one value, or a list"),
         ("lr: {a: 1}\n", "lr: must be one value"),
         ("a: &a [x,x]\nwandb_tags: [*a,*a]\n", "a: unknown"),
         ("config: other.yaml\n", "config: unknown"),

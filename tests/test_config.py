@@ -4,7 +4,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import pytest
 
@@ -30,9 +30,9 @@ from mnist.errors import UserError
 NAN, INF = float("nan"), float("inf")
 
 NOT_FINITE = [
-    (ImageConfig, "mean", NAN),
-    (ImageConfig, "mean", INF),
-    (ImageConfig, "std", INF),
+    (ImageConfig, "mean", (NAN,)),
+    (ImageConfig, "mean", (INF,)),
+    (ImageConfig, "std", (INF,)),
     (ImageConfig, "elastic", INF),
     (ImageConfig, "elastic_sigma", INF),
     (OptimConfig, "lr", INF),
@@ -62,6 +62,10 @@ def flag_of(name):
     return "--" + name.replace("_", "-")
 
 
+def is_list(section: type[Any], f: Any) -> bool:
+    return get_origin(get_type_hints(section)[f.name]) is tuple
+
+
 def ends_of(section: type[Any], f: Any) -> Iterator[tuple[float, bool, float]]:
     """Each end of a field's range: the limit, whether it is a valid value, and the next number outside."""
     is_whole = int in (get_type_hints(section)[f.name], *get_args(get_type_hints(section)[f.name]))
@@ -73,16 +77,16 @@ def ends_of(section: type[Any], f: Any) -> Iterator[tuple[float, bool, float]]:
 
 @pytest.mark.parametrize(("section", "f"), NUMBERS, ids=lambda value: getattr(value, "name", ""))
 def test_both_ends_of_a_range_are_declared_and_checked(section: type[Any], f: Any) -> None:
-    name = f.name
+    name, wrap = f.name, (lambda value: (value,)) if is_list(section, f) else (lambda value: value)
     assert re.fullmatch(r"[\[(]\S+, \S+[\])]", f.metadata["limits"])
     for limit, is_valid, outside in ends_of(section, f):
         refused = [outside] if is_valid else [outside, limit]
         for value in refused:
             with pytest.raises(UserError) as caught:
-                section(**{name: value})
+                section(**{name: wrap(value)})
             assert str(caught.value) == f"{flag_of(name)} {value}: must lie in {f.metadata['limits']}"
         if is_valid:
-            assert getattr(section(**{name: limit}), name) == limit
+            assert getattr(section(**{name: wrap(limit)}), name) == wrap(limit)
 
 
 @pytest.mark.parametrize(("section", "f"), SETTINGS, ids=lambda value: getattr(value, "name", ""))
@@ -120,6 +124,8 @@ def test_a_resume_treats_every_field_in_one_way() -> None:
         ({"run_dir": ""}, "--run-dir: must not be empty"),
         ({"resume": ""}, "--resume: must not be empty"),
         ({"data_dir": ""}, "--data-dir: must not be empty"),
+        ({"mean": ()}, "--mean: needs at least one number"),
+        ({"mean": (0.5, "x")}, "--mean x: must be a finite number"),
     ],
 )
 def test_absurd_values_are_refused(changes: dict[str, Any], words: str) -> None:
@@ -221,12 +227,12 @@ def test_an_unknown_field_is_named():
         ("lr", 10**400, "a finite number"),
         ("lr", True, "a finite number"),
         ("recipe", 5, "text"),
-        ("inject", (3,), "texts"),
+        ("inject", 3, "a list"),
         ("epochs", 1.5, "a whole number"),
         ("seed", True, "a whole number"),
         ("cpu", 1, "true or false"),
         ("run_dir", 3, "text"),
-        ("wandb_tags", "a", "texts"),
+        ("wandb_tags", "a", "a list"),
         ("target_accuracy", [0.9], "a finite number"),
         ("model", ["lenet5"], "unknown; .*lenet5"),
     ],

@@ -9,7 +9,7 @@ MNIST_TRAIN_SIZE = 60_000
 OF_THE_SOURCES = ["convnet", "mycnn", "lenet5", "lenet5_original", "lenet5_classic", "mlp", "mlp_sigmoid", "yannet"]
 OF_THE_PAPER = ["lenet5_1998"]
 MADE_HERE = ["fast", "accurate", "smoke"]
-PLAIN = {"mean": 0.0, "std": 1.0}
+PLAIN = {"mean": [0.0], "std": [1.0]}
 LENET5 = {
     "image_size": 32,
     "loss": "cross_entropy",
@@ -20,8 +20,8 @@ LENET5 = {
 }
 OF_EVERY_SOURCE = {
     "image_size": 28,
-    "mean": 0.1307,
-    "std": 0.3081,
+    "mean": [0.1307],
+    "std": [0.3081],
     "horizontal_flip": 0.0,
     "rotation": 0.0,
     "translation": 0.0,
@@ -110,7 +110,7 @@ def test_a_recipe_follows_its_source(name, expected):
 
 def test_lenet5_1998_has_the_pixel_values_of_the_paper():
     image = RECIPES["lenet5_1998"]().image
-    paper, ink = ((pixel - image.mean) / image.std for pixel in (0.0, 1.0))
+    paper, ink = ((pixel - image.mean[0]) / image.std[0] for pixel in (0.0, 1.0))
     assert (paper, ink) == pytest.approx((-0.1, 1.175), abs=1e-3)
 
 

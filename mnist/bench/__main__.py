@@ -149,7 +149,7 @@ def settle(recipe: str, options: Options) -> TrainConfig:
     )
     if not Augmentation(config.image, 0, torch.device("cpu")).is_identity:
         raise UserError(f"--recipe {recipe}: has augmentation, which the other loops lack; choose another recipe")
-    return config
+    return datasets.settle(config, datasets.read(choice.name, config.data))
 
 
 def loops(options: Options) -> list[Loop]:

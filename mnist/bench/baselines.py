@@ -82,7 +82,7 @@ def usual_loader(job: Job) -> DataLoader[Any]:
     transforms = import_torchvision("transforms")
     image = job.config.image
     resize = [transforms.Resize((image.image_size, image.image_size))] if image.image_size != 28 else []
-    normalise = [transforms.Normalize((image.mean,), (image.std,))] if (image.mean, image.std) != (0, 1) else []
+    normalise = [transforms.Normalize(image.mean, image.std)] if (image.mean, image.std) != ((0,), (1,)) else []
     transform = transforms.Compose([*resize, transforms.ToTensor(), *normalise])
     name, data_dir = job.config.data.dataset, job.config.data.data_dir
     dataset: Dataset[Any] = PILImages(job.split, transform)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor
 
-from mnist.config import DataConfig, DatasetName
+from mnist.config import MNIST_MEAN, MNIST_STD, DataConfig, DatasetName, TrainConfig, evolve
 from mnist.data.batches import Split
 from mnist.data.download import Transfer, download
 from mnist.data.idx import read_images, read_labels
@@ -45,6 +46,22 @@ class Source:
     max_bytes: int = 0  # of the largest packed file as published
     sha256: tuple[str, ...] = ()  # of `files`, unpacked; empty = not pinned
     train_copies: int = 1  # how often each training image is stored, and so seen in one epoch
+    has_digits: bool = False  # in MNIST's form: `predict` looks for them in a picture, and MNIST's mean and std fit
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """What the images and classes of a data set are; a trained model is exported with it.
+
+    Attributes:
+        image_shape: channels, height and width.
+        class_names: in the order of the labels.
+        has_digits: the images are digits in MNIST's form, which `predict` looks for in a picture.
+    """
+
+    image_shape: tuple[int, int, int]
+    class_names: tuple[str, ...]
+    has_digits: bool = False
 
 
 SOURCES = {
@@ -57,6 +74,7 @@ SOURCES = {
             "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
             "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
         ),
+        has_digits=True,
     ),
     "fashion_mnist": Source(
         "FashionMNIST",
@@ -71,10 +89,11 @@ SOURCES = {
             *("qmnist-test-images-idx3-ubyte", "qmnist-test-labels-idx2-int"),
         ),
         max_bytes=10_000_000,
+        has_digits=True,
     ),
-    "digits": Source(
-        None, files=(), train_copies=42
-    ),  # 1,437 images: recipes made for MNIST's 60,000 keep their length
+    "digits": Source(  # 1,437 images: recipes made for MNIST's 60,000 keep their length
+        None, files=(), train_copies=42, has_digits=True
+    ),
 }
 
 
@@ -101,7 +120,7 @@ class Dataset:
     train: Split
     val: Split | None
     test: Split
-    class_names: tuple[str, ...]
+    info: DatasetInfo
     fingerprint: str
     train_copies: int = 1
     warnings: tuple[str, ...] = ()
@@ -110,12 +129,33 @@ class Dataset:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """Channels, height and width."""
-        return self.test.image_shape
+        return self.info.image_shape
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """In the order of the labels."""
+        return self.info.class_names
 
     def to(self, device: torch.device) -> Dataset:
         """All splits on `device`."""
         val = None if self.val is None else self.val.to(device)
         return replace(self, train=self.train.to(device), val=val, test=self.test.to(device))
+
+
+def take_info(flat: dict[str, Any]) -> DatasetInfo:
+    """Removes the fields of a `DatasetInfo` from an exported configuration; older exports have none: the table knows.
+
+    Raises:
+        UserError: the fields are damaged.
+    """
+    shape, names, has_digits = (flat.pop(name, None) for name in ("image_shape", "class_names", "has_digits"))
+    if shape is None:
+        source = SOURCES.get(str(flat.get("dataset")), SOURCES["mnist"])
+        return DatasetInfo(source.image_shape, source.class_names, source.has_digits)
+    is_whole = isinstance(shape, list) and len(shape) == 3 and all(isinstance(n, int) and n > 0 for n in shape)
+    if not (is_whole and isinstance(names, list) and names and all(isinstance(name, str) for name in names)):
+        raise UserError("image_shape or class_names is damaged")
+    return DatasetInfo((shape[0], shape[1], shape[2]), tuple(names), bool(has_digits))
 
 
 def relocate(config: DataConfig, dataset: DatasetName | None, data_dir: str | None) -> DataConfig:
@@ -138,6 +178,39 @@ def load(config: DataConfig, accelerator: Accelerator) -> Dataset:
     dataset = ranks.together(accelerator, lambda: read(choice.name, config, choice.fallback_reason), on="all")
     ranks.require_agreement(accelerator, data_files=dataset.fingerprint)
     return dataset.to(accelerator.device)
+
+
+def settle(config: TrainConfig, dataset: Dataset) -> TrainConfig:
+    """`config` with the name of the data set that was read, and its own mean and std in the place of MNIST's.
+
+    Raises:
+        UserError: numbers for other channels than the images have.
+    """
+    mean, std, num_channels = config.image.mean, config.image.std, dataset.image_shape[0]
+    if (mean, std) == ((MNIST_MEAN,), (MNIST_STD,)) and not dataset.info.has_digits:
+        mean, std = _mean_and_std(dataset.train.images)
+    for flag, values in (("--mean", mean), ("--std", std)):
+        if len(values) not in (1, num_channels):
+            raise UserError(
+                f"{flag}: {len(values)} numbers, but the images of {dataset.name} have {num_channels} channels"
+            )
+    return evolve(config, dataset=dataset.name, mean=mean, std=std)
+
+
+def _mean_and_std(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Of uint8 images (N, H, W) or (N, C, H, W) as numbers in [0, 1], per channel, to four decimals.
+
+    Sums of integers: equal on every machine, so that a run can be resumed on another one.
+    """
+    means, stds = [], []
+    for channel in images.unsqueeze(1).unbind(1) if images.ndim == 3 else images.unbind(1):
+        parts = [torch.bincount(part.flatten(), minlength=256) for part in channel.split(10_000)]
+        counts, values = torch.stack(parts).sum(dim=0).cpu(), torch.arange(256, dtype=torch.float64) / 255
+        shares = counts.double() / counts.sum()
+        mean = float(shares @ values)
+        means.append(round(mean, 4))
+        stds.append(max(round(float(shares @ (values - mean) ** 2) ** 0.5, 4), 0.001))  # images of one colour have none
+    return tuple(means), tuple(stds)
 
 
 def choose(config: DataConfig) -> Choice:
@@ -235,7 +308,7 @@ def read(name: str, config: DataConfig, fallback_reason: str | None = None) -> D
         train=train[:num_train].repeat(source.train_copies),
         val=train[num_train:] if config.val_size else None,
         test=test,
-        class_names=source.class_names,
+        info=DatasetInfo(test.image_shape, source.class_names, source.has_digits),
         train_copies=source.train_copies,
         fingerprint=",".join(digest[:16] for digest in hashes),
         warnings=tuple(warnings),

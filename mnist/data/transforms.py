@@ -22,15 +22,17 @@ class BatchTransform:
 
     def __init__(self, config: ImageConfig) -> None:
         self.size = config.image_size
-        self.factor = 1 / (255 * config.std)
-        self.offset = -config.mean / config.std
+        mean, std = (torch.tensor(values, dtype=torch.float64).view(-1, 1, 1) for values in (config.mean, config.std))
+        self._factor, self._offset = (1 / (255 * std)).float(), (-mean / std).float()
 
     def __call__(self, images: Tensor) -> Tensor:
         """(B, H, W) or (B, C, H, W), uint8 or float pixels in 0..255 -> (B, C, S, S) float32."""
         batch = images.unsqueeze(1) if images.ndim == 3 else images
         if batch.shape[-2:] != (self.size, self.size):
             batch = F.interpolate(batch.float(), size=self.size, mode="bilinear", align_corners=False, antialias=True)
-        return batch.mul(self.factor).add_(self.offset)
+        if self._factor.device != batch.device:  # copied once: a captured step must not copy from the host
+            self._factor, self._offset = self._factor.to(batch.device), self._offset.to(batch.device)
+        return batch.mul(self._factor).add_(self._offset)
 
 
 class Augmentation:

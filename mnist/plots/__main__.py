@@ -220,7 +220,7 @@ def _features(options: Features) -> Path:
     figure = gallery.feature_figure(
         dataset,
         _build(subject, untrained),
-        BatchTransform(subject.config.image),
+        BatchTransform(datasets.settle(subject.config, dataset).image),
         subject.title(dataset.name, untrained),
         options.image,
         every_layer=options.every_layer,
@@ -258,7 +258,8 @@ def _mistakes(options: Mistakes) -> Path:
     path = subject.path("mistakes", options.place.out)
     model = _build(subject)
     dataset = _read_data(subject.config, options.data_dir)
-    transform, title = BatchTransform(subject.config.image), subject.title(dataset.name)
+    transform = BatchTransform(datasets.settle(subject.config, dataset).image)
+    title = subject.title(dataset.name)
     return pictures.save_picture(gallery.mistake_figure(dataset, model, transform, title), path)
 
 

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from mnist.config import RUNS, TrainConfig, from_flat, to_flat
+from mnist.data.datasets import DatasetInfo, take_info
 from mnist.data.transforms import BatchTransform
 from mnist.errors import RunError, UserError
 from mnist.models import build_model
@@ -37,7 +38,8 @@ class TrainedModel:
         folder: where it was exported to.
         config: what it was trained with, as resolved then (data set, precision, threads included).
         model: images (B, 1, S, S) float32 -> logits (B, 10).
-        transform: pixels (B, 28, 28) uint8 -> images.
+        info: what the images and classes of its data set are.
+        transform: pixels (B, H, W) or (B, C, H, W) uint8 -> images.
         sha256: of the weights' file.
         warning: that the weights could not be checked, because an older version wrote no checksum, or that it
             has fields of another version; or None.
@@ -45,6 +47,7 @@ class TrainedModel:
 
     folder: Path
     config: TrainConfig
+    info: DatasetInfo
     model: nn.Sequential
     transform: BatchTransform
     sha256: str
@@ -53,6 +56,11 @@ class TrainedModel:
 
 def export_model(folder: Path, weights: dict[str, Tensor], config: dict[str, Any]) -> None:
     """Writes plain weights (on the CPU) and a flat configuration, and removes what a killed writer left there.
+
+    Args:
+        folder: is made where it is missing.
+        weights: of the model.
+        config: of the run, flat, with the fields of its `DatasetInfo`.
 
     Raises:
         RunError: the folder cannot be written.
@@ -115,7 +123,7 @@ def load_model(folder: Path, flag: str = "--run") -> TrainedModel:
         UserError: a file is missing, damaged, or does not fit the other one.
     """
     try:
-        config, checksum, unknown = _read_config(folder / CONFIG)
+        config, info, checksum, unknown = _read_config(folder / CONFIG)
         model = build_model(config.optim.model)
         num_bytes = sum(tensor.nbytes for tensor in model.state_dict().values())
         content = read_regular(folder / WEIGHTS, num_bytes + MAX_HEADER_BYTES)
@@ -133,15 +141,16 @@ def load_model(folder: Path, flag: str = "--run") -> TrainedModel:
     notes = [] if checksum else [f"no {WEIGHTS_CHECKSUM}, the weights cannot be checked"]
     notes += [f"{name} is a field of another version, left out" for name in unknown]
     warning = f"{folder / CONFIG}: {'; '.join(notes)}" if notes else None
-    return TrainedModel(folder, config, model.eval(), BatchTransform(config.image), sha256, warning)
+    return TrainedModel(folder, config, info, model.eval(), BatchTransform(config.image), sha256, warning)
 
 
-def _read_config(path: Path) -> tuple[TrainConfig, str | None, list[str]]:
-    """The configuration, the checksum of its weights, and the fields that this version does not know."""
+def _read_config(path: Path) -> tuple[TrainConfig, DatasetInfo, str | None, list[str]]:
+    """The configuration, the data set, the checksum of the weights, and the fields that this version does not know."""
     content = read_json(path)
     if not content:
         raise UserError(f"{path}: missing or empty")
     checksum = content.pop(WEIGHTS_CHECKSUM, None)
+    info = take_info(content)
     known = to_flat(TrainConfig())
     unknown = sorted(set(content) - set(known))
-    return from_flat({name: value for name, value in content.items() if name in known}), checksum, unknown
+    return from_flat({name: value for name, value in content.items() if name in known}), info, checksum, unknown

@@ -12,6 +12,7 @@ from typing import Any, Literal, TypedDict, TypeVar
 import msgspec
 
 from mnist.config import TrainConfig, from_flat
+from mnist.data.datasets import take_info
 from mnist.errors import UserError
 from mnist.system.files import RecordError, read_json
 
@@ -94,6 +95,7 @@ def read_config(path: Path) -> TrainConfig:
         raise RecordError(f"{path}: missing or empty")
     content.pop(WEIGHTS_CHECKSUM, None)
     try:
+        take_info(content)
         return from_flat(content)
     except (UserError, TypeError, RecursionError) as error:
         raise RecordError(f"{path}: {error}"[:300]) from error

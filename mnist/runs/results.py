@@ -7,7 +7,7 @@ everything here; rank 0 alone touches the disk.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -71,8 +71,8 @@ def leave_results(
 def _export(setup: RunSetup, name: str) -> None:
     executed = evolve(setup.config, num_threads=torch.get_num_threads())
     weights = partial(module_tensors, setup.train_step.eval_model)
-    folder = setup.directory.path / "export" / name
-    ranks.together(setup.accelerator, lambda: export_model(folder, weights(), to_flat(executed)))
+    folder, info = setup.directory.path / "export" / name, setup.dataset.info
+    ranks.together(setup.accelerator, lambda: export_model(folder, weights(), {**to_flat(executed), **asdict(info)}))
 
 
 def _load_best(setup: RunSetup, checkpointing: Checkpointing, console: Console) -> int:

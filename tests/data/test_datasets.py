@@ -9,7 +9,7 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from mnist.config import DataConfig
+from mnist.config import DataConfig, ImageConfig, TrainConfig, evolve
 from mnist.data import datasets
 from mnist.errors import UserError
 from mnist.system.torchvision_compat import import_torchvision
@@ -358,3 +358,40 @@ def test_the_published_files_raise_no_warning_and_one_changed_byte_does(tmp_path
     warnings = datasets.read("mnist", DataConfig(data_dir=str(tmp_path))).warnings
     assert len(warnings) == 1
     assert warnings[0].startswith(TEST_LABELS)
+
+
+def test_digits_are_normalised_by_the_constants_of_mnist_and_others_by_their_own(tmp_path):
+    write_files(tmp_path, "KMNIST")
+    kmnist = datasets.read("kmnist", DataConfig(data_dir=str(tmp_path)))
+    pixels = kmnist.train.images / 255
+    settled = datasets.settle(TrainConfig(), kmnist)
+    assert settled.data.dataset == "kmnist"
+    assert settled.image.mean == (pytest.approx(float(pixels.mean()), abs=6e-5),)
+    assert settled.image.std == (pytest.approx(float(pixels.std(correction=0)), abs=6e-5),)
+    digits = datasets.read("digits", DataConfig())
+    assert datasets.settle(TrainConfig(), digits).image == ImageConfig(mean=(0.1307,), std=(0.3081,))
+
+
+@needs_mnist
+def test_mnist_has_the_mean_and_std_that_are_its_constants():
+    images = datasets.read("mnist", DataConfig(data_dir=REAL_DIR)).train.images
+    assert datasets._mean_and_std(images) == ((0.1307,), (0.3081,))
+
+
+def test_a_recipes_own_mean_and_std_hold_on_every_data_set(tmp_path):
+    write_files(tmp_path, "KMNIST")
+    kmnist = datasets.read("kmnist", DataConfig(data_dir=str(tmp_path)))
+    plain = evolve(TrainConfig(), mean=(0.0,), std=(1.0,))
+    assert datasets.settle(plain, kmnist).image == plain.image
+
+
+def test_mean_and_std_are_of_each_channel_and_never_zero():
+    images = torch.zeros(4, 3, 5, 6, dtype=torch.uint8)
+    images[:, 1], images[::2, 2] = 255, 255
+    assert datasets._mean_and_std(images) == ((0.0, 1.0, 0.5), (0.001, 0.001, 0.5))
+
+
+def test_numbers_for_other_channels_than_the_images_have_are_refused():
+    digits = datasets.read("digits", DataConfig())
+    with pytest.raises(UserError, match=r"^--std: 3 numbers, but the images of digits have 1 channel"):
+        datasets.settle(evolve(TrainConfig(), std=(0.2, 0.2, 0.3)), digits)

@@ -70,14 +70,16 @@ def test_normalising_a_batch_is_to_tensor_and_normalize(transforms, noise, mean,
         [transforms.ToPILImage(), transforms.ToTensor(), transforms.Normalize((mean,), (std,))]
     )
     expected = torch.stack([reference(image) for image in noise])
-    torch.testing.assert_close(BatchTransform(ImageConfig(mean=mean, std=std))(noise), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        BatchTransform(ImageConfig(mean=(mean,), std=(std,)))(noise), expected, rtol=0, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("size", [32, 40, 20])
 def test_resizing_a_batch_is_resize_within_a_grey_level(transforms, noise, size):
     reference = transforms.Compose([transforms.ToPILImage(), transforms.Resize(size), transforms.ToTensor()])
     expected = torch.stack([reference(image) for image in noise])
-    ours = BatchTransform(ImageConfig(mean=0.0, std=1.0, image_size=size))(noise)
+    ours = BatchTransform(ImageConfig(mean=(0.0,), std=(1.0,), image_size=size))(noise)
     assert ours.shape == (6, 1, size, size)
     assert (255 * (ours - expected)).abs().max() < 1.5
     assert (255 * (ours - expected)).mean().abs() < 0.1
@@ -328,3 +330,10 @@ def test_a_rotation_keeps_lengths_on_a_wide_image():
     turned = F.grid_sample(image[:, None].float(), grid, align_corners=False)[0, 0]
     rows, columns = (turned.amax(dim=axis) > 127 for axis in (1, 0))
     assert (int(rows.sum()), int(columns.sum())) == (20, 2)
+
+
+def test_each_channel_has_its_own_mean_and_std():
+    images = torch.randint(0, 256, (2, 3, 28, 28), dtype=torch.uint8)
+    mean, std = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+    expected = (images / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    torch.testing.assert_close(BatchTransform(ImageConfig(mean=mean, std=std))(images), expected)

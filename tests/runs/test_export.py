@@ -3,12 +3,15 @@ from __future__ import annotations
 import json
 import os
 import pickle
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from mnist.config import evolve, to_flat
+from mnist.data.datasets import DatasetInfo
 from mnist.errors import RunError, UserError
 from mnist.models import build_model
 from mnist.recipes import RECIPES
@@ -177,3 +180,26 @@ def test_an_unwritable_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(RunError, match="export not written"):
         exported(tmp_path / "file" / "best")
+
+
+def test_an_export_knows_its_classes_and_an_older_one_those_of_its_data_set(tmp_path: Path) -> None:
+    info = DatasetInfo((3, 28, 28), ("grüne Katze", "dog"), has_digits=False)
+    weights, config = module_tensors(build_model("tinynet")), evolve(RECIPES["smoke"](), mean=(0.1, 0.2, 0.3))
+    export_model(tmp_path / "new", weights, {**to_flat(config), **asdict(info)})
+    trained = load_model(tmp_path / "new")
+    assert (trained.info, trained.config, trained.warning) == (info, config, None)
+    old = {**to_flat(RECIPES["smoke"]()), "mean": 0.5, "std": 0.25, "dataset": "fashion_mnist"}
+    export_model(tmp_path / "old", weights, old)
+    trained = load_model(tmp_path / "old")
+    assert trained.info.class_names[-1] == "ankle boot"
+    assert (trained.config.image.mean, trained.config.image.std) == ((0.5,), (0.25,))
+
+
+@pytest.mark.parametrize("damage", [{"class_names": []}, {"class_names": [1]}, {"image_shape": [1, 28]}])
+def test_an_export_with_damaged_classes_is_refused(tmp_path: Path, damage: dict[str, Any]) -> None:
+    exported(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    info = {"image_shape": [1, 28, 28], "class_names": ["0", "1"], "has_digits": True}
+    (tmp_path / "config.json").write_text(json.dumps({**content, **info, **damage}))
+    with pytest.raises(UserError, match="image_shape or class_names is damaged"):
+        load_model(tmp_path)
