@@ -54,7 +54,17 @@ def parse_fault(text: str) -> Fault:
 PROJECT = "mnist-ddp"  # of W&B, unless another one is named
 RUNS = Path("runs")  # where runs are kept whose --run-dir is not given
 
-DatasetName = Literal["auto", "mnist", "fashion_mnist", "kmnist", "qmnist", "digits"]
+DatasetName = Literal[
+    "auto",
+    "mnist",
+    "fashion_mnist",
+    "kmnist",
+    "qmnist",
+    "emnist_letters",
+    "emnist_balanced",
+    "emnist_digits",
+    "digits",
+]
 Model = Literal[
     "convnet",
     "mycnn",

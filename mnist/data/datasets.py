@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from string import ascii_lowercase, ascii_uppercase, digits
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ _MNIST_FILES = (
 DIGITS_FILE = Path(__file__).parent / "assets" / "digits.npz"
 NUM_TRAIN_DIGITS = 1437  # of 1,797: in the order of the source, where one writer's digits lie together
 
-_DIGIT_NAMES = tuple("0123456789")
+_DIGIT_NAMES = tuple(digits)
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ class Source:
     max_bytes: int = 0  # of the largest packed file as published
     sha256: tuple[str, ...] = ()  # of `files`, unpacked; empty = not pinned
     train_copies: int = 1  # how often each training image is stored, and so seen in one epoch
+    is_transposed: bool = False  # in the files; here all images are upright
+    first_label: int = 0  # in the files; here it is 0
     has_digits: bool = False  # in MNIST's form: `predict` looks for them in a picture, and MNIST's mean and std fit
 
 
@@ -62,6 +65,20 @@ class DatasetInfo:
     image_shape: tuple[int, int, int]
     class_names: tuple[str, ...]
     has_digits: bool = False
+
+
+def _emnist(split: str, class_names: str, *, first_label: int = 0, has_digits: bool = False) -> Source:
+    """One of the data sets that NIST publishes in a single archive (Cohen, Afshar, Tapson, van Schaik 2017)."""
+    parts = [f"emnist-{split}-{part}" for part in ("train", "test")]
+    return Source(
+        "EMNIST",
+        tuple(class_names),
+        files=tuple(f"{part}-{file}" for part in parts for file in ("images-idx3-ubyte", "labels-idx1-ubyte")),
+        max_bytes=570_000_000,
+        is_transposed=True,
+        first_label=first_label,
+        has_digits=has_digits,
+    )
 
 
 SOURCES = {
@@ -91,6 +108,9 @@ SOURCES = {
         max_bytes=10_000_000,
         has_digits=True,
     ),
+    "emnist_letters": _emnist("letters", ascii_lowercase, first_label=1),  # capital and small letters are one class
+    "emnist_balanced": _emnist("balanced", digits + ascii_uppercase + "abdefghnqrt"),  # other small letters likewise
+    "emnist_digits": _emnist("digits", digits, has_digits=True),
     "digits": Source(  # 1,437 images: recipes made for MNIST's 60,000 keep their length
         None, files=(), train_copies=42, has_digits=True
     ),
@@ -240,22 +260,27 @@ def fetch(name: str, data_dir: str) -> None:
         return
     folder = Path(data_dir, source.torchvision_class, "raw")
     try:
-        published = getattr(import_torchvision("datasets"), source.torchvision_class)
-        if isinstance(published.resources, dict):  # QMNIST's are whole addresses, by split
-            parts = [
-                (url.rpartition("/"), md5) for split in ("train", "test") for url, md5 in published.resources[split]
-            ]
-            mirrors, resources = [parts[0][0][0]], [(address[2], md5) for address, md5 in parts]
-        else:
-            mirrors, resources = list(published.mirrors), published.resources
-        transfer = Transfer(mirrors, resources, source.max_bytes)
-        download(transfer, Path(data_dir), folder, lambda: is_present(name, data_dir))
+        download(_transfer(source), Path(data_dir), folder, lambda: is_present(name, data_dir))
     except (OSError, ImportError, AttributeError) as error:  # torchvision may have no class of that name
         raise UserError(
             f"--dataset {name}: not in {folder} and the download failed ({error}); either name the folder that holds "
             f"{source.torchvision_class}/raw with --data-dir or $MNIST_DATA_DIR, or copy the four files "
             f"({source.files[0]}[.gz] ...) to {folder}, or train on the embedded digits with --dataset digits"
         ) from error
+
+
+def _transfer(source: Source) -> Transfer:
+    """Addresses and checksums as torchvision has them; raises an ImportError or AttributeError where it has none."""
+    published = getattr(import_torchvision("datasets"), str(source.torchvision_class))
+    addresses = [(published.url, published.md5)] if hasattr(published, "url") else []  # EMNIST's archive
+    if isinstance(published.resources, dict):  # QMNIST's are whole addresses, by split
+        addresses = [address for split in ("train", "test") for address in published.resources[split]]
+    mirrors, files = list(published.mirrors), published.resources
+    if addresses:
+        mirrors = [addresses[0][0].rpartition("/")[0]]
+        files = [(url.rpartition("/")[2], md5) for url, md5 in addresses]
+    same_archive = (other for other in SOURCES.values() if other.torchvision_class == source.torchvision_class)
+    return Transfer(mirrors, files, source.max_bytes, {file for other in same_archive for file in other.files})
 
 
 def is_present(name: str, data_dir: str) -> bool:
@@ -324,7 +349,7 @@ def _read_files(source: Source, data_dir: str) -> tuple[Split, Split, list[str]]
             raise UserError(f"--data-dir {data_dir}: {images_name} or {labels_name} is missing on this node")
         images, images_hash = read_images(images_path)
         labels, labels_hash = read_labels(labels_path)
-        split, last = Split(images, labels), len(source.class_names) - 1
+        split, last = Split(images, labels), len(source.class_names) - 1 + source.first_label
         if split.image_shape != source.image_shape:
             found, expected = ("x".join(map(str, shape)) for shape in (split.image_shape, source.image_shape))
             raise UserError(f"{images_path}: images of {found} (channels, height, width), expected {expected}")
@@ -333,9 +358,10 @@ def _read_files(source: Source, data_dir: str) -> tuple[Split, Split, list[str]]
                 f"{labels_path}: {len(labels):,} labels for the {len(images):,} images of {images_path.name}"
             )
         for label in (int(labels.min()), int(labels.max())):
-            if not 0 <= label <= last:
-                raise UserError(f"{labels_path}: label {label}, expected 0 to {last}")
-        splits.append(split)
+            if not source.first_label <= label <= last:
+                raise UserError(f"{labels_path}: label {label}, expected {source.first_label} to {last}")
+        upright = images.transpose(1, 2).contiguous() if source.is_transposed else images
+        splits.append(Split(upright, labels - source.first_label))
         hashes += [images_hash, labels_hash]
     return splits[0], splits[1], hashes
 

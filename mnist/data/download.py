@@ -15,11 +15,13 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path
+from typing import IO
 from urllib.request import urlopen
+from zipfile import BadZipFile, ZipFile
 
 from filelock import FileLock, Timeout
 
@@ -36,13 +38,15 @@ class Transfer:
 
     Attributes:
         mirrors: base URLs, in the order in which they are asked; one that failed is removed.
-        files: name and md5 of each file, packed with gzip.
+        files: name and md5 of each file, packed with gzip; or of one zip archive with such files.
         max_bytes: size of the largest file as published; a server that sends more has failed.
+        members: names of the files that are taken from an archive, unpacked.
     """
 
     mirrors: list[str]
     files: Sequence[tuple[str, str]]
     max_bytes: int
+    members: Collection[str] = ()
     num_bytes: int = 0
     failures: list[str] = field(default_factory=list)
     is_given_up: bool = False
@@ -115,7 +119,7 @@ def _fetch_from_mirrors(transfer: Transfer, path: Path, md5: str) -> None:
         url = f"{transfer.mirrors[0].rstrip('/')}/{path.name}"
         try:
             return _fetch(transfer, url, path, md5)
-        except (OSError, EOFError, ValueError, HTTPException) as error:
+        except (OSError, EOFError, ValueError, HTTPException, BadZipFile) as error:
             if transfer.is_given_up:
                 raise
             transfer.failures.append(f"{url}: {error}")
@@ -126,15 +130,32 @@ def _fetch_from_mirrors(transfer: Transfer, path: Path, md5: str) -> None:
 def _fetch(transfer: Transfer, url: str, path: Path, md5: str) -> None:
     if not url.startswith(("http://", "https://")):
         raise ValueError("not an http:// or https:// address")
-    content = bytearray()
-    with urlopen(url, timeout=SOCKET_TIMEOUT_S) as response:  # noqa: S310
+    digest, num_bytes = hashlib.md5(usedforsecurity=False), 0
+    with urlopen(url, timeout=SOCKET_TIMEOUT_S) as response, path.open("wb") as file:  # noqa: S310
         while chunk := response.read1(1 << 16):
-            content += chunk
+            file.write(chunk)
+            digest.update(chunk)
+            num_bytes += len(chunk)
             transfer.num_bytes += len(chunk)
             if transfer.is_given_up:
                 raise OSError("given up")
-            if len(content) > transfer.max_bytes:
+            if num_bytes > transfer.max_bytes:
                 raise OSError(f"sends more than the {transfer.max_bytes:,} bytes of the published file")
-    if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
-        raise OSError(f"{len(content):,} bytes that are not the published file (md5)")
-    path.with_suffix("").write_bytes(gzip.decompress(content))
+    if digest.hexdigest() != md5:
+        raise OSError(f"{num_bytes:,} bytes that are not the published file (md5)")
+    if path.suffix == ".zip":
+        with ZipFile(path) as archive:
+            for member in archive.namelist():
+                name = Path(member).stem
+                if name in transfer.members and member.endswith(".gz"):
+                    with archive.open(member) as packed:
+                        _unpack(packed, path.with_name(name))
+    else:
+        with path.open("rb") as packed:
+            _unpack(packed, path.with_suffix(""))
+    path.unlink()
+
+
+def _unpack(packed: IO[bytes], path: Path) -> None:
+    with gzip.open(packed) as source, path.open("wb") as target:
+        shutil.copyfileobj(source, target, 1 << 20)

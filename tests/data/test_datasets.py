@@ -395,3 +395,37 @@ def test_numbers_for_other_channels_than_the_images_have_are_refused():
     digits = datasets.read("digits", DataConfig())
     with pytest.raises(UserError, match=r"^--std: 3 numbers, but the images of digits have 1 channel"):
         datasets.settle(evolve(TrainConfig(), std=(0.2, 0.2, 0.3)), digits)
+
+
+def write_emnist(data_dir, split, labels_seen):
+    """Thirty training and ten test images as EMNIST has them, with labels from `labels_seen`."""
+    rng = np.random.default_rng(0)
+    raw = data_dir / "EMNIST" / "raw"
+    raw.mkdir(parents=True, exist_ok=True)
+    for part, num_images in (("train", 30), ("test", 10)):
+        images = rng.integers(0, 256, (num_images, 28, 28), dtype=np.uint8)
+        labels = rng.choice(labels_seen, num_images).astype(np.uint8)
+        labels[:2] = labels_seen[0], labels_seen[-1]
+        (raw / f"emnist-{split}-{part}-images-idx3-ubyte").write_bytes(idx_bytes(images))
+        (raw / f"emnist-{split}-{part}-labels-idx1-ubyte").write_bytes(idx_bytes(labels))
+
+
+@pytest.mark.parametrize(
+    ("split", "labels_seen"), [("letters", range(1, 27)), ("balanced", range(47)), ("digits", range(10))]
+)
+def test_emnist_is_what_torchvision_reads_but_upright_and_with_labels_from_0(tmp_path, split, labels_seen):
+    write_emnist(tmp_path, split, labels_seen)
+    dataset = datasets.read(f"emnist_{split}", DataConfig(data_dir=str(tmp_path)))
+    assert len(dataset.class_names) == len(labels_seen)
+    for part, is_train in ((dataset.train, True), (dataset.test, False)):
+        reference = import_torchvision("datasets").EMNIST(str(tmp_path), split, train=is_train)
+        assert torch.equal(part.images, reference.data.transpose(1, 2))
+        names = [reference.classes[label] for label in reference.targets]
+        assert [dataset.class_names[label] for label in part.labels] == names
+        assert part.images.is_contiguous()
+
+
+def test_a_label_outside_emnists_letters_is_named_as_the_file_has_it(tmp_path):
+    write_emnist(tmp_path, "letters", [0, 1])
+    with pytest.raises(UserError, match="train-labels-idx1-ubyte: label 0, expected 1 to 26"):
+        datasets.read("emnist_letters", DataConfig(data_dir=str(tmp_path)))

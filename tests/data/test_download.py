@@ -2,10 +2,12 @@ import contextlib
 import fcntl
 import gzip
 import hashlib
+import io
 import socket
 import struct
 import threading
 import time
+import zipfile
 from collections import Counter
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16,6 +18,7 @@ import pytest
 from mnist.data import datasets
 from mnist.data import download as module
 from mnist.data.datasets import is_present
+from mnist.errors import UserError
 from mnist.system.torchvision_compat import import_torchvision
 from tests.ranks import run_ranks
 
@@ -158,6 +161,58 @@ def test_qmnist_comes_from_its_addresses_or_from_ones_own_mirror(tmp_path, serve
     for folder in ("a", "b"):
         expected = {f"QMNIST/raw/{new}": CONTENTS[old] for new, old in zip(names, NAMES, strict=True)}
         assert files_below(tmp_path / folder) == expected
+
+
+def emnist_archive():
+    """A zip archive as NIST's: packed files of each data set, of which some are not in the table."""
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        for split in ("letters", "balanced", "digits", "byclass"):
+            for old, part in zip(
+                NAMES, ("train-images-3", "train-labels-1", "test-images-3", "test-labels-1"), strict=True
+            ):
+                name = f"emnist-{split}-{part[:-2]}-idx{part[-1]}-ubyte"
+                archive.writestr(f"gzip/{name}.gz", gzip.compress(CONTENTS[old] + split.encode()))
+        archive.writestr("gzip/emnist-letters-mapping.txt", "1 65 97")
+    return content.getvalue()
+
+
+@pytest.fixture
+def emnist(monkeypatch, server):
+    """torchvision's EMNIST with an archive on the server."""
+    server.files["/gzip.zip"] = emnist_archive()
+    dataset = import_torchvision("datasets").EMNIST
+    monkeypatch.setattr(dataset, "url", f"{server.url}gzip.zip")
+    monkeypatch.setattr(dataset, "md5", hashlib.md5(server.files["/gzip.zip"]).hexdigest())
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.delenv("MNIST_MIRROR", raising=False)
+    return dataset
+
+
+def test_one_archive_serves_all_three_data_sets_of_emnist(tmp_path, emnist, server):
+    for name in ("emnist_letters", "emnist_balanced", "emnist_digits"):
+        datasets.fetch(name, str(tmp_path))
+    assert server.requests == {"/gzip.zip": 1}
+    found = files_below(tmp_path)
+    assert len(found) == 12
+    assert found["EMNIST/raw/emnist-letters-test-labels-idx1-ubyte"] == CONTENTS[NAMES[3]] + b"letters"
+    assert found["EMNIST/raw/emnist-digits-train-images-idx3-ubyte"] == CONTENTS[NAMES[0]] + b"digits"
+
+
+@pytest.mark.parametrize("content", [b"no archive", emnist_archive()[:-30]])
+def test_an_archive_that_cannot_be_unpacked_leaves_nothing(tmp_path, emnist, server, monkeypatch, content):
+    server.files["/gzip.zip"] = content
+    monkeypatch.setattr(emnist, "md5", hashlib.md5(content).hexdigest())
+    with pytest.raises(UserError, match=r"--dataset emnist_letters: not in .*zip"):
+        datasets.fetch("emnist_letters", str(tmp_path / "data"))
+    assert not (tmp_path / "data").exists()
+
+
+def test_an_archive_that_is_not_the_published_one_is_refused(tmp_path, emnist, server):
+    server.files["/gzip.zip"] = emnist_archive() + b"more"
+    with pytest.raises(UserError, match="not the published file"):
+        datasets.fetch("emnist_letters", str(tmp_path / "data"))
+    assert not (tmp_path / "data").exists()
 
 
 def test_an_incomplete_folder_is_completed(tmp_path, mnist):
