@@ -2,14 +2,14 @@
 
 In: weights and configuration, or a path. Out: `export/best/{model.safetensors, config.json}`, or a `TrainedModel` that
 predicts. Nothing is unpickled. config.json is written last and holds the sha256 of the weights, so that an export that
-was only half written is never loaded.
+was only half written is never loaded. The folder may be published: it holds no paths and nothing of an account.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from mnist.config import RUNS, TrainConfig, from_flat, to_flat
+from mnist.config import RUNS, OutputConfig, TrainConfig, from_flat, to_flat
 from mnist.data.datasets import DatasetInfo, take_info
 from mnist.data.transforms import BatchTransform
 from mnist.errors import RunError, UserError
@@ -27,6 +27,8 @@ from mnist.runs.records import WEIGHTS_CHECKSUM
 from mnist.system.files import read_json, read_regular, refuse_symlink, remove_leftovers, write_atomically, write_json
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+CARD, ONNX, PT2 = "README.md", "model.onnx", "model.pt2"  # made from the weights, by `model_card` and `mnist.export`
+LOCAL_FIELDS = ("data_dir", "init_from", *(field.name for field in fields(OutputConfig)))  # paths, accounts, remarks
 MAX_HEADER_BYTES = 1_000_000  # of a safetensors file, beside the weights
 
 
@@ -55,7 +57,9 @@ class TrainedModel:
 
 
 def export_model(folder: Path, weights: dict[str, Tensor], config: dict[str, Any]) -> None:
-    """Writes plain weights (on the CPU) and a flat configuration, and removes what a killed writer left there.
+    """Writes plain weights (on the CPU) and a flat configuration without its `LOCAL_FIELDS`.
+
+    Removes what a killed writer left there, and what was made from other weights.
 
     Args:
         folder: is made where it is missing.
@@ -71,9 +75,12 @@ def export_model(folder: Path, weights: dict[str, Tensor], config: dict[str, Any
         refuse_symlink(folder)
         folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder)
+        for name in (CARD, ONNX, PT2):
+            (folder / name).unlink(missing_ok=True)
         content = safetensors.torch.save({name: tensor.contiguous() for name, tensor in weights.items()})
         write_atomically(folder / WEIGHTS, content)
-        write_json(folder / CONFIG, {**config, WEIGHTS_CHECKSUM: hashlib.sha256(content).hexdigest()})
+        public = {name: value for name, value in config.items() if name not in LOCAL_FIELDS}
+        write_json(folder / CONFIG, {**public, WEIGHTS_CHECKSUM: hashlib.sha256(content).hexdigest()})
     except (OSError, SafetensorError) as error:
         raise RunError(f"{folder}: export not written ({error})") from error
 
@@ -151,6 +158,8 @@ def _read_config(path: Path) -> tuple[TrainConfig, DatasetInfo, str | None, list
         raise UserError(f"{path}: missing or empty")
     checksum = content.pop(WEIGHTS_CHECKSUM, None)
     info = take_info(content)
+    with contextlib.suppress(RunError, KeyError):  # of the run that the export is still in, if it is
+        content.setdefault("data_dir", read_json(path.resolve().parent.parent.parent / CONFIG)["data_dir"])
     known = to_flat(TrainConfig())
     unknown = sorted(set(content) - set(known))
     return from_flat({name: value for name, value in content.items() if name in known}), info, checksum, unknown

@@ -19,10 +19,10 @@ from mnist.config import TrainConfig, fields_on_resume, to_flat
 from mnist.data.datasets import Dataset
 from mnist.recipes import RECIPES
 from mnist.runs.console import count
+from mnist.runs.export import CARD
 from mnist.runs.records import ResultRecord, ScoreRecord, read_result
 from mnist.system.files import read_json, write_atomically
 
-CARD = "README.md"
 ON_THE_HUB = {"mnist": "ylecun/mnist", "fashion_mnist": "zalando-datasets/fashion_mnist"}
 PICTURES = {"curves": "Loss and accuracy while it was trained", "mistakes": "Its most confident mistakes"}
 

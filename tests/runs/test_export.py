@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from mnist.config import evolve, to_flat
+from mnist.config import DataConfig, evolve, to_flat
 from mnist.data.datasets import DatasetInfo
 from mnist.errors import RunError, UserError
 from mnist.models import build_model
@@ -31,7 +31,7 @@ def test_a_model_comes_back_as_it_went(tmp_path: Path, recipe: str) -> None:
     trained = load_model(tmp_path / "best")
     images = trained.transform(torch.randint(0, 256, (3, 28, 28), dtype=torch.uint8))
     assert not trained.model.training
-    assert trained.config == evolve(RECIPES[recipe]())
+    assert trained.config == evolve(RECIPES[recipe](), wandb="auto")
     torch.testing.assert_close(trained.model(images), model.eval()(images), rtol=0, atol=0)
 
 
@@ -169,6 +169,26 @@ def test_what_a_killed_writer_left_is_removed_by_the_next_one(tmp_path: Path) ->
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
 
 
+def test_new_weights_take_away_the_card_and_the_onnx_file_of_the_old_ones(tmp_path: Path) -> None:
+    exported(tmp_path)
+    for name in ("README.md", "model.onnx", "model.pt2", "my notes.txt"):
+        (tmp_path / name).write_text("of the old weights")
+    exported(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors", "my notes.txt"}
+
+
+def test_paths_and_remarks_are_not_exported_but_the_data_are_still_found(tmp_path: Path) -> None:
+    secret = {"data_dir": "/home/me/data", "run_dir": "/home/me/run", "init_from": "/home/me/old", "wandb_notes": "me"}
+    flat = to_flat(evolve(RECIPES["smoke"](), **secret))
+    folder = tmp_path / "run" / "export" / "best"
+    export_model(folder, module_tensors(build_model("tinynet")), flat)
+    assert "me" not in json.loads((folder / "config.json").read_text()).values()
+    assert "/home" not in (folder / "config.json").read_text()
+    assert load_model(folder).config.data.data_dir == DataConfig().data_dir
+    (tmp_path / "run" / "config.json").write_text(json.dumps(flat))
+    assert load_model(folder).config.data.data_dir == "/home/me/data"
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     exported(tmp_path)
     (tmp_path / "config.json").unlink()
@@ -187,7 +207,7 @@ def test_an_export_knows_its_classes_and_an_older_one_those_of_its_data_set(tmp_
     weights, config = module_tensors(build_model("tinynet")), evolve(RECIPES["smoke"](), mean=(0.1, 0.2, 0.3))
     export_model(tmp_path / "new", weights, {**to_flat(config), **asdict(info)})
     trained = load_model(tmp_path / "new")
-    assert (trained.info, trained.config, trained.warning) == (info, config, None)
+    assert (trained.info, trained.config, trained.warning) == (info, evolve(config, wandb="auto"), None)
     old = {**to_flat(RECIPES["smoke"]()), "mean": 0.5, "std": 0.25, "dataset": "fashion_mnist"}
     export_model(tmp_path / "old", weights, old)
     trained = load_model(tmp_path / "old")
