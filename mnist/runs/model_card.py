@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from mnist.config import TrainConfig, fields_on_resume, to_flat
-from mnist.data.datasets import Dataset
+from mnist.data.datasets import DatasetInfo
 from mnist.recipes import RECIPES
 from mnist.runs.console import count
 from mnist.runs.export import CARD
@@ -53,21 +53,21 @@ print(probabilities.argmax(dim=1), probabilities.amax(dim=1))
 """
 
 
-def write_card(run_dir: Path, config: TrainConfig, dataset: Dataset, warn: Callable[[str], None]) -> None:
+def write_card(run_dir: Path, config: TrainConfig, info: DatasetInfo, warn: Callable[[str], None]) -> None:
     """Writes the card of a finished run's best model. Rank 0 alone calls it. Whatever fails is a warning."""
     folder = run_dir / "export" / "best"
     try:
         pictures = _copy_pictures(run_dir / "pictures", folder) if config.output.pictures else []
         result, environment = read_result(run_dir), read_json(run_dir / "environment.json")
         assert result is not None
-        text = render(result, config, environment, dataset, pictures)
+        text = render(result, config, environment, info, pictures)
         write_atomically(folder / CARD, text.encode())
     except Exception as error:  # a full disk, a damaged record: the model itself is there
         warn(f"no model card: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
 
 
 def render(
-    result: ResultRecord, config: TrainConfig, environment: dict[str, Any], dataset: Dataset, pictures: Sequence[str]
+    result: ResultRecord, config: TrainConfig, environment: dict[str, Any], info: DatasetInfo, pictures: Sequence[str]
 ) -> str:
     """The text of a card.
 
@@ -75,18 +75,18 @@ def render(
         result: of the finished run.
         config: of the run.
         environment: what environment.json says.
-        dataset: that it was trained on.
+        info: of the data set that it was trained on.
         pictures: names in `PICTURES` that lie beside the card.
     """
     assert result.test is not None
-    channels, height, width = dataset.image_shape
+    channels, height, width = info.image_shape
     shape = f"{height}, {width}" if channels == 1 else f"{channels}, {height}, {width}"
     metadata = yaml.safe_dump(_metadata(result, result.test), sort_keys=False, allow_unicode=True, width=120)
     shown = [f"![{PICTURES[name]}]({name}.png)\n" for name in pictures]
     parts = [
         f"---\n{metadata}---\n",
         f"# {escape(f'{result.recipe}-{result.dataset}')}\n",
-        _summary(result, result.test, config, dataset),
+        _summary(result, result.test, config, info),
         "## How it was trained\n",
         f"```bash\n{command(config, result.world_size)}\n```\n",
         _training(result, config, environment),
@@ -116,7 +116,8 @@ def command(config: TrainConfig, num_processes: int) -> str:
             if isinstance(value, bool):
                 words.append(f"--{flag}" if value else f"--no-{flag}")
             else:
-                words += [f"--{flag}", "WEIGHTS" if name == "init_from" else str(value)]
+                values = ["WEIGHTS"] if name == "init_from" else value if isinstance(value, list) else [value]
+                words += [f"--{flag}", *map(str, values)]
     start = "python train_ddp.py"
     if num_processes > 1:
         start = f"torchrun --local-addr localhost --nproc-per-node {num_processes} train_ddp.py"
@@ -158,13 +159,11 @@ def _metadata(result: ResultRecord, test: ScoreRecord) -> dict[str, Any]:
     }
 
 
-def _summary(result: ResultRecord, test: ScoreRecord, config: TrainConfig, dataset: Dataset) -> str:
+def _summary(result: ResultRecord, test: ScoreRecord, config: TrainConfig, info: DatasetInfo) -> str:
     """What it is, and how good, with the conditions of the number."""
-    channels, height, width = dataset.image_shape
+    channels, height, width = info.image_shape
     kind = "grey" if channels == 1 else f"{channels}-channel"
-    rates = [
-        (row[k] / sum(row), dataset.class_names[k]) for k, row in enumerate(result.test_confusion or []) if any(row)
-    ]
+    rates = [(row[k] / sum(row), info.class_names[k]) for k, row in enumerate(result.test_confusion or []) if any(row)]
     weakest = ", ".join(f"{escape(name)} ({rate:.2%})" for rate, name in sorted(rates)[:3])
     chosen = "those with the best accuracy on held-out training images" if config.data.val_size else "the last ones"
     rows = [
@@ -172,7 +171,7 @@ def _summary(result: ResultRecord, test: ScoreRecord, config: TrainConfig, datas
         ("conditions", f"one run, seed {result.seed}, {result.precision}; another seed may differ by some tenths"),
         ("weights", f"{chosen}; each test image was scored once"),
         ("lowest accuracy", weakest),
-        ("classes", ", ".join(escape(name) for name in dataset.class_names)),
+        ("classes", ", ".join(escape(name) for name in info.class_names)),
         ("input", f"{height}x{width} {kind} pixels, 0 to 255, as the data set has them (in MNIST, 0 is paper)"),
     ]
     name = escape(result.dataset)

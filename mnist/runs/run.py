@@ -273,7 +273,7 @@ class Run:
         """Writes result.json and closes the trackers, on rank 0; returns the numbers, and what to type next."""
         numbers = self._write_result(status, test, **more)
         if test is not None:
-            write_card(self._setup.directory.path, self._setup.config, self._setup.dataset, self._console.warn)
+            write_card(self._setup.directory.path, self._setup.config, self._setup.dataset.info, self._console.warn)
         best = {f"best/{key}": value for key, value in (self._state.best or {}).items()}
         times = {name: numbers[name] for name in ("warmup_time_s", "total_time_s", "train_time_s")}
         with self._console.doing("closing trackers"):

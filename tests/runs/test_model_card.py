@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
 from mnist.cli import parse_command_line
 from mnist.config import TrainConfig, evolve, fields_on_resume, to_flat
-from mnist.data.batches import Split
-from mnist.data.datasets import Dataset
+from mnist.data.datasets import DatasetInfo
 from mnist.recipes import RECIPES
 from mnist.runs.model_card import command, escape, render, write_card
 from mnist.runs.records import read_config, read_result
@@ -32,17 +30,15 @@ ENVIRONMENT = {
 }
 
 
-def dataset_of(*class_names: str, channels: int = 1) -> Dataset:
-    shape = (1, 28, 28) if channels == 1 else (1, channels, 28, 28)
-    split = Split(torch.zeros(shape, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64))
-    return Dataset("digits", split, None, split, class_names, "")
+def info_of(*class_names: str, channels: int = 1) -> DatasetInfo:
+    return DatasetInfo((channels, 28, 28), class_names)
 
 
 def card_of(run: Path, *class_names: str, config: TrainConfig | None = None, channels: int = 1) -> str:
     result = read_result(run)
     assert result is not None
-    dataset = dataset_of(*(class_names or "0123456789"), channels=channels)
-    return render(result, config or read_config(run / "config.json"), ENVIRONMENT, dataset, [])
+    info = info_of(*(class_names or "0123456789"), channels=channels)
+    return render(result, config or read_config(run / "config.json"), ENVIRONMENT, info, [])
 
 
 def blocks_of_python(text: str) -> list[str]:
@@ -90,7 +86,8 @@ CHANGES: list[dict[str, Any]] = [
     {},
     {"seed": 3, "lr": 1e-5, "deterministic": True, "dataset": "digits"},
     {"val_size": 200, "patience": 2, "target_accuracy": 0.9, "step_mode": "captured"},
-    {"mixed_precision": "bf16", "gradient_accumulation_steps": 2, "num_threads": 2, "run_dir": "/home/secret/run"},
+    {"mean": (0.1, 0.2, 0.3), "std": (0.5,)},
+    {"mixed_precision": "bf16", "gradient_accumulation_steps": 2, "num_threads": 2, "run_dir": "/home/me/run"},
 ]
 
 
@@ -101,7 +98,7 @@ def test_the_command_of_the_card_trains_with_the_same_configuration(recipe: str,
     as_launched = {"mixed_precision": "no", "gradient_accumulation_steps": 1} | changes
     words = shlex.split(command(evolve(config, **as_launched), 1))
     assert words[:4] == ["python", "train_ddp.py", "--recipe", recipe]
-    assert len(words) <= 4 + 2 * len(changes)
+    assert len(words) <= 4 + sum(2 if not isinstance(v, tuple) else 1 + len(v) for v in changes.values())
     again = to_flat(parse_command_line(words[2:]))
     free = fields_on_resume("free")
     assert {k: v for k, v in again.items() if k not in free} == {
@@ -149,7 +146,7 @@ def test_a_card_that_cannot_be_written_is_a_warning(smoke_run: Path, tmp_path: P
     shutil.copytree(smoke_run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints", "README.md"))
     (tmp_path / "run" / broken).write_text("{}")
     warnings: list[str] = []
-    write_card(tmp_path / "run", RECIPES["smoke"](), dataset_of(*"0123456789"), warnings.append)
+    write_card(tmp_path / "run", RECIPES["smoke"](), info_of(*"0123456789"), warnings.append)
     assert len(warnings) == 1
     assert warnings[0].startswith("no model card: ")
     assert not (tmp_path / "run" / "export" / "best" / "README.md").exists()
@@ -159,5 +156,5 @@ def test_classes_without_test_images_have_no_accuracy(smoke_run: Path) -> None:
     result = read_result(smoke_run)
     assert result is not None
     empty = replace(result, test_confusion=[[0] * 10 for _ in range(9)] + [[0] * 9 + [5]])
-    text = render(empty, read_config(smoke_run / "config.json"), ENVIRONMENT, dataset_of(*"0123456789"), [])
+    text = render(empty, read_config(smoke_run / "config.json"), ENVIRONMENT, info_of(*"0123456789"), [])
     assert "| lowest accuracy | 9 (100.00%) |" in text
