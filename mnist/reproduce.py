@@ -77,8 +77,8 @@ class Options:
             check_choice("--recipe", name, list(RECIPES))
         if self.seeds < 1 or self.sample_steps < 0:
             raise UserError("--seeds must be 1 or more, --sample-steps 0 or more")
-        _, *more_recipes = self.recipe
-        if self.versus is not None and (more_recipes or self.publish or self.sample_steps):
+        other_recipes = self.recipe[1:]
+        if self.versus is not None and (not self.recipe or other_recipes or self.publish or self.sample_steps):
             raise UserError(f"--versus {self.versus}: needs one --recipe, and neither --publish nor --sample-steps")
 
 

@@ -1,7 +1,8 @@
 """Measures this project's loop against the usual loops, in one run, as ratios.
 
-  python -m mnist.bench            this loop and the usual loops
-  python -m mnist.bench scaling    processes under DDP, and processes that do not communicate
+  python -m mnist.bench                    this loop and the usual loops
+  python -m mnist.bench scaling            processes under DDP, and processes that do not communicate
+  python -m mnist.bench front --publish    the usual MNIST scripts: accuracy and time, beside those of our recipes
 
 In: options. Out: a table, or JSON. All take turns, and ratios are medians of the ratios within each round, so that
 other work on the machine slows all of them alike. (Time and accuracy of a recipe over seeds: mnist.reproduce.)
@@ -25,14 +26,14 @@ from mnist.config import DataConfig, DatasetName, TrainConfig, check_choice, evo
 from mnist.errors import UserError, is_first_rank, is_one_of_several
 from mnist.recipes import RECIPES
 
-MINIMUM = {"images": 1, "repeats": 1, "processes": 2, "workers": 0, "num_threads": 0}
+MINIMUM = {"images": 1, "repeats": 1, "seeds": 0, "processes": 2, "workers": 0, "num_threads": 0}
 
 
 @dataclass(frozen=True)
 class Options:
     """What to measure, and how often."""
 
-    measure: tyro.conf.Positional[Literal["loops", "scaling"]] = "loops"
+    measure: tyro.conf.Positional[Literal["loops", "scaling", "front"]] = "loops"
     """What to measure."""
     recipe: tuple[str, ...] = ("convnet",)
     """Recipes: network, batch, optimizer and loss."""
@@ -50,6 +51,12 @@ class Options:
     """Measurements that count, after one that does not."""
     processes: int = 2
     """Processes, of one thread each (scaling)."""
+    scripts: tuple[str, ...] = ()
+    """Names of scripts; default: all of them (front)."""
+    seeds: int = 1
+    """Runs of each script; 0 = only show, or draw, what docs/ has (front)."""
+    publish: bool = False
+    """Write docs/front.json and the picture docs/pictures/front.png (front)."""
     num_threads: int = 0
     """CPU threads; 0 = all cores that this process may use."""
     cpu: bool = False
@@ -77,12 +84,14 @@ import torch
 
 from mnist.bench.baselines import find_device, has_torchvision_files
 from mnist.bench.comparison import Loop, check_losses, compare, measure_loops, paired_ratio
+from mnist.bench.front import DOCS, SCRIPTS, measure_all, points, publish
 from mnist.bench.report import Report, Row, environment, print_report
 from mnist.bench.scaling import ALONE, PROJECT, Turn, measure_scaling
 from mnist.data import datasets
 from mnist.data.transforms import Augmentation
 from mnist.system.accelerator import open_accelerator
 from mnist.system.environment import device_name
+from mnist.system.files import read_json
 from mnist.system.process import num_usable_cores
 
 ROOT = Path(__file__).parents[2]
@@ -99,7 +108,7 @@ def main(options: Options) -> int:
         raise UserError(f"{options.measure}: is measured by one process; start it without a launcher")
     if not is_launched and options.measure == "scaling":
         return launch_ranks(options)
-    report = bench_loops(options) if options.measure == "loops" else bench_scaling(options)
+    report = {"loops": bench_loops, "scaling": bench_scaling, "front": bench_front}[options.measure](options)
     if is_first_rank():
         print_report(report, as_json=options.json)
     return 0
@@ -126,6 +135,31 @@ def bench_loops(options: Options) -> Report:
             f"bare loop and this project: equal losses, to {max(row['loss difference'] or 0 for row in rows):.1e}",
         ],
         hidden=("loss difference", "loss", "passes", "images seen"),
+    )
+
+
+def bench_front(options: Options) -> Report:
+    """The usual scripts, measured here, beside the recipes as docs/results.json has them."""
+    for name in options.scripts:
+        check_choice("--scripts", name, list(SCRIPTS))
+    choice = datasets.choose(DataConfig(options.dataset or "mnist", options.data_dir))
+    config = evolve(
+        TrainConfig(), dataset=choice.name, data_dir=options.data_dir, num_threads=threads(options), cpu=options.cpu
+    )
+    torch.set_num_threads(threads(options))
+    dataset = datasets.read(choice.name, config.data)
+    rows = measure_all(options.scripts or SCRIPTS, config, dataset.train, dataset.test, options.seeds)
+    if options.publish:
+        publish(rows)
+    kept = read_json(DOCS / "front.json")["rows"]
+    measured = {row["script"] for row in rows}
+    rows += [row for row in kept if row["script"] not in measured]
+    return Report(
+        title=f"the usual scripts, {options.seeds} seeds each, and the recipes of docs/results.json",
+        environment=environment(threads(options), device_used(options)) | {"data": choice.name},
+        rows=points(read_json(DOCS / "results.json"), {"rows": rows}),
+        notes=["seconds: of training alone; recipes, and scripts that were not run now, on the hardware of their row"],
+        hidden=("hardware", "ours"),
     )
 
 

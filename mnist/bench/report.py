@@ -84,6 +84,8 @@ def show(column: str, value: Any) -> str:
     """A cell: with as many digits as are useful in its column."""
     if value is None or isinstance(value, str):
         return value or ""
+    if column == "accuracy":
+        return f"{value:.2%}"
     if column == "over bare":
         return f"{value:+.1%}"
     return f"{value:,.0f}" if abs(value) >= 100 or isinstance(value, int) else f"{value:.2f}"
