@@ -85,7 +85,7 @@ def run_training(config: TrainConfig, accelerator: Accelerator, console: Console
     if resume.is_finished(directory, config, plan):
         return report_finished(directory, config, console)
     train_loader = build_train_loader(config, plan, dataset.train, accelerator)
-    train_step = build_train_step(config, accelerator, plan)
+    train_step = build_train_step(config, accelerator, dataset.info, plan)
     state = TrainState()
     setup = RunSetup(config, plan, dataset, directory, train_step, state)
     notes = resume_run(setup)

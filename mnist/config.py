@@ -80,7 +80,7 @@ Model = Literal[
 ]
 
 MNIST_MEAN, MNIST_STD = 0.1307, 0.3081  # of the training pixels, in [0, 1]
-IMAGE_SIZES = {"lenet5": 32, "lenet5_classic": 32, "lenet5_1998": 32}  # what a network takes, where it is not 28
+IMAGE_SIZES = {"lenet5": 32, "lenet5_classic": 32, "lenet5_1998": 32}  # of networks that take one size only
 
 Optimizer = Literal["sgd", "adam", "adamw", "adadelta"]
 Schedule = Literal["constant", "step", "exponential", "cosine", "one_cycle"]
@@ -392,7 +392,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        size = IMAGE_SIZES.get(self.optim.model, 28)
+        size = IMAGE_SIZES.get(self.optim.model, self.image.image_size)
         _require(
             self.image.image_size == size,
             f"--model {self.optim.model}: needs --image-size {size}, not {self.image.image_size}",

@@ -81,7 +81,7 @@ from mnist.runs.records import ScoreRecord, read_result
 from mnist.system.accelerator import open_accelerator
 from mnist.training.evaluation import evaluate
 from mnist.training.losses import build_loss
-from mnist.training.metrics import NUM_CLASSES, Scores
+from mnist.training.metrics import Scores
 
 
 def main(options: Options) -> int:
@@ -95,6 +95,8 @@ def main(options: Options) -> int:
         split = {"test": dataset.test, "val": dataset.val, "train": dataset.train}[options.split]
         if split is None:
             raise UserError("--split val: no images were held out when this model was trained; choose test or train")
+        for model in filter(None, (trained, other)):
+            check_fits(model.info, dataset)
         for line in (*(model.warning for model in (trained, other) if model), *dataset.warnings):
             if line is not None:
                 console.warn(line)
@@ -118,12 +120,13 @@ def _score(
         whether each image was right, bool (N,), where two models are compared (else empty).
     """
     batches: list[tuple[int, int]] = []
+    num_classes = trained.info.num_classes
     predictions: list[Tensor] = []
 
     def watch(counts: Tensor) -> None:
         bar.update(task, completed=int(counts.sum()))
         if options.per_batch:
-            batches.append((int(counts.view(NUM_CLASSES, NUM_CLASSES).trace()), int(counts.sum())))
+            batches.append((int(counts.view(num_classes, num_classes).trace()), int(counts.sum())))
 
     model = accelerator.unwrap_model(accelerator.prepare_model(trained.model, evaluation_mode=True))
     if options.versus is not None:
@@ -133,6 +136,7 @@ def _score(
         scores = evaluate(
             model,
             split,
+            num_classes=num_classes,
             accelerator=accelerator,
             loss_fn=build_loss(trained.config.optim.loss),
             transform=trained.transform,
@@ -141,6 +145,19 @@ def _score(
         )
     is_correct = torch.cat(predictions) == split.labels if predictions else torch.empty(0, dtype=torch.bool)
     return scores, batches, is_correct
+
+
+def check_fits(info: datasets.DatasetInfo, dataset: datasets.Dataset) -> None:
+    """Checks that a network can be scored on a data set.
+
+    Raises:
+        UserError: it has another number of channels or of classes.
+    """
+    theirs = (info.in_channels, info.num_classes)
+    found = (dataset.info.in_channels, dataset.info.num_classes)
+    for expected, number, what in zip(theirs, found, ("channels", "classes"), strict=True):
+        if number != expected:
+            raise UserError(f"--dataset {dataset.name}: has {number} {what}, but the model was trained for {expected}")
 
 
 def _settle_runtime(trained: RuntimeConfig, options: Options) -> RuntimeConfig:

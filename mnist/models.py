@@ -1,7 +1,7 @@
-"""The networks: float images (B, 1, S, S) -> raw logits (B, 10).
+"""The networks: float images (B, C, S, S) -> raw logits (B, K), of C channels, S pixels a side and K classes.
 
-Each is an `nn.Sequential` with named layers, so that it reads like the table in a paper. Shapes in the comments are
-those of one image, channels x height x width.
+Most are an `nn.Sequential` with named layers, which reads like the table in a paper; any `nn.Module` will do. Shapes in
+the comments, and numbers of parameters, are those of MNIST: one image, channels x height x width, ten classes.
 """
 
 from __future__ import annotations
@@ -14,38 +14,54 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mnist.errors import UserError
 from mnist.seeding import derive_seed
+
+Builder = Callable[[int, int, int], nn.Module]  # from in_channels, image_size and num_classes
 
 
 def _sequential(**layers: nn.Module) -> nn.Sequential:
     return nn.Sequential(OrderedDict(layers))
 
 
-def convnet() -> nn.Sequential:
+def _flat_size(image_size: int, channels: int, side: int) -> int:
+    """Numbers in `channels` maps of `side` pixels a side, which an image of `image_size` becomes.
+
+    Raises:
+        UserError: the image is so small that nothing is left of the maps.
+    """
+    if side < 1:
+        raise UserError(f"--image-size {image_size}: too small for this network, nothing is left of its last maps")
+    return channels * side**2
+
+
+def convnet(in_channels: int, image_size: int, num_classes: int) -> nn.Sequential:
     """Two convolutions and a wide linear layer; 1,007,590 parameters, 1.33 M multiply-accumulates per image.
 
     Source: dwgan/MNIST-PyTorch.
     """
+    flat_size = _flat_size(image_size, 20, (image_size - 4) // 2 - 2)
     return _sequential(
-        conv1=nn.Conv2d(1, 10, kernel_size=5),  # 1x28x28 -> 10x24x24
+        conv1=nn.Conv2d(in_channels, 10, kernel_size=5),  # 1x28x28 -> 10x24x24
         relu1=nn.ReLU(),
         pool1=nn.MaxPool2d(2),  # -> 10x12x12
         conv2=nn.Conv2d(10, 20, kernel_size=3),  # -> 20x10x10
         relu2=nn.ReLU(),
         flatten=nn.Flatten(),  # -> 2000
-        linear1=nn.Linear(2000, 500),
+        linear1=nn.Linear(flat_size, 500),
         relu3=nn.ReLU(),
-        linear2=nn.Linear(500, 10),
+        linear2=nn.Linear(500, num_classes),
     )
 
 
-def mycnn() -> nn.Sequential:
+def mycnn(in_channels: int, image_size: int, num_classes: int) -> nn.Sequential:
     """Three small blocks of convolution, batch norm, leaky ReLU, pooling; 8,110 parameters, 0.35 M.
 
     Source: sivanWu0222/PyTorchDL.
     """
+    flat_size = _flat_size(image_size, 32, (image_size + 2) // 8)
     return _sequential(
-        conv1=nn.Conv2d(1, 3, kernel_size=3, padding=2),  # 1x28x28 -> 3x30x30
+        conv1=nn.Conv2d(in_channels, 3, kernel_size=3, padding=2),  # 1x28x28 -> 3x30x30
         norm1=nn.BatchNorm2d(3),
         relu1=nn.LeakyReLU(0.2),
         pool1=nn.MaxPool2d(2),  # -> 3x15x15
@@ -58,50 +74,52 @@ def mycnn() -> nn.Sequential:
         relu3=nn.LeakyReLU(0.2),
         pool3=nn.MaxPool2d(2),  # -> 32x3x3
         flatten=nn.Flatten(),  # -> 288
-        linear=nn.Linear(288, 10),
+        linear=nn.Linear(flat_size, num_classes),
     )
 
 
-def lenet5() -> nn.Sequential:
+def lenet5(in_channels: int, image_size: int, num_classes: int) -> nn.Sequential:
     """LeNet-5 with ReLU and max pooling on 32x32 images; 61,706 parameters, 0.42 M.
 
     As in the source's code there is no ReLU after the second convolution (its text puts one there).
 
     Source: coursework "LeNet-5 on MNIST"; LeCun et al. 1998.
     """
+    flat_size = _flat_size(image_size, 16, ((image_size - 4) // 2 - 4) // 2)
     return _sequential(
-        conv1=nn.Conv2d(1, 6, kernel_size=5),  # 1x32x32 -> 6x28x28
+        conv1=nn.Conv2d(in_channels, 6, kernel_size=5),  # 1x32x32 -> 6x28x28
         relu1=nn.ReLU(),
         pool1=nn.MaxPool2d(2),  # -> 6x14x14
         conv2=nn.Conv2d(6, 16, kernel_size=5),  # -> 16x10x10
         pool2=nn.MaxPool2d(2),  # -> 16x5x5
         flatten=nn.Flatten(),  # -> 400
-        linear1=nn.Linear(400, 120),
+        linear1=nn.Linear(flat_size, 120),
         relu3=nn.ReLU(),
         linear2=nn.Linear(120, 84),
         relu4=nn.ReLU(),
-        linear3=nn.Linear(84, 10),
+        linear3=nn.Linear(84, num_classes),
     )
 
 
-def lenet5_classic() -> nn.Sequential:
+def lenet5_classic(in_channels: int, image_size: int, num_classes: int) -> nn.Sequential:
     """LeNet-5 as first taught: sigmoid everywhere, average pooling; the same 61,706 parameters.
 
     Source: the baseline of the same coursework.
     """
+    flat_size = _flat_size(image_size, 16, ((image_size - 4) // 2 - 4) // 2)
     return _sequential(
-        conv1=nn.Conv2d(1, 6, kernel_size=5),  # 1x32x32 -> 6x28x28
+        conv1=nn.Conv2d(in_channels, 6, kernel_size=5),  # 1x32x32 -> 6x28x28
         sigmoid1=nn.Sigmoid(),
         pool1=nn.AvgPool2d(2),  # -> 6x14x14
         conv2=nn.Conv2d(6, 16, kernel_size=5),  # -> 16x10x10
         sigmoid2=nn.Sigmoid(),
         pool2=nn.AvgPool2d(2),  # -> 16x5x5
         flatten=nn.Flatten(),  # -> 400
-        linear1=nn.Linear(400, 120),
+        linear1=nn.Linear(flat_size, 120),
         sigmoid3=nn.Sigmoid(),
         linear2=nn.Linear(120, 84),
         sigmoid4=nn.Sigmoid(),
-        linear3=nn.Linear(84, 10),
+        linear3=nn.Linear(84, num_classes),
     )
 
 
@@ -149,7 +167,7 @@ class PartialConvolution(nn.Module):
         return torch.cat([convolve(x) for convolve, x in zip(self.children(), seen, strict=True)], dim=1)
 
 
-def lenet5_1998() -> nn.Sequential:
+def lenet5_1998(in_channels: int, image_size: int, num_classes: int) -> nn.Sequential:
     """LeNet-5 as it was in 1998; 60,850 parameters, 0.33 M.
 
     Partial connections, trainable pooling, and 120 maps of one pixel. Only the output differs: a linear layer, whose
@@ -157,8 +175,9 @@ def lenet5_1998() -> nn.Sequential:
 
     Source: LeCun, Bottou, Bengio, Haffner: Gradient-Based Learning Applied to Document Recognition, section II.B.
     """
+    flat_size = _flat_size(image_size, 120, ((image_size - 4) // 2 - 4) // 2 - 4)
     return _sequential(
-        c1=nn.Conv2d(1, 6, kernel_size=5),  # 1x32x32 -> 6x28x28
+        c1=nn.Conv2d(in_channels, 6, kernel_size=5),  # 1x32x32 -> 6x28x28
         tanh1=ScaledTanh(),
         s2=TrainablePooling(6),  # -> 6x14x14
         tanh2=ScaledTanh(),
@@ -169,9 +188,9 @@ def lenet5_1998() -> nn.Sequential:
         c5=nn.Conv2d(16, 120, kernel_size=5),  # -> 120x1x1
         tanh5=ScaledTanh(),
         flatten=nn.Flatten(),  # -> 120
-        f6=nn.Linear(120, 84),
+        f6=nn.Linear(flat_size, 84),
         tanh6=ScaledTanh(),
-        output=nn.Linear(84, 10),
+        output=nn.Linear(84, num_classes),
     )
 
 
@@ -184,29 +203,30 @@ def _perceptron(widths: Sequence[int]) -> nn.Sequential:
     return _sequential(**layers)
 
 
-def mlp() -> nn.Sequential:
+def mlp(in_channels: int, image_size: int, num_classes: int) -> nn.Sequential:
     """Six linear layers with ReLU between them; 640,842 parameters.
 
     Source: "handwritten digit recognition" tutorial; its softmax belongs to the loss here.
     """
-    return _perceptron([784, 512, 256, 256, 128, 64, 10])
+    return _perceptron([in_channels * image_size**2, 512, 256, 256, 128, 64, num_classes])
 
 
-def mlp_sigmoid() -> nn.Sequential:
+def mlp_sigmoid(in_channels: int, image_size: int, num_classes: int) -> nn.Sequential:
     """Five linear layers with ReLU between them; 575,050 parameters.
 
     Source: the shorter network in the same tutorial; its final sigmoid belongs to the loss here.
     """
-    return _perceptron([784, 512, 256, 128, 64, 10])
+    return _perceptron([in_channels * image_size**2, 512, 256, 128, 64, num_classes])
 
 
-def yannet() -> nn.Sequential:
+def yannet(in_channels: int, image_size: int, num_classes: int) -> nn.Sequential:
     """A wide first half, then a depthwise-separable convolution; 30,306 parameters, 13.2 M.
 
     Source: mousecpn/MachineLearning_HW_CQUT, HW2.
     """
+    flat_size = _flat_size(image_size, 8, (image_size - 2) // 2 - 2)
     return _sequential(
-        conv1=nn.Conv2d(1, 32, kernel_size=5, padding=2),  # 1x28x28 -> 32x28x28
+        conv1=nn.Conv2d(in_channels, 32, kernel_size=5, padding=2),  # 1x28x28 -> 32x28x28
         relu1=nn.ReLU(),
         conv2=nn.Conv2d(32, 64, kernel_size=3),  # -> 64x26x26
         norm2=nn.BatchNorm2d(64),
@@ -217,17 +237,18 @@ def yannet() -> nn.Sequential:
         relu3=nn.ReLU(),
         flatten=nn.Flatten(),  # -> 968
         dropout=nn.Dropout(0.2),
-        linear=nn.Linear(968, 10),
+        linear=nn.Linear(flat_size, num_classes),
     )
 
 
-def fastnet() -> nn.Sequential:
+def fastnet(in_channels: int, image_size: int, num_classes: int) -> nn.Sequential:
     """The network of `fast`; 17,882 parameters, 0.38 M.
 
     A strided first convolution keeps large maps out of it, and few channels keep it small enough for two CPU cores.
     """
+    flat_size = _flat_size(image_size, 64, ((image_size - 5) // 2 + 1 - 2) // 2 - 2)
     return _sequential(
-        conv1=nn.Conv2d(1, 16, kernel_size=5, stride=2, bias=False),  # 1x28x28 -> 16x12x12
+        conv1=nn.Conv2d(in_channels, 16, kernel_size=5, stride=2, bias=False),  # 1x28x28 -> 16x12x12
         norm1=nn.BatchNorm2d(16),
         relu1=nn.ReLU(),
         conv2=nn.Conv2d(16, 16, kernel_size=3, bias=False),  # -> 16x10x10
@@ -238,41 +259,43 @@ def fastnet() -> nn.Sequential:
         norm3=nn.BatchNorm2d(64),
         relu3=nn.ReLU(),
         flatten=nn.Flatten(),  # -> 576
-        linear=nn.Linear(576, 10),
+        linear=nn.Linear(flat_size, num_classes),
     )
 
 
-def deepnet() -> nn.Sequential:
+def deepnet(in_channels: int, image_size: int, num_classes: int) -> nn.Sequential:
     """The network of `accurate`: five unpadded 5x5 convolutions with batch norm; the maps shrink to 8x8 by themselves.
 
     Source: the 5x5 member of arXiv:2008.10400 (An, Lee, Park, Yang, So 2020).
     """
-    widths = [1, 32, 64, 96, 128, 160]
+    widths = [in_channels, 32, 64, 96, 128, 160]
     layers: dict[str, nn.Module] = {}
     for i, (channels_in, channels_out) in enumerate(pairwise(widths), start=1):
         # 1x28x28 -> 32x24x24 -> 64x20x20 -> 96x16x16 -> 128x12x12 -> 160x8x8
         layers[f"conv{i}"] = nn.Conv2d(channels_in, channels_out, kernel_size=5, bias=False)
         layers[f"norm{i}"] = nn.BatchNorm2d(channels_out)
         layers[f"relu{i}"] = nn.ReLU()
-    return _sequential(**layers, flatten=nn.Flatten(), linear=nn.Linear(160 * 8 * 8, 10))
+    flat_size = _flat_size(image_size, 160, image_size - 20)
+    return _sequential(**layers, flatten=nn.Flatten(), linear=nn.Linear(flat_size, num_classes))
 
 
-def tinynet() -> nn.Sequential:
+def tinynet(in_channels: int, image_size: int, num_classes: int) -> nn.Sequential:
     """The network of `smoke`: small enough for a few seconds on one core."""
+    flat_size = _flat_size(image_size, 16, ((image_size - 5) // 2 + 1 - 2) // 2)
     return _sequential(
-        conv1=nn.Conv2d(1, 8, kernel_size=5, stride=2),  # 1x28x28 -> 8x12x12
+        conv1=nn.Conv2d(in_channels, 8, kernel_size=5, stride=2),  # 1x28x28 -> 8x12x12
         relu1=nn.ReLU(),
         conv2=nn.Conv2d(8, 16, kernel_size=3),  # -> 16x10x10
         relu2=nn.ReLU(),
         pool2=nn.MaxPool2d(2),  # -> 16x5x5
         flatten=nn.Flatten(),  # -> 400
-        linear1=nn.Linear(400, 32),
+        linear1=nn.Linear(flat_size, 32),
         relu3=nn.ReLU(),
-        linear2=nn.Linear(32, 10),
+        linear2=nn.Linear(32, num_classes),
     )
 
 
-MODELS: dict[str, Callable[[], nn.Sequential]] = {
+MODELS: dict[str, Builder] = {
     build.__name__: build
     for build in (
         convnet,
@@ -290,12 +313,16 @@ MODELS: dict[str, Callable[[], nn.Sequential]] = {
 }
 
 
-def build_model(name: str) -> nn.Sequential:
+def build_model(name: str, in_channels: int, image_size: int, num_classes: int) -> nn.Module:
     """The network called `name` with fresh weights from torch's global random state (seed it first).
 
     Its weights lie in memory with channels last, which convolutions are faster with, on CPUs and GPUs.
+
+    Raises:
+        UserError: the network cannot take images of that size.
     """
-    return MODELS[name]().to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+    model = MODELS[name](in_channels, image_size, num_classes)
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 
 def count_parameters(model: nn.Module) -> int:

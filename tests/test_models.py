@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from mnist.config import Model
-from mnist.models import MODELS, ScaledTanh, TrainablePooling, build_model, count_parameters, seed_initial_weights
+from mnist.models import MODELS, ScaledTanh, TrainablePooling, count_parameters, seed_initial_weights
+from tests.networks import mnist_model
 
 PARAMETERS = {
     "convnet": 1_007_590,
@@ -29,7 +30,7 @@ def images(name, batch_size=2):
 
 
 def layer_outputs(name):
-    model = build_model(name).eval()
+    model = mnist_model(name).eval()
     outputs, x = {}, images(name)
     for layer_name, layer in model.named_children():
         x = layer(x)
@@ -58,12 +59,12 @@ def test_the_configuration_lists_the_same_models():
 
 @pytest.mark.parametrize(("name", "expected"), PARAMETERS.items())
 def test_a_network_has_as_many_parameters_as_its_source(name, expected):
-    assert count_parameters(build_model(name)) == expected
+    assert count_parameters(mnist_model(name)) == expected
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if "parameters" in MODELS[name].__doc__])
 def test_a_docstring_states_the_number_of_parameters(name):
-    assert f"{count_parameters(build_model(name)):,} parameters" in MODELS[name].__doc__
+    assert f"{count_parameters(mnist_model(name)):,} parameters" in MODELS[name].__doc__
 
 
 @pytest.mark.parametrize(("name", "millions"), MILLION_MACS.items())
@@ -73,10 +74,10 @@ def test_a_network_costs_as_many_multiply_accumulates_as_its_source(name, millio
 
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_are_raw_and_one_row_per_image(name):
-    logits = build_model(name).eval()(images(name))
+    logits = mnist_model(name).eval()(images(name))
     assert logits.shape == (2, 10)
     assert logits.dtype == torch.float32
-    assert isinstance(list(build_model(name))[-1], nn.Linear)
+    assert isinstance(list(mnist_model(name))[-1], nn.Linear)
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if commented_shapes(name)])
@@ -115,7 +116,7 @@ def test_feature_maps_have_the_shape_of_the_source(name, layer, shape):
     [("mlp", [784, 512, 256, 256, 128, 64, 10]), ("mlp_sigmoid", [784, 512, 256, 128, 64, 10])],
 )
 def test_perceptrons_have_the_widths_of_the_source(name, widths):
-    linear = [layer for layer in build_model(name) if isinstance(layer, nn.Linear)]
+    linear = [layer for layer in mnist_model(name) if isinstance(layer, nn.Linear)]
     assert [linear[0].in_features, *(layer.out_features for layer in linear)] == widths
 
 
@@ -132,11 +133,11 @@ def test_perceptrons_have_the_widths_of_the_source(name, widths):
     ],
 )
 def test_networks_differ_where_their_sources_do(name, kind, count):
-    assert sum(isinstance(layer, kind) for layer in build_model(name)) == count
+    assert sum(isinstance(layer, kind) for layer in mnist_model(name)) == count
 
 
 def test_layers_of_lenet5_1998_have_the_trainable_numbers_of_the_paper():
-    model = build_model("lenet5_1998")
+    model = mnist_model("lenet5_1998")
     sizes = {name: count_parameters(layer) for name, layer in model.named_children() if list(layer.parameters())}
     assert sizes == {"c1": 156, "s2": 12, "c3": 1516, "s4": 32, "c5": 48_120, "f6": 10_164, "output": 850}
 
@@ -150,7 +151,7 @@ def test_maps_of_c3_see_the_maps_of_table_1():
         "..XXX..XXXX.XX.X",
         "...XXX..XXXX.XXX",
     ]
-    c3 = build_model("lenet5_1998").c3
+    c3 = mnist_model("lenet5_1998").c3
     maps = torch.randn(1, 6, 14, 14, generator=torch.Generator().manual_seed(0))
     before = c3(maps)
     for number, row in enumerate(rows):
@@ -174,31 +175,31 @@ def test_the_squashing_function_of_1998_keeps_one_and_minus_one():
 
 
 def test_slopes_and_dropout_are_those_of_the_source():
-    slopes = {layer.negative_slope for layer in build_model("mycnn") if isinstance(layer, nn.LeakyReLU)}
-    rates = [layer.p for layer in build_model("yannet") if isinstance(layer, nn.Dropout)]
+    slopes = {layer.negative_slope for layer in mnist_model("mycnn") if isinstance(layer, nn.LeakyReLU)}
+    rates = [layer.p for layer in mnist_model("yannet") if isinstance(layer, nn.Dropout)]
     assert (slopes, rates) == ({0.2}, [0.2])
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_initial_weights_follow_from_the_seed(name):
     seed_initial_weights(1)
-    first = build_model(name).state_dict()
+    first = mnist_model(name).state_dict()
     seed_initial_weights(1)
-    again = build_model(name).state_dict()
+    again = mnist_model(name).state_dict()
     seed_initial_weights(2)
-    other = build_model(name).state_dict()
+    other = mnist_model(name).state_dict()
     assert all(torch.equal(first[key], again[key]) for key in first)
     assert not all(torch.equal(first[key], other[key]) for key in first)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_parameter_takes_part(name):
-    model = build_model(name)
+    model = mnist_model(name)
     model(images(name)).square().sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if not name.startswith("mlp")])
 def test_convolutions_lie_in_memory_with_channels_last(name):
-    weights = [layer.weight for layer in build_model(name) if isinstance(layer, nn.Conv2d)]
+    weights = [layer.weight for layer in mnist_model(name) if isinstance(layer, nn.Conv2d)]
     assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)

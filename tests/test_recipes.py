@@ -1,9 +1,10 @@
 import pytest
 
 from mnist.config import LoopConfig, RuntimeConfig, TrainConfig, from_flat, to_flat
-from mnist.models import MODELS, build_model
+from mnist.models import MODELS
 from mnist.recipes import RECIPES
 from mnist.training.optim import build_optimizer
+from tests.networks import mnist_model
 
 MNIST_TRAIN_SIZE = 60_000
 OF_THE_SOURCES = ["convnet", "mycnn", "lenet5", "lenet5_original", "lenet5_classic", "mlp", "mlp_sigmoid", "yannet"]
@@ -52,7 +53,7 @@ def test_a_recipe_is_a_complete_configuration_under_its_own_name(name):
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_can_be_built(name):
     config = RECIPES[name]()
-    model = build_model(config.optim.model)
+    model = mnist_model(config.optim.model)
     assert build_optimizer(model.parameters(), config.optim).param_groups[0]["lr"] == config.optim.lr
     assert config.loop.global_batch_size <= MNIST_TRAIN_SIZE
 

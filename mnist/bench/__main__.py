@@ -229,9 +229,9 @@ def bench_scaling(options: Options) -> Report:
     configs = {name: evolve(settle(name, options), num_threads=1) for name in options.recipe}
     with open_accelerator(next(iter(configs.values())).runtime) as accelerator:
         for recipe, config in configs.items():
-            split = datasets.read(config.data.dataset, config.data).train.to(accelerator.device)
+            dataset = datasets.read(config.data.dataset, config.data).to(accelerator.device)
             num_steps = max(1, options.images // config.loop.global_batch_size)
-            turns = measure_scaling(accelerator, config, split, num_steps, options.repeats)
+            turns = measure_scaling(accelerator, config, dataset, num_steps, options.repeats)
             rows += [{"recipe": recipe, "ranks": way, **compare_turns(turns[way], turns[ALONE])} for way in turns]
     return Report(
         title=f"{os.environ['WORLD_SIZE']} processes, the recipe's batch each, {options.repeats} rounds in turns",

@@ -23,13 +23,13 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from mnist.config import OptimConfig, TrainConfig
 from mnist.data.batches import Split, TrainLoader
-from mnist.data.datasets import SOURCES
+from mnist.data.datasets import SOURCES, DatasetInfo
 from mnist.data.transforms import BatchTransform
 from mnist.errors import RunError
-from mnist.models import build_model, seed_initial_weights
+from mnist.models import seed_initial_weights
 from mnist.system.accelerator import build_accelerator
 from mnist.system.torchvision_compat import import_torchvision
-from mnist.training.build import build_train_step
+from mnist.training.build import build_network, build_train_step
 from mnist.training.cuda_graph import choose_step_mode, record_cuda_graph
 from mnist.training.loop import TrainState, train_one_epoch
 from mnist.training.losses import build_loss
@@ -47,11 +47,13 @@ class Job:
     Attributes:
         config: data set, threads and precision settled; no augmentation, averaging, clipping or schedule.
         split: the N images of a pass, on the CPU.
+        info: of the data set.
         num_workers: processes that load data; for loops with a DataLoader.
     """
 
     config: TrainConfig
     split: Split
+    info: DatasetInfo
     num_workers: int = 0
 
 
@@ -81,7 +83,8 @@ def usual_loader(job: Job) -> DataLoader[Any]:
     """The data set of torchvision, one Python call per image and transform, shuffled; workers are kept."""
     transforms = import_torchvision("transforms")
     image = job.config.image
-    resize = [transforms.Resize((image.image_size, image.image_size))] if image.image_size != 28 else []
+    size = (image.image_size, image.image_size)
+    resize = [transforms.Resize(size)] if job.split.image_shape[1:] != size else []
     normalise = [transforms.Normalize(image.mean, image.std)] if (image.mean, image.std) != ((0,), (1,)) else []
     transform = transforms.Compose([*resize, transforms.ToTensor(), *normalise])
     name, data_dir = job.config.data.dataset, job.config.data.data_dir
@@ -102,7 +105,7 @@ def usual_loader(job: Job) -> DataLoader[Any]:
 def pipeline(job: Job) -> Pass:
     """The loop of the tutorials: PIL, transforms per image, a DataLoader, `.item()` at each batch."""
     device = find_device(job.config)
-    model = plain_model(job.config).to(device)
+    model = plain_model(job).to(device)
     optimizer = plain_optimizer(model, job.config.optim)
     loss_fn = build_loss(job.config.optim.loss, job.config.optim.label_smoothing)
     loader = usual_loader(job)
@@ -128,7 +131,7 @@ def prepared(job: Job) -> Pass:
         cpu=find_device(job.config).type == "cpu", mixed_precision=job.config.runtime.mixed_precision
     )
     torch.set_num_threads(job.config.runtime.num_threads)  # Accelerate has set its own
-    model = plain_model(job.config)
+    model = plain_model(job)
     optimizer = plain_optimizer(model, job.config.optim)
     scheduler = LambdaLR(optimizer, lambda _: 1.0)
     loss_fn = build_loss(job.config.optim.loss, job.config.optim.label_smoothing)
@@ -158,7 +161,7 @@ def bare(job: Job) -> Pass:
     """
     device = find_device(job.config)
     split, batch = job.split.to(device), job.config.loop.global_batch_size
-    model = fresh_model(job.config).to(device)
+    model = fresh_model(job).to(device)
     is_captured = job.config.runtime.step_mode == "captured"
     optimizer = build_optimizer(model.parameters(), job.config.optim, capturable=is_captured)
     loss_fn = build_loss(job.config.optim.loss, job.config.optim.label_smoothing)
@@ -210,10 +213,10 @@ def project(job: Job) -> Pass:
     """This project's loop, put together as in train_ddp.py, a record every `log_every` steps included."""
     accelerator = build_accelerator(job.config.runtime)
     loader = train_loader(job, job.split.to(accelerator.device))
-    train_step = build_train_step(job.config, accelerator)
+    train_step = build_train_step(job.config, accelerator, job.info)
     side = job.config.image.image_size
     batch = min(len(job.split), job.config.loop.global_batch_size)
-    warm_up(train_step.model, torch.zeros(batch, 1, side, side, device=accelerator.device))
+    warm_up(train_step.model, torch.zeros(batch, job.info.in_channels, side, side, device=accelerator.device))
     wanted = job.config.runtime.step_mode
     mode, remark = choose_step_mode(train_step, wanted, 1, loader)
     if wanted == "captured" and mode != wanted:
@@ -239,15 +242,15 @@ def train_loader(job: Job, split: Split) -> TrainLoader:
     return TrainLoader(split, global_batch_size=job.config.loop.global_batch_size, seed=job.config.loop.seed)
 
 
-def fresh_model(config: TrainConfig) -> nn.Module:
+def fresh_model(job: Job) -> nn.Module:
     """The recipe's network with the weights of its seed."""
-    seed_initial_weights(config.loop.seed)
-    return build_model(config.optim.model)
+    seed_initial_weights(job.config.loop.seed)
+    return build_network(job.config, job.info)
 
 
-def plain_model(config: TrainConfig) -> nn.Module:
+def plain_model(job: Job) -> nn.Module:
     """The same network in torch's default memory format."""
-    return fresh_model(config).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload, no-any-return]
+    return fresh_model(job).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload, no-any-return]
 
 
 def plain_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:

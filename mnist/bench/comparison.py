@@ -152,10 +152,11 @@ def _train_passes(loop: Loop, config: TrainConfig, num_images: int, pipe: Connec
     device = find_device(config)
     mode = {"mixed_precision": loop.precision, "step_mode": loop.step_mode}
     config = evolve(config, **mode, cpu=device.type == "cpu")
-    train = read(config.data.dataset, config.data).train
-    split = Split(train.images[:num_images].clone(), train.labels[:num_images].clone())
-    del train  # else each loop's memory would contain the whole data set
-    train_pass = LOOPS[loop.name](Job(config, split, loop.num_workers))
+    dataset = read(config.data.dataset, config.data)
+    split, info = dataset.train[:num_images], dataset.info
+    split = Split(split.images.clone(), split.labels.clone())
+    del dataset  # else each loop's memory would contain the whole data set
+    train_pass = LOOPS[loop.name](Job(config, split, info, loop.num_workers))
     try:
         while True:
             pipe.send(_measure(train_pass, pipe.recv(), device))

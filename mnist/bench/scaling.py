@@ -14,7 +14,8 @@ import torch
 from accelerate import Accelerator
 
 from mnist.config import TrainConfig
-from mnist.data.batches import Split, TrainLoader
+from mnist.data.batches import TrainLoader
+from mnist.data.datasets import Dataset
 from mnist.training.build import build_train_step
 from mnist.training.step import wait_for_device, warm_up
 
@@ -32,21 +33,21 @@ class Turn(NamedTuple):
 
 
 def measure_scaling(
-    accelerator: Accelerator, config: TrainConfig, split: Split, num_steps: int, repeats: int
+    accelerator: Accelerator, config: TrainConfig, dataset: Dataset, num_steps: int, repeats: int
 ) -> dict[str, list[Turn]]:
     """Takes `num_steps` optimizer steps in every way, `repeats` + 1 times in turns; the first turn is not counted.
 
     Args:
         accelerator: over P ranks.
         config: the recipe; its global batch is what *each* rank takes per step.
-        split: training images, on the device.
+        dataset: on the device; its training images are taken.
         num_steps: per measurement.
         repeats: measurements that count.
 
     Returns:
         By way, a `Turn` per repeat; equal on every rank.
     """
-    trains = {way: _build(accelerator, config, split, num_steps, way) for way in WAYS}
+    trains = {way: _build(accelerator, config, dataset, num_steps, way) for way in WAYS}
     for train in trains.values():
         train()
     turns: dict[str, list[Turn]] = {way: [] for way in WAYS}
@@ -62,14 +63,16 @@ def measure_scaling(
     return turns
 
 
-def _build(accelerator: Accelerator, config: TrainConfig, split: Split, num_steps: int, way: str) -> Callable[[], int]:
+def _build(
+    accelerator: Accelerator, config: TrainConfig, dataset: Dataset, num_steps: int, way: str
+) -> Callable[[], int]:
     """A function that trains `num_steps` steps in this way, and returns how many images this rank has taken."""
-    train_step = build_train_step(config, accelerator, communicates=way == PROJECT)
-    batch, side = config.loop.global_batch_size, config.image.image_size
-    warm_up(train_step.model, torch.zeros(batch, 1, side, side, device=accelerator.device))
+    train_step = build_train_step(config, accelerator, dataset.info, communicates=way == PROJECT)
+    batch, side, channels = config.loop.global_batch_size, config.image.image_size, dataset.info.in_channels
+    warm_up(train_step.model, torch.zeros(batch, channels, side, side, device=accelerator.device))
     ranks = accelerator.num_processes
     loader = TrainLoader(
-        split, global_batch_size=batch * ranks, seed=0, rank=accelerator.process_index, world_size=ranks
+        dataset.train, global_batch_size=batch * ranks, seed=0, rank=accelerator.process_index, world_size=ranks
     )
     step = 0
 

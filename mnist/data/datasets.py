@@ -66,6 +66,16 @@ class DatasetInfo:
     class_names: tuple[str, ...]
     has_digits: bool = False
 
+    @property
+    def in_channels(self) -> int:
+        """Channels of an image."""
+        return self.image_shape[0]
+
+    @property
+    def num_classes(self) -> int:
+        """Classes, and so logits of a network."""
+        return len(self.class_names)
+
 
 def _emnist(split: str, class_names: str, *, first_label: int = 0, has_digits: bool = False) -> Source:
     """One of the data sets that NIST publishes in a single archive (Cohen, Afshar, Tapson, van Schaik 2017)."""
@@ -162,6 +172,12 @@ class Dataset:
         return replace(self, train=self.train.to(device), val=val, test=self.test.to(device))
 
 
+def info_of(name: str) -> DatasetInfo:
+    """What the table says of a data set before it is read; of `auto`, what it says of MNIST."""
+    source = SOURCES.get(name, SOURCES["mnist"])
+    return DatasetInfo(source.image_shape, source.class_names, source.has_digits)
+
+
 def take_info(flat: dict[str, Any]) -> DatasetInfo:
     """Removes the fields of a `DatasetInfo` from an exported configuration; older exports have none: the table knows.
 
@@ -170,8 +186,7 @@ def take_info(flat: dict[str, Any]) -> DatasetInfo:
     """
     shape, names, has_digits = (flat.pop(name, None) for name in ("image_shape", "class_names", "has_digits"))
     if shape is None:
-        source = SOURCES.get(str(flat.get("dataset")), SOURCES["mnist"])
-        return DatasetInfo(source.image_shape, source.class_names, source.has_digits)
+        return info_of(str(flat.get("dataset")))
     is_whole = isinstance(shape, list) and len(shape) == 3 and all(isinstance(n, int) and n > 0 for n in shape)
     if not (is_whole and isinstance(names, list) and names and all(isinstance(name, str) for name in names)):
         raise UserError("image_shape or class_names is damaged")

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from mnist.data.batches import MicroBatch, Split
+from mnist.data.datasets import DatasetInfo, info_of
 from mnist.data.transforms import BatchTransform
 from mnist.doctor.checkup import Check, Fact, Judgement, Probe, judge_equal, short_hash
-from mnist.models import build_model, seed_initial_weights
+from mnist.models import seed_initial_weights
 from mnist.runs.live_state import module_tensors
-from mnist.training.build import build_train_step
+from mnist.training.build import build_network, build_train_step
 from mnist.training.losses import build_loss
 from mnist.training.step import wait_for_device
 from mnist.training.threads import advise_on_threads
@@ -115,7 +116,7 @@ def judge_speed(facts: Sequence[Fact]) -> Judgement:
 def measure_one_thread(probe: Probe) -> str | None:
     """The advice that training would give: a line where one thread is faster than this rank's threads."""
     side, batch = probe.config.image.image_size, probe.config.loop.global_batch_size
-    zeros = torch.zeros(math.ceil(batch / probe.accelerator.num_processes), 1, side, side)
+    zeros = torch.zeros(math.ceil(batch / probe.accelerator.num_processes), _info(probe).in_channels, side, side)
     device = probe.accelerator.device
     return advise_on_threads(_build_model(probe).to(device), zeros.to(device))
 
@@ -130,14 +131,18 @@ def judge_one_thread(facts: Sequence[Fact]) -> Judgement:
 
 def _build_model(probe: Probe) -> nn.Module:
     seed_initial_weights(probe.config.loop.seed)
-    return build_model(probe.config.optim.model)
+    return build_network(probe.config, _info(probe))
+
+
+def _info(probe: Probe) -> DatasetInfo:
+    return info_of(probe.config.data.dataset)
 
 
 def _sample(probe: Probe, batch: int) -> tuple[Tensor, Tensor]:
-    """Noise and labels (B,), equal on every rank."""
+    """Noise (B, C, H, W) and labels (B,), equal on every rank."""
     generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (batch, 28, 28), dtype=torch.uint8, generator=generator)
-    labels = torch.randint(0, 10, (batch,), generator=generator)
+    images = torch.randint(0, 256, (batch, *_info(probe).image_shape), dtype=torch.uint8, generator=generator)
+    labels = torch.randint(0, _info(probe).num_classes, (batch,), generator=generator)
     return images.to(probe.accelerator.device), labels.to(probe.accelerator.device)
 
 
@@ -157,7 +162,7 @@ def _step_time_s(probe: Probe, duration_s: float) -> float:
 
 def _build_step(probe: Probe, batch: int) -> tuple[Callable[[], None], nn.Module]:
     """A training step of the recipe on noise, in the precision asked for, without communication; and the network."""
-    train_step = build_train_step(probe.config, probe.accelerator, communicates=False)
+    train_step = build_train_step(probe.config, probe.accelerator, _info(probe), communicates=False)
     images, labels = _sample(probe, batch)
     rows = torch.arange(batch, device=images.device)
     micro_batch = MicroBatch(Split(images, labels), rows, slice(0, batch), global_batch_size=batch, num_samples=batch)

@@ -139,13 +139,14 @@ from torch import nn
 
 from mnist.data import datasets
 from mnist.data.transforms import Augmentation, BatchTransform
-from mnist.models import build_model, seed_initial_weights
+from mnist.models import seed_initial_weights
 from mnist.plots import gallery, pictures
 from mnist.plots.features import as_table, layer_costs
 from mnist.plots.history import read_history
 from mnist.runs.console import Console
-from mnist.runs.export import CONFIG, find_export, load_model, runs_with
+from mnist.runs.export import CONFIG, find_export, load_model, read_info, runs_with
 from mnist.runs.records import read_config, read_result
+from mnist.training.build import build_network
 
 
 def main(options: Options) -> int:
@@ -244,8 +245,7 @@ def _confusion(options: Confusion) -> Path:
     result = read_result(subject.folder)
     if result is None or result.test_confusion is None:
         raise UserError(f"--run {subject.folder}: no test scores in result.json; a run writes them when it finishes")
-    dataset = subject.config.data.dataset
-    names, counts = datasets.SOURCES[dataset].class_names, result.test_confusion
+    dataset, names, counts = subject.config.data.dataset, subject.info.class_names, result.test_confusion
     if len(counts) != len(names):
         raise UserError(
             f"--run {subject.folder}: {len(counts)} rows of test_confusion, but {dataset} has {len(names)} classes"
@@ -270,11 +270,11 @@ def _architecture(options: Architecture) -> Path:
     if options.model is None:
         subject = _find_subject(options.place.run, options.recipe)
     else:
-        size = IMAGE_SIZES.get(options.model, 28)
+        size = IMAGE_SIZES.get(options.model, TrainConfig().image.image_size)
         subject = Subject(evolve(TrainConfig(), recipe=options.model, model=options.model, image_size=size), None)
     path = subject.path("architecture", options.place.out)
     name = subject.config.optim.model
-    layers = layer_costs(build_model(name), subject.image_shape)
+    layers = layer_costs(build_network(subject.config, subject.info), subject.image_shape)
     sys.stdout.write(_align(as_table(layers)))
     return pictures.save_picture(pictures.draw_architecture(layers, name), path)
 
@@ -304,10 +304,18 @@ class Subject:
     export: str = "best"
 
     @property
+    def info(self) -> datasets.DatasetInfo:
+        """Of the data set: from the exported model, else from the table of data sets."""
+        exported = None if self.folder is None else self.folder / "export" / self.export
+        if exported is not None and exported.is_dir():
+            return read_info(exported)
+        return datasets.info_of(self.config.data.dataset)
+
+    @property
     def image_shape(self) -> tuple[int, int, int]:
         """(C, S, S) of what the network sees."""
         size = self.config.image.image_size
-        return 1, size, size
+        return self.info.in_channels, size, size
 
     def title(self, dataset: str | None, untrained: bool = False) -> str:
         """Recipe, data set, seed, and at which step the weights are."""
@@ -344,7 +352,7 @@ def _find_subject(run: str | None, recipe: str | None = None) -> Subject:
     return Subject(read_config(folder / CONFIG), folder, export)
 
 
-def _build(subject: Subject, untrained: bool = False) -> nn.Sequential:
+def _build(subject: Subject, untrained: bool = False) -> nn.Module:
     """The network with the run's exported weights, or with those that it began with."""
     if not untrained and subject.folder is not None:
         exported = subject.folder / "export" / subject.export
@@ -353,7 +361,7 @@ def _build(subject: Subject, untrained: bool = False) -> nn.Sequential:
             Console().warn(trained.warning)
         return trained.model
     seed_initial_weights(subject.config.loop.seed)
-    return build_model(subject.config.optim.model)
+    return build_network(subject.config, subject.info)
 
 
 def _read_data(config: TrainConfig, data_dir: str | None) -> datasets.Dataset:

@@ -52,7 +52,6 @@ from PIL import Image
 from rich.console import Console as RichConsole
 from rich.markup import escape
 
-from mnist.data.datasets import SOURCES
 from mnist.plots.pictures import SUFFIXES, draw_prediction, save_picture
 from mnist.predict.answers import Answer, answer_digits, training_likeness
 from mnist.predict.digit_image import SeenDigit, see_digits
@@ -102,7 +101,7 @@ def main(options: Options) -> int:
     trained = load_model(find_export(options.run))
     if trained.warning is not None:
         Console().warn(trained.warning)
-    class_names = SOURCES[trained.config.data.dataset].class_names
+    class_names = trained.info.class_names
     likeness = training_likeness(trained)
     console = _stdout_console()
     printed, num_errors = [], 0

@@ -22,9 +22,9 @@ from mnist.config import RUNS, OutputConfig, TrainConfig, from_flat, to_flat
 from mnist.data.datasets import DatasetInfo, take_info
 from mnist.data.transforms import BatchTransform
 from mnist.errors import RunError, UserError
-from mnist.models import build_model
 from mnist.runs.records import WEIGHTS_CHECKSUM
 from mnist.system.files import read_json, read_regular, refuse_symlink, remove_leftovers, write_atomically, write_json
+from mnist.training.build import build_network
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 CARD, ONNX, PT2 = "README.md", "model.onnx", "model.pt2"  # made from the weights, by `model_card` and `mnist.export`
@@ -39,8 +39,8 @@ class TrainedModel:
     Attributes:
         folder: where it was exported to.
         config: what it was trained with, as resolved then (data set, precision, threads included).
-        model: images (B, 1, S, S) float32 -> logits (B, 10).
         info: what the images and classes of its data set are.
+        model: images (B, C, S, S) float32 -> logits (B, K).
         transform: pixels (B, H, W) or (B, C, H, W) uint8 -> images.
         sha256: of the weights' file.
         warning: that the weights could not be checked, because an older version wrote no checksum, or that it
@@ -50,7 +50,7 @@ class TrainedModel:
     folder: Path
     config: TrainConfig
     info: DatasetInfo
-    model: nn.Sequential
+    model: nn.Module
     transform: BatchTransform
     sha256: str
     warning: str | None = None
@@ -131,7 +131,7 @@ def load_model(folder: Path, flag: str = "--run") -> TrainedModel:
     """
     try:
         config, info, checksum, unknown = _read_config(folder / CONFIG)
-        model = build_model(config.optim.model)
+        model = build_network(config, info)
         num_bytes = sum(tensor.nbytes for tensor in model.state_dict().values())
         content = read_regular(folder / WEIGHTS, num_bytes + MAX_HEADER_BYTES)
         weights = safetensors.torch.load(content)
@@ -163,3 +163,12 @@ def _read_config(path: Path) -> tuple[TrainConfig, DatasetInfo, str | None, list
     known = to_flat(TrainConfig())
     unknown = sorted(set(content) - set(known))
     return from_flat({name: value for name, value in content.items() if name in known}), info, checksum, unknown
+
+
+def read_info(folder: Path) -> DatasetInfo:
+    """The data set of an exported model, without its weights.
+
+    Raises:
+        UserError: its config.json is missing or damaged.
+    """
+    return _read_config(folder / CONFIG)[1]

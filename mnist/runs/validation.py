@@ -72,6 +72,7 @@ class Validation:
             scores = evaluate(
                 self._setup.train_step.eval_model,
                 split,
+                num_classes=self._setup.dataset.info.num_classes,
                 accelerator=self._setup.accelerator,
                 loss_fn=self._loss_fn,
                 transform=self._setup.train_step.transform,

@@ -10,6 +10,7 @@ from torch import nn
 
 from mnist.config import TrainConfig
 from mnist.data.batches import Split, TrainLoader
+from mnist.data.datasets import DatasetInfo
 from mnist.data.transforms import Augmentation, BatchTransform
 from mnist.models import build_model, seed_initial_weights
 from mnist.system.accelerator import prepare_optimizer
@@ -32,14 +33,25 @@ def build_train_loader(config: TrainConfig, plan: Plan, split: Split, accelerato
     )
 
 
+def build_network(config: TrainConfig, info: DatasetInfo) -> nn.Module:
+    """The network of a configuration for such images, with fresh weights from torch's global random state."""
+    return build_model(config.optim.model, info.in_channels, config.image.image_size, info.num_classes)
+
+
 def build_train_step(
-    config: TrainConfig, accelerator: Accelerator, plan: Plan | None = None, *, communicates: bool = True
+    config: TrainConfig,
+    accelerator: Accelerator,
+    info: DatasetInfo,
+    plan: Plan | None = None,
+    *,
+    communicates: bool = True,
 ) -> TrainStep:
     """The recipe's network with its initial weights, optimizer, schedule and average. Every rank must call this.
 
     Args:
         config: the recipe.
         accelerator: prepares model and optimizer.
+        info: of the data set.
         plan: length of the run and of its epochs, for the schedule. None = a single step, to be timed or tested.
         communicates: false = no DDP around the model: each rank trains a model of its own.
     """
@@ -47,7 +59,7 @@ def build_train_step(
         (plan.num_steps, plan.epoch_steps, plan.accumulation_steps) if plan is not None else (1, 1, 1)
     )
     seed_initial_weights(config.loop.seed)
-    bare_model: nn.Module = build_model(config.optim.model)
+    bare_model = build_network(config, info)
     if config.runtime.sync_bn and communicates and accelerator.num_processes > 1:
         bare_model = nn.SyncBatchNorm.convert_sync_batchnorm(bare_model)  # its state has the same names
     bare_model = bare_model.to(accelerator.device)

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from mnist.data.batches import Split
-from mnist.training.metrics import NUM_CLASSES, Scores, add_to_confusion
+from mnist.training.metrics import Scores, add_to_confusion
 from mnist.training.step import sum_dtype
 
 EVAL_CHUNK = 1000  # images; fixed, so that every mode and world size shows a kernel the same batches
@@ -24,6 +24,7 @@ def evaluate(
     model: nn.Module,
     split: Split,
     *,
+    num_classes: int,
     accelerator: Accelerator,
     loss_fn: Callable[[Tensor, Tensor], Tensor],
     transform: Callable[[Tensor], Tensor],
@@ -35,11 +36,12 @@ def evaluate(
     Args:
         model: the bare module: a DDP wrapper would wait for other ranks in its forward pass (accelerate#3861).
         split: images uint8 (N, H, W) or (N, C, H, W), labels int64 (N,).
+        num_classes: K, of the logits.
         accelerator: to reduce over ranks.
         loss_fn: (logits, labels) -> (B,).
         transform: pixels -> network input.
         sharded: every rank scores a share of the chunks; else rank 0 scores all, and the others wait.
-        after_chunk: shown this rank's confusion counts (100,) so far, on the device, for whoever wants to watch.
+        after_chunk: shown this rank's confusion counts (K * K,) so far, on the device, for whoever wants to watch.
 
     Returns:
         The same counts in both modes and on any number of ranks, and the same loss to the last bit: sums are kept per
@@ -50,7 +52,7 @@ def evaluate(
     mine = range(rank, num_chunks, world_size) if sharded else range(num_chunks if rank == 0 else 0)
     device = split.images.device
     losses = torch.zeros(num_chunks, dtype=sum_dtype(device), device=device)
-    confusion = torch.zeros(NUM_CLASSES**2, dtype=sum_dtype(device), device=device)
+    confusion = torch.zeros(num_classes**2, dtype=sum_dtype(device), device=device)
     if sharded and world_size > 1:
         _broadcast_buffers(model)
     was_training = model.training
@@ -64,7 +66,7 @@ def evaluate(
             after_chunk(confusion)
     model.train(was_training)
     sums = accelerator.reduce(torch.cat([losses, confusion]), reduction="sum").cpu().double()
-    counts = sums[num_chunks:].round().long().view(NUM_CLASSES, NUM_CLASSES)
+    counts = sums[num_chunks:].round().long().view(num_classes, num_classes)
     scores = Scores.from_sums(math.fsum(sums[:num_chunks].tolist()), counts)
     if scores.num_samples != len(split):
         raise RuntimeError(f"scored {scores.num_samples} of {len(split)} samples")

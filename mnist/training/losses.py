@@ -1,4 +1,4 @@
-"""Losses: (logits (B, 10) float, labels (B,) int64) -> the loss of each sample (B,).
+"""Losses: (logits (B, K) float, labels (B,) int64) -> the loss of each sample (B,).
 
 Softmax and sigmoid live here, never in a network, so that every loss fits every network. The engine takes the mean to
 train and the sum to evaluate.

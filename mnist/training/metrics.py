@@ -1,7 +1,7 @@
 """Metrics: sums are added up over batches and ranks, divided once, and the number of samples is checked.
 
 In: logits and labels of a batch. Out: sums on the device, and from them plain numbers: `TrainSums` in training, where a
-new metric is one line in `TRAIN_METRICS`, and `Scores` in evaluation.
+new metric is one line in `TRAIN_METRICS`, and `Scores` in evaluation. Letters: B images, K classes.
 """
 
 from __future__ import annotations
@@ -14,9 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-NUM_CLASSES = 10
-
-# Metric -> its sum over a batch, a tensor (): from the batch's summed loss (), logits (B, 10) and labels (B,).
+# Metric -> its sum over a batch, a tensor (): from the batch's summed loss (), logits (B, K) and labels (B,).
 # Each is added up on the device, summed over ranks, kept in checkpoints, and logged as a mean per image.
 TRAIN_METRICS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "loss": lambda loss_sum, _logits, _labels: loss_sum,
@@ -92,7 +90,7 @@ class Scores:
 
     @classmethod
     def from_sums(cls, loss_sum: float, confusion: Tensor) -> Scores:
-        """From the sum of all losses and the confusion counts (10, 10), int64."""
+        """From the sum of all losses and the confusion counts (K, K), int64."""
         num_samples = int(confusion.sum())
         return cls(
             loss=loss_sum / num_samples,
@@ -103,12 +101,12 @@ class Scores:
 
 
 def add_to_confusion(counts: Tensor, logits: Tensor, labels: Tensor) -> None:
-    """Counts a batch into `counts` (100,) in place, on its device and without waiting for it.
+    """Counts a batch into `counts` (K * K,) in place, on its device and without waiting for it.
 
     Args:
         counts: flat confusion matrix, row = label; any dtype that holds the counts exactly.
-        logits: (B, 10).
+        logits: (B, K).
         labels: (B,) int64.
     """
-    cells = labels * NUM_CLASSES + logits.argmax(dim=1)
+    cells = labels * logits.shape[1] + logits.argmax(dim=1)
     counts.index_add_(0, cells, torch.ones_like(cells, dtype=counts.dtype))

@@ -30,7 +30,7 @@ class TrainStep:
 
     Args:
         accelerator: for ranks, `no_sync`, clipping and the gradient scaler of fp16.
-        model: prepared; images (B, C, S, S) float32 -> logits (B, 10).
+        model: prepared; images (B, C, S, S) float32 -> logits (B, K), K classes.
         optimizer: prepared.
         learning_rate: the schedule.
         loss_fn: (logits, labels) -> loss of each sample (B,).
@@ -118,7 +118,7 @@ class TrainStep:
         """Adds a micro-batch's part to the gradients and to the sums."""
         images = self.augment.apply(batch.images, batch.rows)
         labels = batch.labels
-        logits = self.model(self.transform(images))  # (B, 10)
+        logits = self.model(self.transform(images))  # (B, K)
         loss_sum = self.loss_fn(logits, labels).sum()
         if batch.num_samples:
             for name, total in self._totals.items():

@@ -23,10 +23,11 @@ from mnist.errors import RunError, UserError
 from mnist.recipes import RECIPES
 from mnist.system.accelerator import build_accelerator
 from mnist.system.torchvision_compat import import_torchvision
+from tests.networks import INFO
 from tests.processes import PYTHON, finish
 from tests.ranks import run_ranks
 
-DIGITS = read("digits", DataConfig()).train
+DIGITS = read("digits", DataConfig())
 BENCH = [*PYTHON, "-m", "mnist.bench"]
 QUICK = ["--dataset", "digits", "--num-threads", "1", "--cpu"]
 
@@ -38,7 +39,7 @@ def config(recipe: str = "smoke", **changes: Any) -> TrainConfig:
 
 
 def job(recipe: str = "smoke", num_images: int = 300, **changes: Any) -> Job:
-    return Job(config(recipe, **changes), DIGITS[:num_images])
+    return Job(config(recipe, **changes), DIGITS.train[:num_images], INFO)
 
 
 @pytest.mark.parametrize("loop", LOOPS)
@@ -101,15 +102,15 @@ def test_the_pil_pipeline_makes_the_same_images_as_ours(recipe: str) -> None:
     dataset = usual_loader(job(recipe)).dataset
     theirs = torch.stack([dataset[index][0] for index in range(50)])
     tolerance = 1e-5 if image.image_size == 28 else 1.1 / 255 / image.std[0]
-    torch.testing.assert_close(theirs, BatchTransform(image)(DIGITS.images[:50]), rtol=0, atol=tolerance)
+    torch.testing.assert_close(theirs, BatchTransform(image)(DIGITS.train.images[:50]), rtol=0, atol=tolerance)
 
 
 def test_the_stand_in_hands_out_what_torchvision_would(tmp_path: Path) -> None:
     assert not has_torchvision_files("mnist", str(tmp_path))
     assert not has_torchvision_files("digits", str(tmp_path))
-    image, label = PILImages(DIGITS, import_torchvision("transforms").ToTensor())[7]
-    assert label == int(DIGITS.labels[7])
-    torch.testing.assert_close(image, DIGITS.images[7:8].float() / 255)
+    image, label = PILImages(DIGITS.train, import_torchvision("transforms").ToTensor())[7]
+    assert label == int(DIGITS.train.labels[7])
+    torch.testing.assert_close(image, DIGITS.train.images[7:8].float() / 255)
 
 
 def result(loop: str, rates: list[float], loss: float = 2.0, **mode: Any) -> LoopResult:

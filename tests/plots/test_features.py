@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 from mnist.config import IMAGE_SIZES
-from mnist.models import MODELS, build_model, count_parameters
+from mnist.models import MODELS, count_parameters
 from mnist.plots.features import activations, as_table, filters, find_mistakes, layer_costs, main_activations
+from tests.networks import mnist_model
 
 # By hand, layer by layer: outputs x weights per output.
 MACS = {
@@ -33,7 +34,7 @@ def pixels(count: int, size: int = 28) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_walking_the_layers_gives_what_the_network_gives(name: str) -> None:
-    model, images = build_model(name).train(), pixels(3, side(name))
+    model, images = mnist_model(name).train(), pixels(3, side(name))
     state, weights = torch.get_rng_state(), {key: value.clone() for key, value in model.state_dict().items()}
     outputs = activations(model, images)
     assert model.training
@@ -56,7 +57,7 @@ def test_a_layer_that_works_in_place_leaves_the_output_before_it_alone() -> None
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_table_of_layers_adds_up(name: str) -> None:
-    model = build_model(name)
+    model = mnist_model(name)
     layers = layer_costs(model, shape_of(name))
     assert sum(layer.num_params for layer in layers) == count_parameters(model)
     assert layers[0].shape == shape_of(name)
@@ -66,14 +67,14 @@ def test_the_table_of_layers_adds_up(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "macs"), MACS.items())
 def test_multiply_accumulates_are_those_counted_by_hand(name: str, macs: int) -> None:
-    total = sum(layer.macs for layer in layer_costs(build_model(name), shape_of(name)))
+    total = sum(layer.macs for layer in layer_costs(mnist_model(name), shape_of(name)))
     assert total == macs
     if name in MILLIONS:
         assert total / 1e6 == pytest.approx(MILLIONS[name], rel=0.015)
 
 
 def test_the_table_as_text_has_a_head_and_totals() -> None:
-    head, *rows, total = as_table(layer_costs(build_model("yannet"), (1, 28, 28)))
+    head, *rows, total = as_table(layer_costs(mnist_model("yannet"), (1, 28, 28)))
     assert head == ("layer", "what it is", "output", "neurons", "parameters", "connections", "MAC")
     conv = "Conv2d(1, 32, kernel_size=5, padding=2)"
     assert ("conv1", conv, "32x28x28", "25,088", "832", "652,288", "627,200") in rows
@@ -84,12 +85,12 @@ def test_the_table_as_text_has_a_head_and_totals() -> None:
 
 
 def test_the_first_layer_of_lenet5_has_4704_neurons_and_122304_connections() -> None:
-    conv1 = layer_costs(build_model("lenet5"), (1, 32, 32))[1]
+    conv1 = layer_costs(mnist_model("lenet5"), (1, 32, 32))[1]
     assert (conv1.name, conv1.neurons, conv1.connections) == ("conv1", 4_704, 122_304)
 
 
 def test_lenet5_1998_has_the_connections_of_the_paper() -> None:
-    rows = {row.name: row for row in layer_costs(build_model("lenet5_1998"), (1, 32, 32))}
+    rows = {row.name: row for row in layer_costs(mnist_model("lenet5_1998"), (1, 32, 32))}
     c3 = sum(row.connections for name, row in rows.items() if name.startswith("c3."))
     assert (rows["c1"].connections, c3, rows["c5"].connections, rows["f6"].connections) == (
         122_304,
@@ -101,7 +102,7 @@ def test_lenet5_1998_has_the_connections_of_the_paper() -> None:
 
 
 def test_a_layer_that_is_called_output_has_its_own_costs() -> None:
-    row = layer_costs(build_model("lenet5_1998"), (1, 32, 32))[-1]
+    row = layer_costs(mnist_model("lenet5_1998"), (1, 32, 32))[-1]
     assert (row.name, row.description, row.macs) == ("output", "Linear(84, 10)", 840)
 
 
@@ -144,7 +145,7 @@ def test_a_network_with_a_skip_connection_is_shown_as_it_computes() -> None:
 
 
 def test_fewer_rows_by_default_one_per_shape_and_no_copies() -> None:
-    shown = main_activations(activations(build_model("yannet"), pixels(2)))
+    shown = main_activations(activations(mnist_model("yannet"), pixels(2)))
     assert list(shown) == [
         "input",
         "conv1 to relu1",
@@ -154,7 +155,7 @@ def test_fewer_rows_by_default_one_per_shape_and_no_copies() -> None:
         "pointwise to relu3",
         "linear",
     ]
-    outputs = activations(build_model("mlp"), pixels(1))
+    outputs = activations(mnist_model("mlp"), pixels(1))
     assert list(main_activations(outputs))[:2] == ["input", "linear1 to relu1"]
 
 
@@ -168,7 +169,7 @@ def test_fewer_rows_by_default_one_per_shape_and_no_copies() -> None:
     ],
 )
 def test_filters_are_those_that_can_be_looked_at(name: str, shapes: dict[str, tuple[int, ...]]) -> None:
-    found = {layer: tuple(weight.shape) for layer, weight in filters(build_model(name), shape_of(name)).items()}
+    found = {layer: tuple(weight.shape) for layer, weight in filters(mnist_model(name), shape_of(name)).items()}
     assert {layer: found.get(layer) for layer in shapes} == shapes
     assert all(shape[1] * shape[0] <= 256 or layer in ("conv1", "linear1") for layer, shape in found.items())
 

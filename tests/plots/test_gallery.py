@@ -14,11 +14,11 @@ from mnist.config import TrainConfig, evolve, to_flat
 from mnist.data import datasets
 from mnist.data.batches import TrainLoader
 from mnist.data.transforms import Augmentation, BatchTransform
-from mnist.models import build_model
 from mnist.plots import gallery, pictures
 from mnist.plots.history import Curve, History, read_history
 from mnist.recipes import RECIPES
 from mnist.runs.records import ResultRecord, ScoreRecord
+from tests.networks import mnist_model
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -59,7 +59,7 @@ def test_pictures_are_not_written_through_a_symbolic_link(tmp_path: Path) -> Non
     (tmp_path / "run" / "pictures").symlink_to(tmp_path / "elsewhere")
     warnings: list[str] = []
     config = RECIPES["smoke"]()
-    assert write_all(tmp_path / "run", config, build_model(config.optim.model), warnings.append) == {}
+    assert write_all(tmp_path / "run", config, mnist_model(config.optim.model), warnings.append) == {}
     assert ["a symbolic link to" in line for line in warnings] == [True]
     assert not list((tmp_path / "elsewhere").iterdir())
 
@@ -67,7 +67,7 @@ def test_pictures_are_not_written_through_a_symbolic_link(tmp_path: Path) -> Non
 @pytest.mark.parametrize(("recipe", "is_training"), [("smoke", True), ("lenet5_original", False), ("mlp", True)])
 def test_a_run_leaves_six_pictures_and_no_other_trace(tmp_path: Path, recipe: str, is_training: bool) -> None:
     config = RECIPES[recipe]()
-    model = build_model(config.optim.model).train(is_training)
+    model = mnist_model(config.optim.model).train(is_training)
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     state = torch.get_rng_state()
     paths = write_all(tmp_path / "run", config, model)
@@ -86,18 +86,18 @@ def test_a_picture_that_fails_leaves_the_five_others(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(gallery, "feature_figure", fail)
     warnings: list[str] = []
-    paths = write_all(tmp_path / "run", RECIPES["smoke"](), build_model("tinynet"), warnings.append)
+    paths = write_all(tmp_path / "run", RECIPES["smoke"](), mnist_model("tinynet"), warnings.append)
     assert list(paths) == [name for name in NAMES if name != "features"]
     assert all(path.exists() for path in paths.values())
     assert warnings == ["picture features not drawn: ValueError: no room"]
 
 
 def test_a_run_whose_name_looks_like_mathematics_is_drawn(tmp_path: Path) -> None:
-    assert list(write_all(tmp_path / "$...^{$", RECIPES["smoke"](), build_model("tinynet"))) == NAMES
+    assert list(write_all(tmp_path / "$...^{$", RECIPES["smoke"](), mnist_model("tinynet"))) == NAMES
 
 
 def test_the_same_run_gives_the_same_pictures(tmp_path: Path) -> None:
-    model = build_model("tinynet")
+    model = mnist_model("tinynet")
     once, again = (write_all(tmp_path / folder, RECIPES["smoke"](), model) for folder in ("run", "moved"))
     assert all(
         once[name].read_bytes() == again[name].read_bytes() for name in NAMES if name != "curves"

@@ -14,9 +14,10 @@ from PIL import Image
 from mnist.config import IMAGE_SIZES
 from mnist.data.datasets import SOURCES
 from mnist.errors import RunError
-from mnist.models import MODELS, build_model
+from mnist.models import MODELS
 from mnist.plots import canvas, pictures
 from mnist.plots.features import Mistakes, activations, filters, layer_costs
+from tests.networks import mnist_model
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -112,7 +113,7 @@ def test_every_pixel_of_an_image_is_a_square_of_whole_pixels(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_layer_of_every_network_is_shown(tmp_path: Path, name: str) -> None:
-    model, side = build_model(name), IMAGE_SIZES.get(name, 28)
+    model, side = mnist_model(name), IMAGE_SIZES.get(name, 28)
     image = torch.randn(1, 1, side, side, generator=torch.Generator().manual_seed(0))
     outputs = activations(model, image)
     figure = pictures.draw_features(outputs, WORDS, "title", "subtitle", [])
@@ -141,7 +142,7 @@ def test_logits_are_drawn_as_they_are() -> None:
 def test_several_images_have_a_row_each(tmp_path: Path) -> None:
     images = torch.randn(20, 1, 28, 28, generator=torch.Generator().manual_seed(0))
     said = [f"image {number}" for number in range(20)]
-    outputs = activations(build_model("tinynet"), images)
+    outputs = activations(mnist_model("tinynet"), images)
     figure = pictures.draw_features(outputs, DIGITS, "title", "subtitle", said)
     pixels_of(figure, tmp_path / "features.png")
     assert [text for text in texts(figure) if text.startswith("image ")] == said
@@ -177,7 +178,7 @@ def test_pixels_are_written_as_numbers(tmp_path: Path) -> None:
 
 
 def test_the_diagram_names_each_change_of_shape_once() -> None:
-    figure = pictures.draw_architecture(layer_costs(build_model("lenet5"), (1, 32, 32)), "lenet5")
+    figure = pictures.draw_architecture(layer_costs(mnist_model("lenet5"), (1, 32, 32)), "lenet5")
     written = texts(figure)
     assert [written.count(name) for name in ("conv1", "pool1", "linear1", "relu1")] == [2, 2, 2, 1]
     assert {"4,704", "122,304"} <= set(written)
@@ -185,7 +186,7 @@ def test_the_diagram_names_each_change_of_shape_once() -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_filters_of_every_network(tmp_path: Path, name: str) -> None:
-    found = filters(build_model(name), shape_of(name))
+    found = filters(mnist_model(name), shape_of(name))
     figure = pictures.draw_filters(found, "title", "subtitle")
     pixels_of(figure, tmp_path / "filters.png")
     assert set(found) <= set(texts(figure))
@@ -236,7 +237,7 @@ def test_no_mistakes_are_a_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_table_of_layers_fits(tmp_path: Path, name: str) -> None:
-    figure = pictures.draw_architecture(layer_costs(build_model(name), shape_of(name)), name)
+    figure = pictures.draw_architecture(layer_costs(mnist_model(name), shape_of(name)), name)
     pixels_of(figure, tmp_path / "architecture.png")
     assert overlapping_texts(figure) == []
 

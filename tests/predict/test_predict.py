@@ -20,7 +20,6 @@ from mnist.config import DataConfig, evolve, to_flat
 from mnist.data.batches import Split
 from mnist.data.datasets import read
 from mnist.errors import RunError, UserError
-from mnist.models import build_model
 from mnist.predict import __main__ as predict_command
 from mnist.predict.__main__ import Options, find_pictures, main, predict, show
 from mnist.predict.answers import UNSURE
@@ -28,6 +27,7 @@ from mnist.predict.digit_image import see_digits
 from mnist.recipes import RECIPES
 from mnist.runs.export import export_model, load_model
 from mnist.runs.live_state import module_tensors
+from tests.networks import mnist_model
 from tests.processes import PYTHON, ROOT, finish, train
 
 REAL_DIR = os.environ.get("MNIST_DATA_DIR", "")
@@ -338,7 +338,7 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
 
 def test_classes_of_other_data_sets_have_their_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = evolve(RECIPES["smoke"](), dataset="fashion_mnist")
-    export_model(tmp_path, module_tensors(build_model(config.optim.model)), to_flat(config))
+    export_model(tmp_path, module_tensors(mnist_model(config.optim.model)), to_flat(config))
     bag = Image.new("L", (28, 28))
     bag.paste(200, (1, 6, 27, 28))  # wider than a digit and not centred: in the form of its own data set all the same
     bag.save(tmp_path / "bag.png")

@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mnist.config import OptimConfig, TrainConfig, evolve, to_flat
-from mnist.models import build_model
 from mnist.runs import checkpoint_files
 from mnist.runs.checkpoint_files import Checkpoint, ScalerState, load_newest, save_checkpoint
 from mnist.runs.live_state import check_fits, module_tensors, optimizer_tensors
 from mnist.training.loop import TrainState
 from mnist.training.optim import build_optimizer
 from mnist.training.plan import build_plan
+from tests.networks import mnist_model
 
 CONFIG = evolve(TrainConfig(), model="tinynet", optimizer="adam", ema=0.9)
 SCORES = {"loss": 0.5, "accuracy": 0.9, "num_correct": 9, "num_samples": 10}
@@ -36,7 +36,7 @@ DEEP = json.loads("[" * 900 + "]" * 900)
 
 def build(config: OptimConfig = CONFIG.optim) -> tuple[nn.Module, Optimizer, nn.Module]:
     """Model, optimizer and average after a step."""
-    model = build_model(config.model)
+    model = mnist_model(config.model)
     optimizer = build_optimizer(model.parameters(), config)
     model(torch.rand(4, 1, 28, 28)).square().mean().backward()
     optimizer.step()

@@ -13,14 +13,15 @@ import torch
 from mnist.config import DataConfig, evolve, to_flat
 from mnist.data.datasets import DatasetInfo
 from mnist.errors import RunError, UserError
-from mnist.models import build_model
 from mnist.recipes import RECIPES
 from mnist.runs.export import export_model, find_export, load_model
 from mnist.runs.live_state import module_tensors
+from mnist.training.build import build_network
+from tests.networks import mnist_model
 
 
 def exported(folder: Path, recipe: str = "smoke") -> torch.nn.Module:
-    model = build_model(RECIPES[recipe]().optim.model)
+    model = mnist_model(RECIPES[recipe]().optim.model)
     export_model(folder, module_tensors(model), to_flat(RECIPES[recipe]()))
     return model
 
@@ -95,7 +96,7 @@ def test_an_export_of_an_older_version_loads_and_names_the_fields_left_out(tmp_p
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_refused(tmp_path: Path, value: float) -> None:
-    weights = module_tensors(build_model("tinynet"))
+    weights = module_tensors(mnist_model("tinynet"))
     weights["linear2.bias"][3] = value
     export_model(tmp_path, weights, to_flat(RECIPES["smoke"]()))
     with pytest.raises(UserError, match=r"linear2\.bias in model\.safetensors has weights of nan or inf"):
@@ -204,12 +205,13 @@ def test_an_unwritable_folder_is_named(tmp_path: Path) -> None:
 
 def test_an_export_knows_its_classes_and_an_older_one_those_of_its_data_set(tmp_path: Path) -> None:
     info = DatasetInfo((3, 28, 28), ("grüne Katze", "dog"), has_digits=False)
-    weights, config = module_tensors(build_model("tinynet")), evolve(RECIPES["smoke"](), mean=(0.1, 0.2, 0.3))
+    config = evolve(RECIPES["smoke"](), mean=(0.1, 0.2, 0.3))
+    weights = module_tensors(build_network(config, info))
     export_model(tmp_path / "new", weights, {**to_flat(config), **asdict(info)})
     trained = load_model(tmp_path / "new")
     assert (trained.info, trained.config, trained.warning) == (info, evolve(config, wandb="auto"), None)
     old = {**to_flat(RECIPES["smoke"]()), "mean": 0.5, "std": 0.25, "dataset": "fashion_mnist"}
-    export_model(tmp_path / "old", weights, old)
+    export_model(tmp_path / "old", module_tensors(mnist_model("tinynet")), old)
     trained = load_model(tmp_path / "old")
     assert trained.info.class_names[-1] == "ankle boot"
     assert (trained.config.image.mean, trained.config.image.std) == ((0.5,), (0.25,))

@@ -9,10 +9,10 @@ from torch import nn
 
 from mnist.config import OptimConfig, TrainConfig, evolve, to_flat
 from mnist.errors import RunError
-from mnist.models import build_model
 from mnist.runs.checkpoint_files import load_newest, save_checkpoint
 from mnist.runs.live_state import check_fits, module_tensors, optimizer_tensors, restore_optimizer
 from mnist.training.optim import build_optimizer
+from tests.networks import mnist_model
 from tests.runs.test_damaged_checkpoints import make_checkpoint
 
 
@@ -29,13 +29,13 @@ def test_a_restored_optimizer_continues_bit_for_bit(kind: str) -> None:
 
     config = OptimConfig(optimizer=kind, lr=0.01, momentum=0.9, nesterov=True)  # type: ignore[arg-type]
     torch.manual_seed(0)
-    whole = build_model("tinynet")
+    whole = mnist_model("tinynet")
     optimizer = build_optimizer(whole.parameters(), config)
     train(whole, optimizer, range(3))
     saved = {k: v.clone() for k, v in module_tensors(whole).items()}
     moments = {k: v.clone().contiguous() for k, v in optimizer_tensors(optimizer).items()}
     train(whole, optimizer, range(3, 6))
-    resumed = build_model("tinynet")
+    resumed = mnist_model("tinynet")
     resumed.load_state_dict(saved)
     optimizer = build_optimizer(resumed.parameters(), config)
     restore_optimizer(optimizer, moments)
@@ -56,7 +56,7 @@ def test_a_restored_optimizer_continues_bit_for_bit(kind: str) -> None:
 )
 def test_saved_tensors_fit_the_objects_that_they_are_from(tmp_path: Path, config: OptimConfig) -> None:
     size = 32 if config.model == "lenet5" else 28
-    model = build_model(config.model)
+    model = mnist_model(config.model)
     optimizer = build_optimizer(model.parameters(), config)
     fresh = build_optimizer(model.parameters(), config)
     model(torch.rand(4, 1, size, size)).square().mean().backward()

@@ -16,7 +16,7 @@ from mnist.system import process
 import torch
 from mnist.models import build_model
 torch.set_num_threads(1)
-model, images = build_model("yannet"), torch.randn(64, 1, 28, 28)
+model, images = build_model("yannet", 1, 28, 10), torch.randn(64, 1, 28, 28)
 for step in range(10):
     if step == 4:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

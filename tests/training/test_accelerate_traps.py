@@ -26,6 +26,7 @@ from mnist.system.accelerator import build_accelerator
 from mnist.training.evaluation import evaluate
 from mnist.training.loop import TrainState, train_one_epoch
 from mnist.training.losses import build_loss
+from tests.networks import INFO
 from tests.processes import CONFIGURED, ROOT, TORCHRUN, finish, train
 from tests.ranks import run_ranks
 from tests.training.test_step import DIGITS, make_step
@@ -144,6 +145,7 @@ def _scored(sharded: bool) -> int:
     return evaluate(
         bare,
         DIGITS.train,
+        num_classes=INFO.num_classes,
         accelerator=step.accelerator,
         loss_fn=build_loss("cross_entropy"),
         transform=step.transform,

@@ -9,9 +9,9 @@ from accelerate import Accelerator
 from torch import nn
 
 from mnist.config import evolve
-from mnist.models import build_model
 from mnist.recipes import RECIPES
 from mnist.training.build import build_train_step
+from tests.networks import INFO, mnist_model
 
 
 def bare_model(num_processes: int, *, sync_bn: bool, communicates: bool = True) -> nn.Module:
@@ -26,7 +26,7 @@ def bare_model(num_processes: int, *, sync_bn: bool, communicates: bool = True) 
     )
     config = evolve(RECIPES["fast"](), sync_bn=sync_bn)
     accelerator = cast("Accelerator", stand_in)
-    return build_train_step(config, accelerator, communicates=communicates).bare_model
+    return build_train_step(config, accelerator, INFO, communicates=communicates).bare_model
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_synchronised_batch_norm_changes_neither_first_weights_nor_names_nor_eva
     theirs, ours = plain.state_dict(), synchronised.state_dict()
     assert list(theirs) == list(ours)
     assert all(torch.equal(theirs[name], ours[name]) for name in ours)
-    exported = build_model("fastnet")
+    exported = mnist_model("fastnet")
     exported.load_state_dict(ours)
     images = torch.randn(4, 1, 28, 28, generator=torch.Generator().manual_seed(0))
     assert torch.equal(exported.eval()(images), synchronised.eval()(images))

@@ -16,6 +16,7 @@ from mnist.recipes import RECIPES
 from mnist.system.accelerator import build_accelerator
 from mnist.training.build import build_train_step
 from mnist.training.cuda_graph import choose_step_mode
+from tests.networks import INFO
 from tests.processes import finish, train
 from tests.training.test_cuda_graph import OPTIMIZERS, network, weights
 from tests.training.test_cuda_graph import train as train_steps
@@ -58,7 +59,7 @@ def test_where_recording_breaks_off_steps_are_eager_and_the_same() -> None:
 def test_steps_of_this_recipe_never_wait_for_the_device(recipe: str) -> None:
     """Across the end of a pass, where the next order is copied to the device."""
     accelerator = build_accelerator(RuntimeConfig())
-    step = build_train_step(RECIPES[recipe](), accelerator)
+    step = build_train_step(RECIPES[recipe](), accelerator, INFO)
     loader = TrainLoader(DIGITS.train.to(accelerator.device), global_batch_size=100, seed=0)
     for number, micro_batches in enumerate(loader.steps(0, 2)):
         step(micro_batches, number, measure_grad_norm=True)

@@ -15,7 +15,7 @@ from mnist.config import DataConfig, ImageConfig, OptimConfig, RuntimeConfig, ev
 from mnist.data.batches import Split, TrainLoader
 from mnist.data.datasets import read
 from mnist.data.transforms import Augmentation, BatchTransform
-from mnist.models import build_model, seed_initial_weights
+from mnist.models import seed_initial_weights
 from mnist.recipes import RECIPES
 from mnist.runs.records import check_record
 from mnist.system.accelerator import build_accelerator
@@ -26,6 +26,7 @@ from mnist.training.losses import build_loss
 from mnist.training.metrics import TRAIN_METRICS, TrainSums
 from mnist.training.optim import LearningRate, WeightAverage, build_optimizer
 from mnist.training.step import DivergedError, TrainStep, warm_up
+from tests.networks import INFO, mnist_model
 from tests.ranks import run_ranks
 
 EVERYTHING = read("digits", DataConfig())
@@ -48,7 +49,7 @@ def make_step(
     accelerator = build_accelerator(RuntimeConfig(cpu=cpu, num_threads=1, deterministic=not cpu))
     config = OptimConfig(**{"optimizer": "adam", "lr": 1e-3, **optim})
     seed_initial_weights(0)
-    bare = (model or build_model("tinynet")).to(accelerator.device, dtype)
+    bare = (model or mnist_model("tinynet")).to(accelerator.device, dtype)
     wrapped, optimizer = accelerator.prepare(bare, build_optimizer(bare.parameters(), config, capturable=capturable))
     transform = BatchTransform(ImageConfig())
     step = TrainStep(
@@ -115,7 +116,7 @@ def test_the_gradient_of_a_step_is_that_of_the_mean_loss() -> None:
     before = {name: value.clone() for name, value in step.model.state_dict().items()}
     (micro_batches,) = list(loader.steps(0, 1))
     step(micro_batches, 0)
-    reference = build_model("tinynet")
+    reference = mnist_model("tinynet")
     reference.load_state_dict(before)
     images = torch.cat([step.augment(b.images, 0, b.rows) for b in micro_batches])
     loss = nn.functional.cross_entropy(reference(step.transform(images)), torch.cat([b.labels for b in micro_batches]))
@@ -160,7 +161,7 @@ def test_a_step_of_this_recipe_never_waits_for_the_device(recipe: str) -> None:
     """With clipping or the gradient norm, an average of the weights, and a short batch at the end of a pass."""
     config = evolve(RECIPES[recipe](), ema=0.9)
     accelerator = build_accelerator(RuntimeConfig(cpu=True, num_threads=1))
-    step = build_train_step(config, accelerator)
+    step = build_train_step(config, accelerator, INFO)
     loader = TrainLoader(DIGITS.train[:250], global_batch_size=100, seed=0)
     steps = list(loader.steps(0, 3))
     with HostReads() as reads:
@@ -255,7 +256,7 @@ def test_a_loss_of_nan_is_named_by_step_and_rank_on_all_ranks(bad_rank: int, bad
 def score(num_samples: int, sharded: bool, model_name: str = "tinynet") -> tuple[float, Any]:
     accelerator = build_accelerator(RuntimeConfig(cpu=True, num_threads=1))
     seed_initial_weights(0)
-    model = build_model(model_name)
+    model = mnist_model(model_name)
     if accelerator.process_index > 0:  # as after a training step: buffers of ranks differ, rank 0's count
         for buffer in model.buffers():
             buffer.add_(1)
@@ -265,7 +266,7 @@ def score(num_samples: int, sharded: bool, model_name: str = "tinynet") -> tuple
     )
     split = everything[:num_samples]
     options = {"loss_fn": build_loss("cross_entropy"), "transform": BatchTransform(ImageConfig())}
-    scores = evaluate(model, split, accelerator=accelerator, sharded=sharded, **options)  # type: ignore[arg-type]
+    scores = evaluate(model, split, num_classes=INFO.num_classes, accelerator=accelerator, sharded=sharded, **options)  # type: ignore[arg-type]
     return scores.loss, scores.confusion
 
 
@@ -284,7 +285,7 @@ def test_sharded_evaluation_uses_the_batch_norm_statistics_of_rank_0() -> None:
 
 
 def test_warming_up_leaves_no_trace() -> None:
-    step, _ = make_step(model=build_model("mycnn"))
+    step, _ = make_step(model=mnist_model("mycnn"))
     before = {name: value.clone() for name, value in step.model.state_dict().items()}
     warm_up(step.model, torch.rand(8, 1, 28, 28))
     assert all(torch.equal(before[name], value) for name, value in step.model.state_dict().items())

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from mnist.models import build_model
 from mnist.training import threads
 from mnist.training.threads import advise_on_threads
+from tests.networks import mnist_model
 from tests.processes import finish, train
 
 
@@ -45,7 +45,7 @@ def test_one_thread_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_measuring_changes_neither_weights_nor_buffers_nor_gradients() -> None:
-    model = build_model("mycnn").train()
+    model = mnist_model("mycnn").train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     advise_on_threads(model, torch.zeros(8, 1, 28, 28))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
