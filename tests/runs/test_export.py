@@ -182,7 +182,7 @@ def test_paths_and_remarks_are_not_exported_but_the_data_are_still_found(tmp_pat
     secret = {"data_dir": "/home/me/data", "run_dir": "/home/me/run", "init_from": "/home/me/old", "wandb_notes": "me"}
     flat = to_flat(evolve(RECIPES["smoke"](), **secret))
     folder = tmp_path / "run" / "export" / "best"
-    export_model(folder, module_tensors(build_model("tinynet")), flat)
+    export_model(folder, module_tensors(mnist_model("tinynet")), flat)
     assert "me" not in json.loads((folder / "config.json").read_text()).values()
     assert "/home" not in (folder / "config.json").read_text()
     assert load_model(folder).config.data.data_dir == DataConfig().data_dir
