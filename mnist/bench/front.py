@@ -30,6 +30,7 @@ from mnist.bench.baselines import Job, find_device, usual_loader
 from mnist.bench.report import Row, environment
 from mnist.config import TrainConfig, evolve
 from mnist.data.batches import Split
+from mnist.data.datasets import info_of
 from mnist.data.transforms import BatchTransform
 from mnist.plots.canvas import DPI, GREY, INK, LINES, PALE, add_axes, new_figure
 from mnist.system.files import read_json, write_atomically, write_json
@@ -131,7 +132,8 @@ def measure(script: Script, config: TrainConfig, train: Split, test: Split, seed
     """
     torch.manual_seed(seed)
     pixels = {"mean": 0.0, "std": 1.0} if script.in_memory else {}
-    job = Job(evolve(config, global_batch_size=script.batch_size, **pixels), train[: script.num_train])
+    images = train[: script.num_train]
+    job = Job(evolve(config, global_batch_size=script.batch_size, **pixels), images, info_of("mnist"))
     device = find_device(config)
     model, batches = script.build().to(device), _batches(script, job)
     optimizer = script.optimizer(model.parameters())
