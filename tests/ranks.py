@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -16,6 +17,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
+import torch._dynamo  # torch.optim would import it in each fork, which takes a second
 from accelerate.state import AcceleratorState, PartialState
 
 TIMEOUT_S = 100
@@ -70,6 +72,7 @@ def _rank(work: Callable[[], Any], rank: int, world_size: int, port: int, out: C
         "MASTER_PORT": str(port),
     }
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    gc.freeze()  # the end of a run looks for garbage: among its own objects only
     AcceleratorState._reset_state(reset_partial_state=True)
     PartialState._reset_state()
     torch.set_num_threads(1)

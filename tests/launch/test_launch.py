@@ -23,7 +23,7 @@ pytestmark = pytest.mark.launch
 
 SMOKE = [
     *("--recipe", "smoke", "--global-batch-size", "64", "--lr", "5e-3"),
-    *("--max-steps", "138", "--min-accuracy", "0.5"),
+    *("--max-steps", "138", "--min-accuracy", "0.5", "--no-pictures"),
 ]
 NO_NETWORK = {
     "MNIST_DATA_DIR": "data",

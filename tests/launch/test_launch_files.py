@@ -30,7 +30,10 @@ from tests.runs.test_run import metrics, result
 LAUNCH = ROOT / "launch"
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
 FILES = sorted(LAUNCH.iterdir())
-SMOKE = ["--recipe", "smoke", "--global-batch-size", "64", "--lr", "5e-3", "--max-steps", "46", "--min-accuracy", "0.1"]
+SMOKE = [
+    *("--recipe", "smoke", "--global-batch-size", "64", "--lr", "5e-3"),
+    *("--max-steps", "46", "--min-accuracy", "0.1", "--no-pictures"),
+]
 PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 WITHOUT_GPUS = {"PATH": PATH, "CUDA_VISIBLE_DEVICES": ""}
 SHELLCHECK = shutil.which("shellcheck", path=PATH)
