@@ -35,11 +35,13 @@ from mnist.runs import resume
 from mnist.runs.checkpointing import Checkpointing, resume_run
 from mnist.runs.console import Console
 from mnist.runs.directory import open_run_directory
-from mnist.runs.run import Result, report_finished, start_run
+from mnist.runs.result import Result
+from mnist.runs.run import exit_code, report_finished, start_run
 from mnist.runs.setup import RunSetup
 from mnist.runs.tracking.tracker import tracker_names
 from mnist.runs.validation import Validation
 from mnist.system.accelerator import open_accelerator
+from mnist.system.host import restored_afterwards
 from mnist.system.launcher import fill_in
 from mnist.training.build import build_train_loader, build_train_step
 from mnist.training.loop import TrainState, train_one_epoch
@@ -47,24 +49,21 @@ from mnist.training.plan import build_plan
 
 
 def main(config: TrainConfig, console: Console | None = None, started_s: float | None = None) -> int:
-    """The command: one run, from the configuration to the exit code.
-
-    0 = finished, 1 = failed, diverged or below --min-accuracy, 2 = wrong usage, 75 = preempted.
-    """
+    """The command: 0 = finished, 1 = failed, diverged or below --min-accuracy, 2 = wrong usage, 75 = preempted."""
     try:
-        return train(config, console, started_s).exit_code
+        return exit_code(config, train(config, console, started_s))
     except (UserError, RunError) as error:
         if config.output.debug:
             raise
         return print_error(error)
 
 
+@restored_afterwards()
 def train(config: TrainConfig, console: Console | None = None, started_s: float | None = None) -> Result:
-    """One run, timed from `started_s` on (`time.perf_counter()`; default: now). Every rank must call this.
+    """One run in this process, timed from `started_s` on (`time.perf_counter()`; default: now).
 
-    Raises:
-        UserError: a mistake that the caller can correct; the message names the flag.
-        RunError: what ended the run.
+    Every rank must call this. Ctrl-C, or the interrupt of a notebook's kernel, saves: the result is `preempted` then.
+    Raises UserError for what the caller can correct (the message names the flag), and RunError for what ended the run.
     """
     started_s = time.perf_counter() if started_s is None else started_s
     config = fill_in(config)

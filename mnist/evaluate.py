@@ -77,7 +77,7 @@ from mnist.data import datasets
 from mnist.data.batches import Split
 from mnist.runs.console import Console
 from mnist.runs.export import TrainedModel, find_export, load_model
-from mnist.runs.records import ScoreRecord, read_result
+from mnist.runs.records import ScoreRecord, read_run_record
 from mnist.system.accelerator import open_accelerator
 from mnist.training.evaluation import evaluate
 from mnist.training.losses import build_loss
@@ -229,7 +229,7 @@ class Report:
         """The training's own scores of these weights on this split; None where it has none."""
         if self.trained.folder.name != "best" or self.split != "test":
             return None
-        result = read_result(self.trained.folder.resolve().parents[1])
+        result = read_run_record(self.trained.folder.resolve().parents[1])
         return result.test if result is not None and result.dataset == self.dataset else None
 
     def as_json(self) -> str:

@@ -11,7 +11,16 @@ import ast
 import inspect
 from collections.abc import Callable
 
-from mnist.config import DataConfig, ImageConfig, LoopConfig, OptimConfig, TrainConfig, evolve
+from mnist.config import (
+    DataConfig,
+    ImageConfig,
+    LoopConfig,
+    OptimConfig,
+    TrainConfig,
+    evolve,
+    fields_on_resume,
+    to_flat,
+)
 
 _TO_TENSOR_ONLY = ImageConfig(mean=(0.0,), std=(1.0,))  # pixels in [0, 1], not normalised
 
@@ -217,6 +226,18 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
         yannet,
     )
 }
+
+
+def run_name(config: TrainConfig) -> str:
+    """What a run calls itself: its recipe; or, where it does not train as the recipe does, "<recipe>-changed".
+
+    The seed, the data set, the machine's side and what is kept may be others. A recipe that is not in `RECIPES` is
+    known to its owner only, and keeps its name.
+    """
+    length = ("epochs", "max_steps", "target_accuracy", "target_loss", "patience")
+    names = {*fields_on_resume("fixed"), *fields_on_resume("course"), *length} - {"dataset", "seed", "sync_bn"}
+    ours, original = to_flat(config), to_flat(RECIPES.get(config.recipe, lambda: config)())
+    return config.recipe + "-changed" * any(ours[name] != original[name] for name in names)
 
 
 def list_recipes() -> str:

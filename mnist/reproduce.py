@@ -38,7 +38,7 @@ from mnist.config import check_choice
 from mnist.errors import RunError, UserError
 from mnist.recipes import RECIPES
 from mnist.runs.console import count
-from mnist.runs.records import read_result
+from mnist.runs.records import read_run_record
 from mnist.runs.tracking.jsonl import read_records
 from mnist.system.files import read_json, write_atomically, write_json
 from mnist.system.process import cpu_name, num_usable_cores
@@ -222,7 +222,7 @@ def _run(side: Side, seed: int, options: Options) -> dict[str, Any]:
         code = _wait_for(subprocess.Popen([*command, *quiet], stdout=sys.stderr))  # noqa: S603 - our own
         if not _is_finished(folder):
             raise RunError(f"{side.name}, seed {seed}: exit code {code}, no result in {folder}")
-    result = read_result(folder)
+    result = read_run_record(folder)
     assert result is not None
     assert result.test is not None
     times = f"{result.train_time_s:.2f} s training, {result.total_time_s:.1f} s in all"
@@ -247,7 +247,7 @@ def _wait_for(training: subprocess.Popen[bytes]) -> int:
 
 
 def _is_finished(folder: Path) -> bool:
-    result = read_result(folder)
+    result = read_run_record(folder)
     return result is not None and result.status == "finished"
 
 

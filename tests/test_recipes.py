@@ -1,8 +1,10 @@
+from typing import Any
+
 import pytest
 
-from mnist.config import LoopConfig, RuntimeConfig, TrainConfig, from_flat, to_flat
+from mnist.config import LoopConfig, RuntimeConfig, TrainConfig, evolve, from_flat, to_flat
 from mnist.models import MODELS
-from mnist.recipes import RECIPES
+from mnist.recipes import RECIPES, fast, run_name
 from mnist.training.optim import build_optimizer
 from tests.networks import mnist_model
 
@@ -121,3 +123,18 @@ def test_the_fast_recipe_is_one_epoch():
 
 def test_every_network_has_a_recipe():
     assert {recipe().optim.model for recipe in RECIPES.values()} == set(MODELS)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_that_runs_as_it_is_has_its_name_whatever_seed_and_machine(name: str) -> None:
+    config = evolve(RECIPES[name](), dataset="digits", seed=7, num_threads=3, run_dir="x", log_every=1, eval_every=5)
+    assert run_name(config) == name
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"lr": 0.5}, {"epochs": 2}, {"max_steps": 7}, {"val_size": 9}, {"model": "mycnn"}, {"target_accuracy": 0.5}],
+)
+def test_a_recipe_that_was_changed_is_called_fast_changed(change: dict[str, Any]) -> None:
+    assert run_name(evolve(fast(), **change)) == "fast-changed"
+    assert run_name(evolve(fast(), recipe="my-own", **change)) == "my-own"

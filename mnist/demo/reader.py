@@ -22,7 +22,7 @@ from mnist.predict.digit_image import see_digits
 from mnist.predict.not_a_digit import Likeness
 from mnist.predict.picture_file import PictureError, read_picture
 from mnist.runs.export import CONFIG, WEIGHTS, TrainedModel, find_export, load_model, runs_with
-from mnist.runs.records import read_config, read_result
+from mnist.runs.records import read_config, read_run_record
 from mnist.system.files import RecordError
 
 
@@ -70,7 +70,7 @@ def _describe(folder: Path) -> str:
     is_run = folder.parent.name == "export"
     run, score = folder.resolve().parents[1] if is_run else folder.resolve(), ""
     with contextlib.suppress(RecordError):
-        result = read_result(run)
+        result = read_run_record(run)
         score = f", {result.test['accuracy']:.2%}" if result is not None and result.test is not None else ""
     return f"{run.name} ({config.recipe} on {config.data.dataset}{score})"
 

@@ -145,7 +145,7 @@ from mnist.plots.features import as_table, layer_costs
 from mnist.plots.history import read_history
 from mnist.runs.console import Console
 from mnist.runs.export import CONFIG, find_export, load_model, read_info, runs_with
-from mnist.runs.records import read_config, read_result
+from mnist.runs.records import read_config, read_run_record
 from mnist.training.build import build_network
 
 
@@ -242,7 +242,7 @@ def _confusion(options: Confusion) -> Path:
     if subject.folder is None:
         raise UserError("plots confusion: no finished run found; name one with --run")
     path = subject.path("confusion", options.place.out)
-    result = read_result(subject.folder)
+    result = read_run_record(subject.folder)
     if result is None or result.test_confusion is None:
         raise UserError(f"--run {subject.folder}: no test scores in result.json; a run writes them when it finishes")
     dataset, names, counts = subject.config.data.dataset, subject.info.class_names, result.test_confusion
@@ -319,7 +319,7 @@ class Subject:
 
     def title(self, dataset: str | None, untrained: bool = False) -> str:
         """Recipe, data set, seed, and at which step the weights are."""
-        result = None if self.folder is None else read_result(self.folder)
+        result = None if self.folder is None else read_run_record(self.folder)
         best = result and result.best
         step = (result and result.steps) if self.export == "last" else (best and best["step"])
         when = ["before training"] if untrained else [] if step is None else [f"step {step:,}"]

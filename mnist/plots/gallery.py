@@ -23,6 +23,7 @@ from mnist.plots import pictures
 from mnist.plots.curves import draw_curves
 from mnist.plots.features import activations, filters, find_mistakes, main_activations
 from mnist.plots.history import History, read_history
+from mnist.recipes import run_name
 from mnist.system.files import refuse_symlink
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ def input_shape(transform: Transform, dataset: Dataset) -> tuple[int, int, int]:
 
 def title_of(config: TrainConfig, dataset: str | None, *more: str) -> str:
     """What every picture says of the run it belongs to; no data set where the picture needs none."""
-    name = config.recipe if dataset is None else f"{config.recipe} on {dataset}"
+    name = run_name(config) if dataset is None else f"{run_name(config)} on {dataset}"
     return ", ".join([name, f"seed {config.loop.seed}", *more])
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mnist.errors import UserError
-from mnist.runs.records import ResultRecord, read_result
+from mnist.runs.records import RunRecord, read_run_record
 from mnist.runs.tracking.jsonl import SPLITS, Record, read_records
 from mnist.system.files import read_json
 
@@ -42,7 +42,7 @@ class History:
 
     name: str
     dataset: str
-    result: ResultRecord | None
+    result: RunRecord | None
     curves: dict[str, Curve]
     epoch_steps: float
     is_smoothed: bool = False
@@ -73,7 +73,7 @@ def read_history(run_dir: Path) -> History:
     return History(
         name=run_dir.resolve().name,
         dataset=last.dataset,
-        result=read_result(run_dir),
+        result=read_run_record(run_dir),
         curves={split: curve for split, curve in curves.items() if curve.steps},
         epoch_steps=last.step / last.epoch if last.epoch > 0 else math.nan,
         is_smoothed=bool(read_json(run_dir / "config.json").get("label_smoothing")),

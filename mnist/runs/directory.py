@@ -21,7 +21,8 @@ from filelock import FileLock, Timeout
 
 from mnist.config import RUNS, TrainConfig
 from mnist.errors import UserError
-from mnist.runs.records import MANIFEST, ResultRecord, read_config, read_result
+from mnist.recipes import run_name
+from mnist.runs.records import MANIFEST, RunRecord, read_config, read_run_record
 from mnist.system import ranks
 from mnist.system.files import RecordError, flush, read_json, refuse_symlink, write_json
 
@@ -43,7 +44,7 @@ class RunDirectory:
 
     path: Path
     config: TrainConfig | None
-    result: ResultRecord | None
+    result: RunRecord | None
     belongs_to_this_job: bool
     lock: FileLock | None
 
@@ -74,7 +75,7 @@ class RunDirectory:
 def open_run_directory(config: TrainConfig, dataset: str, accelerator: Accelerator) -> RunDirectory:
     """The directory of this run, made and locked. Every rank must call this.
 
-    `--run-dir` names it. Without one a new directory is made below runs/, named <recipe>-<dataset>-<date>-<time>.
+    `--run-dir` names it. Without one a new directory is made below runs/, named <run_name>-<dataset>-<date>-<time>.
 
     Raises:
         UserError: another process writes there (named with host and pid), or nobody can.
@@ -113,9 +114,9 @@ def job_id() -> str:
     return f"{socket.gethostname()}-{top.pid}-{top.create_time():.0f}"
 
 
-def _read_before(path: Path) -> tuple[TrainConfig | None, ResultRecord | None, bool]:
+def _read_before(path: Path) -> tuple[TrainConfig | None, RunRecord | None, bool]:
     config = read_config(path / "config.json") if (path / "config.json").exists() else None
-    result = read_result(path)
+    result = read_run_record(path)
     return config, result, is_restart() and result is not None and result.job == job_id()
 
 
@@ -133,7 +134,7 @@ def _choose_path(config: TrainConfig, dataset: str) -> Path:
             with contextlib.suppress(RecordError):  # the damaged record of another run is no reason to stop
                 if read_json(result).get("job") == job_id():
                     return result.parent
-    return _make_new(f"{config.recipe}-{dataset}-{datetime.now():%Y%m%d-%H%M%S}")
+    return _make_new(f"{run_name(config)}-{dataset}-{datetime.now():%Y%m%d-%H%M%S}")
 
 
 def _make_new(name: str) -> Path:
@@ -159,7 +160,7 @@ def _lock(path: Path) -> FileLock | None:
     except Timeout as error:
         holder = "another process"
         with contextlib.suppress(RecordError):
-            found = read_result(path)
+            found = read_run_record(path)
             holder = f"pid {found.pid} on {found.host}" if found is not None else holder
         raise UserError(f"--run-dir {path}: in use by {holder}; choose another directory, or wait") from error
     except OSError as error:

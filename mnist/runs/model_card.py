@@ -20,7 +20,7 @@ from mnist.data.datasets import DatasetInfo
 from mnist.recipes import RECIPES
 from mnist.runs.console import count
 from mnist.runs.export import CARD
-from mnist.runs.records import ResultRecord, ScoreRecord, read_result
+from mnist.runs.records import RunRecord, ScoreRecord, read_run_record
 from mnist.system.files import read_json, write_atomically
 
 ON_THE_HUB = {"mnist": "ylecun/mnist", "fashion_mnist": "zalando-datasets/fashion_mnist"}
@@ -58,7 +58,7 @@ def write_card(run_dir: Path, config: TrainConfig, info: DatasetInfo, warn: Call
     folder = run_dir / "export" / "best"
     try:
         pictures = _copy_pictures(run_dir / "pictures", folder) if config.output.pictures else []
-        result, environment = read_result(run_dir), read_json(run_dir / "environment.json")
+        result, environment = read_run_record(run_dir), read_json(run_dir / "environment.json")
         assert result is not None
         text = render(result, config, environment, info, pictures)
         write_atomically(folder / CARD, text.encode())
@@ -67,7 +67,7 @@ def write_card(run_dir: Path, config: TrainConfig, info: DatasetInfo, warn: Call
 
 
 def render(
-    result: ResultRecord, config: TrainConfig, environment: dict[str, Any], info: DatasetInfo, pictures: Sequence[str]
+    result: RunRecord, config: TrainConfig, environment: dict[str, Any], info: DatasetInfo, pictures: Sequence[str]
 ) -> str:
     """The text of a card.
 
@@ -131,7 +131,7 @@ def _settled(config: TrainConfig) -> dict[str, Any]:
     return {**flat, **{name: flat[name] or value for name, value in defaults.items()}}
 
 
-def _metadata(result: ResultRecord, test: ScoreRecord) -> dict[str, Any]:
+def _metadata(result: RunRecord, test: ScoreRecord) -> dict[str, Any]:
     """What the Hub reads: https://huggingface.co/docs/hub/model-cards."""
     dataset_id = ON_THE_HUB.get(result.dataset, result.dataset)
     conditions = f"test accuracy on {test['num_samples']} images, {result.precision}, seed {result.seed}"
@@ -159,7 +159,7 @@ def _metadata(result: ResultRecord, test: ScoreRecord) -> dict[str, Any]:
     }
 
 
-def _summary(result: ResultRecord, test: ScoreRecord, config: TrainConfig, info: DatasetInfo) -> str:
+def _summary(result: RunRecord, test: ScoreRecord, config: TrainConfig, info: DatasetInfo) -> str:
     """What it is, and how good, with the conditions of the number."""
     channels, height, width = info.image_shape
     kind = "grey" if channels == 1 else f"{channels}-channel"
@@ -179,7 +179,7 @@ def _summary(result: ResultRecord, test: ScoreRecord, config: TrainConfig, info:
     return "\n".join([intro, "", "| | |", "|---|---|", *(f"| {name} | {text} |" for name, text in rows), ""])
 
 
-def _training(result: ResultRecord, config: TrainConfig, environment: dict[str, Any]) -> str:
+def _training(result: RunRecord, config: TrainConfig, environment: dict[str, Any]) -> str:
     device = escape(str(environment["ranks"][0]["device"]))
     threads = count(int(environment["threads_per_process"]), "thread")
     versions = ", ".join(f"{name} {environment['packages'][name]}" for name in ("torch", "accelerate"))

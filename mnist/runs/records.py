@@ -41,7 +41,7 @@ class BestRecord(ScoreRecord):
 
 
 @dataclass(frozen=True)
-class ResultRecord:
+class RunRecord:
     """What is read back from result.json: the first eleven from the start of a run on, the others at its end."""
 
     status: Status
@@ -74,7 +74,7 @@ class ResultRecord:
             raise ValueError("test must be an object in a finished run")
 
 
-def read_result(run_dir: Path) -> ResultRecord | None:
+def read_run_record(run_dir: Path) -> RunRecord | None:
     """result.json of a run; None where there is none.
 
     Raises:
@@ -82,7 +82,7 @@ def read_result(run_dir: Path) -> ResultRecord | None:
     """
     path = run_dir / "result.json"
     content = read_json(path)
-    return check_record(path, content, ResultRecord, complete=content.get("status") != "running") if content else None
+    return check_record(path, content, RunRecord, complete=content.get("status") != "running") if content else None
 
 
 def read_config(path: Path) -> TrainConfig:

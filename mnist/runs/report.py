@@ -17,6 +17,7 @@ from accelerate import Accelerator
 
 from mnist.config import TrainConfig
 from mnist.models import count_parameters
+from mnist.recipes import run_name
 from mnist.runs.console import count
 from mnist.runs.directory import branch_origin
 from mnist.runs.setup import RunSetup
@@ -43,7 +44,7 @@ def banner(setup: RunSetup, facts: dict[str, Any], environment: dict[str, Any]) 
     share = f"{plan.world_size} x {plan.accumulation_steps} x {plan.micro_batch_size}"
     optim, weights = config.optim, setup.state.initialised_from
     return [
-        ("recipe", f"{config.recipe}: {optim.model}, {facts['num_params']:,} parameters"),
+        ("recipe", f"{run_name(config)}: {optim.model}, {facts['num_params']:,} parameters"),
         *([("weights", str(weights))] if weights is not None else []),
         ("data", f"{dataset.name}: {sizes} / {len(dataset.test):,} test"),
         ("device", f"{environment['ranks'][0]['device']}, {threads}, {world}"),
@@ -59,7 +60,7 @@ def run_facts(setup: RunSetup) -> dict[str, Any]:
     config, accelerator = setup.config, setup.accelerator
     origin, weights = branch_origin(config), setup.state.initialised_from
     return {
-        "recipe": config.recipe,
+        "recipe": run_name(config),
         "dataset": setup.dataset.name,
         "seed": config.loop.seed,
         "num_params": count_parameters(setup.train_step.bare_model),
@@ -75,6 +76,8 @@ def warnings(setup: RunSetup, *, has_resumed: bool) -> list[str]:
     """What one must know before believing a number of this run."""
     path = setup.directory.path
     found = [*hardware_warnings(setup.accelerator), *setup.dataset.warnings]
+    if setup.config.runtime.num_threads > torch.get_num_threads():  # see `build_accelerator`
+        found.append(f"--num-threads {setup.config.runtime.num_threads}: a forked process can have one thread only")
     if setup.directory.lock is None:  # as on all ranks but 0, which print nothing
         found.append(f"--run-dir {path}: no locks on this file system; start no second run there")
     return [*found, *drill_warnings(setup.config, has_resumed=has_resumed)]
@@ -113,6 +116,12 @@ def result(plan: Plan, state: TrainState, test: Scores | None) -> dict[str, Any]
         "train_time_s": round(state.run_sums.time_s, 3),
         "images_per_s": round(state.run_sums.images_per_s, 1) or None,
     }
+
+
+def missed_gate(config: TrainConfig, accuracy: float) -> str | None:
+    """What to warn of where the test accuracy is below --min-accuracy."""
+    gate = config.loop.min_accuracy
+    return None if gate is None or accuracy >= gate else f"--min-accuracy {gate}: missed with {accuracy:.4f}"
 
 
 def closing(setup: RunSetup, test: Scores) -> Rows:

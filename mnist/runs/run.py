@@ -7,27 +7,26 @@ rank must call everything here; what only rank 0 may do is done inside.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 from accelerate.utils import ProfileKwargs
 
 from mnist.config import TrainConfig, to_flat
 from mnist.data.batches import MicroBatch, TrainLoader
-from mnist.errors import RankError
+from mnist.errors import RankError, is_one_of_several
 from mnist.runs import report
 from mnist.runs.checkpointing import Checkpointing
 from mnist.runs.console import Console, count
 from mnist.runs.directory import RunDirectory, is_restart
+from mnist.runs.finish import Draw, export_and_score
 from mnist.runs.model_card import write_card
-from mnist.runs.results import Draw, leave_results
+from mnist.runs.records import RunRecord, Status, read_run_record
+from mnist.runs.result import Result
 from mnist.runs.resume import how_to_continue
 from mnist.runs.setup import RunSetup
 from mnist.runs.tracking.tensorboard import TensorBoardRun
@@ -46,26 +45,7 @@ from mnist.training.metrics import Scores
 from mnist.training.step import DivergedError, warm_up
 from mnist.training.threads import advise_on_threads
 
-EXIT_FINISHED, EXIT_FAILED = 0, 1
-
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Result:
-    """How a run ended.
-
-    Attributes:
-        run_dir: where everything is.
-        status: finished or preempted; other ends are exceptions.
-        exit_code: of the command: 0, 1 if the accuracy misses --min-accuracy, 75 if preempted.
-        numbers: what result.json says.
-    """
-
-    run_dir: Path
-    status: str
-    exit_code: int
-    numbers: dict[str, Any]
 
 
 @contextmanager
@@ -107,7 +87,7 @@ def _open_tracker(setup: RunSetup, facts: dict[str, Any], environment: dict[str,
     setup.directory.write_start(to_flat(config), environment, facts)
     tracker = Tracker(path, name, console.warn)
     tags = [name, config.optim.model, facts["precision"], f"w{facts['world_size']}"]
-    run_config = {**to_flat(config), "environment": environment}
+    run_config = {**to_flat(config), "recipe": facts["recipe"], "environment": environment}
     start = partial(WandbRun, setup.accelerator, config=config.output, run_dir=path, run_config=run_config, tags=tags)
     tracker.start_wandb(config.output, start, console.say)
     if config.output.tensorboard:
@@ -136,6 +116,7 @@ class Run:
         self._console = console
         self._heartbeats = Heartbeats(setup.accelerator, lambda: setup.state.step)
         self._watchdog = Watchdog(setup.config.runtime.timeout_s, self._heartbeats.publish, self._record_stall)
+        self._may_end_process = signals.are_installed() or is_one_of_several()  # and not a process that called us
         self._facts = facts
         self._has_resumed = has_resumed
         self._started_s = started_s
@@ -147,7 +128,7 @@ class Run:
 
     def warm_up(self, train_loader: TrainLoader) -> None:
         """Does what happens once, before the first step: kernels are chosen, a step is captured. Not training time."""
-        self._watchdog.heartbeat()
+        self.heartbeat()
         signals.training_begins()
         started = time.perf_counter()
         self._console.show("warming up")
@@ -168,7 +149,7 @@ class Run:
             if remark is not None:
                 self._console.warn(remark)
         self._watchdog.timeout_s = set_step_timeouts(self._setup.config.runtime.timeout_s)
-        self._warmup_time_s = time.perf_counter() - started
+        self._warmup_time_s = round(time.perf_counter() - started, 3)
         state = self._state  # the console outlives the process group: it must not hold the model
         self._console.start_progress(
             self._plan.num_steps,
@@ -180,7 +161,8 @@ class Run:
 
     def heartbeat(self) -> bool:
         """Shows that this rank is alive; returns whether a signal, or --max-time, has asked it to end."""
-        self._watchdog.heartbeat()
+        if self._may_end_process:
+            self._watchdog.heartbeat()
         return signals.stop_requested() or self._is_time_over()
 
     def _is_time_over(self) -> bool:
@@ -245,46 +227,50 @@ class Run:
             checkpointing.save()
             return self._end_preempted()
         self._together(self.tracker.check)
-        results = leave_results(
+        test, pictures = export_and_score(
             self._setup, validation, checkpointing, tracker=self.tracker, console=self._console, draw=self._draw
         )
-        code = _gate(self._setup.config, results.test.accuracy, self._console)
-        gate_passed = code == EXIT_FINISHED
-        numbers, hints = self._together(lambda: self._close("finished", results.test, gate_passed=gate_passed))
+        if missed := report.missed_gate(self._setup.config, test.accuracy):
+            self._console.warn(missed)
+        record, hints = self._together(lambda: self._end("finished", test, gate_passed=missed is None))
         starts, span = (" over all starts", "since this start") if self._has_resumed else ("", "in all")
-        times = f"{state.run_sums.time_s:.1f} s training{starts}, {numbers['total_time_s']:.1f} s {span}"
-        rows = [*report.closing(self._setup, results.test), ("time", times), ("run", str(path))]
-        rows += [("pictures", str(path / "pictures"))] if results.has_pictures else []
+        times = f"{state.run_sums.time_s:.1f} s training{starts}, {record.total_time_s:.1f} s {span}"
+        rows = [*report.closing(self._setup, test), ("time", times), ("run", str(path))]
+        rows += [("pictures", str(path / "pictures"))] if pictures else []
         self._console.summary([*rows, *hints], report.next_commands(path))
-        return Result(path, "finished", code, numbers)
+        return Result(path, record)
 
     def _end_preempted(self) -> Result:
         path, signal = self._setup.directory.path, signals.signal_name()
         cause = signal or (f"--max-time {self._setup.config.runtime.max_time:g}" if self._is_time_over() else None)
-        numbers, _ = self._together(lambda: self._close("preempted", signal=signal, reason=cause))
+        record, _ = self._together(lambda: self._end("preempted", signal=signal, reason=cause))
         again = report.command_to_continue(path)
         where = f"after step {self._state.step}" + (f" ({cause})" if cause else "")
         self._console.summary([("preempted", where), ("continue", again)])
         if self._setup.accelerator.is_main_process and signal == "SIGINT":
             process.print_after_launcher(f"preempted after step {self._state.step}; to continue: {again}")
-        return Result(path, "preempted", signals.EXIT_PREEMPTED, numbers)
+        return Result(path, record)
 
-    def _close(self, status: str, test: Scores | None = None, **more: Any) -> tuple[dict[str, Any], list[Hint]]:
-        """Writes result.json and closes the trackers, on rank 0; returns the numbers, and what to type next."""
-        numbers = self._write_result(status, test, **more)
+    def _end(self, status: Status, test: Scores | None = None, **more: Any) -> tuple[RunRecord, list[Hint]]:
+        """Writes result.json and closes the trackers, on rank 0; returns what was written, and what to type next."""
+        record = self._write_result(status, test, **more)
         if test is not None:
             write_card(self._setup.directory.path, self._setup.config, self._setup.dataset.info, self._console.warn)
         best = {f"best/{key}": value for key, value in (self._state.best or {}).items()}
-        times = {name: numbers[name] for name in ("warmup_time_s", "total_time_s", "train_time_s")}
+        times = {"warmup_time_s": self._warmup_time_s} | {
+            name: getattr(record, name) for name in ("total_time_s", "train_time_s")
+        }
         with self._console.doing("closing trackers"):
             hints = self.tracker.finish(status, {**best, **times})
-        return numbers, hints
+        return record, hints
 
-    def _write_result(self, status: str, test: Scores | None, **more: Any) -> dict[str, Any]:
-        times = {"warmup_time_s": round(self._warmup_time_s, 3), "total_time_s": round(self._total_time_s(), 3)}
+    def _write_result(self, status: Status, test: Scores | None, **more: Any) -> RunRecord:
+        times = {"warmup_time_s": self._warmup_time_s, "total_time_s": round(self._total_time_s(), 3)}
         content = {**self._facts, **report.result(self._plan, self._state, test), **times, **more}
         self._setup.directory.write_result(status, **content)
-        return content
+        record = read_run_record(self._setup.directory.path)
+        assert record is not None
+        return record
 
     def _total_time_s(self) -> float:
         return time.perf_counter() - self._started_s
@@ -315,9 +301,9 @@ class Run:
     def _write_failure(self, error: BaseException, where: str) -> None:
         if isinstance(error, DivergedError):
             self._state.step = error.step
-            self._close("diverged", reason=str(error), rank=error.rank)
+            self._end("diverged", reason=str(error), rank=error.rank)
         else:
-            self._close("failed", reason=f"{type(error).__name__}: {error}", where=where)
+            self._end("failed", reason=f"{type(error).__name__}: {error}", where=where)
 
     def _record_stall(self, reason: str) -> None:
         """For the watchdog's thread, which ends the process afterwards."""
@@ -340,17 +326,18 @@ def report_finished(directory: RunDirectory, config: TrainConfig, console: Conso
     assert found is not None
     assert found.test is not None  # or the record of a finished run would have been refused
     accuracy = found.test["accuracy"]
+    if missed := report.missed_gate(config, accuracy):
+        console.warn(missed)
     rows = [
         ("finished", f"{directory.path}: {found.steps} steps, test accuracy {accuracy:.2%}"),
         ("", how_to_continue(directory, config)),
     ]
     console.summary(rows, report.next_commands(directory.path))
-    return Result(directory.path, "finished", _gate(config, accuracy, console), dataclasses.asdict(found))
+    return Result(directory.path, found)
 
 
-def _gate(config: TrainConfig, accuracy: float, console: Console) -> int:
-    gate = config.loop.min_accuracy
-    if gate is None or accuracy >= gate:
-        return EXIT_FINISHED
-    console.warn(f"--min-accuracy {gate}: missed with {accuracy:.4f}")
-    return EXIT_FAILED
+def exit_code(config: TrainConfig, result: Result) -> int:
+    """Of the command: 0, 1 where the test accuracy misses --min-accuracy, 75 where the run was preempted."""
+    if result.test is None:
+        return signals.EXIT_PREEMPTED
+    return 0 if report.missed_gate(config, result.test.accuracy) is None else 1

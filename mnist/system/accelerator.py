@@ -29,6 +29,7 @@ from mnist.system.launcher import fill_in_runtime
 from mnist.system.process import num_usable_cores
 from mnist.system.watchdog import ended_after
 
+_IMPORTED_IN = os.getpid()
 CLOSE_S = 60.0  # for taking down the process group; then the process ends with its stacks
 
 
@@ -66,11 +67,12 @@ def _close(accelerator: Accelerator | None, is_first: bool) -> None:
     with ended_after(CLOSE_S):
         if accelerator is not None:
             accelerator.free_memory()
+        if not is_first:  # they are the caller's
+            return
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-        if is_first:  # a later run in this process may have another precision
-            AcceleratorState._reset_state(reset_partial_state=True)
-            GradientState._reset_state()
+        AcceleratorState._reset_state(reset_partial_state=True)  # a later run in this process may have other settings
+        GradientState._reset_state()
 
 
 def _backend() -> str:
@@ -115,6 +117,9 @@ def build_accelerator(config: RuntimeConfig, trackers: Sequence[str] = ()) -> Ac
             f"{local_world_size} processes but {torch.cuda.device_count()} GPUs on {socket.gethostname()}: start fewer "
             f"(--num_processes / --nproc-per-node), or train on the CPU with --cpu"
         )
+    # OpenMP's threads are not there in a forked process, such as one of `notebook_launcher`'s, which would wait for
+    # them for ever where the process that it was forked from had several.
+    num_threads = 1 if os.getpid() != _IMPORTED_IN and torch.get_num_threads() > 1 else config.num_threads
     # NCCL's watchdog sleeps four times as long before it ends a process after an error: a minute by default.
     os.environ.setdefault("TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC", "500")
     _restart_with_fresh_keys("gloo" if cpu else "nccl", config.timeout_s)
@@ -135,7 +140,7 @@ def build_accelerator(config: RuntimeConfig, trackers: Sequence[str] = ()) -> Ac
         raise MachineError(f"{place}Accelerate cannot start: {error}") from error
     # After Accelerate, which sets threads on CPUs, and TF32 with a dynamo backend.
     _set_determinism(config.deterministic)
-    _set_threads(config.num_threads, local_world_size)
+    _set_threads(num_threads, local_world_size)
     announced = int(os.environ.get("WORLD_SIZE", "1"))
     if announced != accelerator.num_processes:
         raise MachineError(

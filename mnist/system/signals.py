@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from types import FrameType
 
 from mnist.errors import is_first_rank
@@ -52,6 +53,38 @@ def install() -> None:
         os.register_at_fork(after_in_child=_reset_in_child)
     if was_launched() and sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def interrupts_noted() -> Iterator[None]:
+    """For a process that is not ours, such as a notebook's: the first Ctrl-C asks the run to end, and raises nothing.
+
+    Another one, 2 s later or more, raises KeyboardInterrupt as before. Handlers of our own, or of the caller, stay.
+    """
+    is_main_thread = threading.current_thread() is threading.main_thread()
+    if not is_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    first: list[float] = []
+
+    def note_or_raise(number: int, frame: FrameType | None) -> None:
+        if first and time.monotonic() - first[0] >= FORCE_AFTER_S:
+            signal.default_int_handler(number, frame)
+        first.append(time.monotonic())
+        _note(number, frame)
+
+    _received.clear()
+    signal.signal(signal.SIGINT, note_or_raise)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        _received.clear()
+
+
+def are_installed() -> bool:
+    """Whether this process is a command of ours, which may be ended, and not one that called us."""
+    return bool(_handled)
 
 
 def training_begins() -> None:

@@ -115,7 +115,7 @@ def test_the_title_says_which_weights_are_shown(run: str) -> None:
     Path(run, "result.json").write_text(json.dumps({**result, "best": {**result["best"], "step": 46}}))
     steps = {"": "46", "/export/best": "46", "/export/last": "69"}
     titles = {folder: plots._find_subject(run + folder).title("digits") for folder in steps}
-    assert titles == {folder: f"smoke on digits, seed 0, step {step}" for folder, step in steps.items()}
+    assert titles == {folder: f"smoke-changed on digits, seed 0, step {step}" for folder, step in steps.items()}
 
 
 def test_the_last_weights_are_shown_where_they_are_asked_for(run: str) -> None:
@@ -177,7 +177,7 @@ def test_features_are_those_of_the_image_that_was_asked_for(run: str, monkeypatc
     dataset = plots._read_data(trained.config, None)
     expected = activations(trained.model, trained.transform(dataset.test.images[11:12]))
     assert all(torch.equal(drawn["outputs"][name], output) for name, output in expected.items())
-    assert drawn["title"] == "smoke on digits, seed 0, step 69"
+    assert drawn["title"] == "smoke-changed on digits, seed 0, step 69"
     assert f"test image 11: true {int(dataset.test.labels[11])}" in drawn["subtitle"]
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from mnist.config import RuntimeConfig, TrainConfig, evolve
 from mnist.errors import UserError
+from mnist.recipes import fast
 from mnist.runs import directory
 from mnist.runs.directory import RunDirectory, open_run_directory
 from mnist.system import accelerator as accelerator_module
@@ -159,7 +160,7 @@ def test_another_runs_damage_does_not_stop_a_start(tmp_path: Path, monkeypatch: 
     Path("runs", "other").mkdir()
     Path("runs", "other", "config.json").write_text(json.dumps([1]))
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert open_here(TrainConfig()).path.name.startswith("fast-mnist-")
+    assert open_here(fast()).path.name.startswith("fast-mnist-")
 
 
 def test_a_disk_without_room_for_a_line_is_named_by_its_flag(tmp_path: Path) -> None:

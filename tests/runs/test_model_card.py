@@ -17,7 +17,7 @@ from mnist.config import TrainConfig, evolve, fields_on_resume, to_flat
 from mnist.data.datasets import DatasetInfo
 from mnist.recipes import RECIPES
 from mnist.runs.model_card import command, escape, render, write_card
-from mnist.runs.records import read_config, read_result
+from mnist.runs.records import read_config, read_run_record
 from tests.processes import PYTHON, ROOT, finish
 
 ENVIRONMENT = {
@@ -35,7 +35,7 @@ def info_of(*class_names: str, channels: int = 1) -> DatasetInfo:
 
 
 def card_of(run: Path, *class_names: str, config: TrainConfig | None = None, channels: int = 1) -> str:
-    result = read_result(run)
+    result = read_run_record(run)
     assert result is not None
     info = info_of(*(class_names or "0123456789"), channels=channels)
     return render(result, config or read_config(run / "config.json"), ENVIRONMENT, info, [])
@@ -153,7 +153,7 @@ def test_a_card_that_cannot_be_written_is_a_warning(smoke_run: Path, tmp_path: P
 
 
 def test_classes_without_test_images_have_no_accuracy(smoke_run: Path) -> None:
-    result = read_result(smoke_run)
+    result = read_run_record(smoke_run)
     assert result is not None
     empty = replace(result, test_confusion=[[0] * 10 for _ in range(9)] + [[0] * 9 + [5]])
     text = render(empty, read_config(smoke_run / "config.json"), ENVIRONMENT, info_of(*"0123456789"), [])

@@ -16,7 +16,7 @@ import pytest
 
 from mnist.runs.checkpoint_files import list_steps, load_newest, missing_records, save_checkpoint
 from mnist.runs.export import find_export, load_model
-from mnist.runs.records import read_result
+from mnist.runs.records import read_run_record
 from mnist.runs.tracking.jsonl import JsonlFile
 from tests.processes import started, train
 from tests.runs.test_checkpoint_files import make_checkpoint
@@ -132,7 +132,7 @@ def test_a_finished_run_has_all_its_records_after_a_power_cut(tmp_path: Path, im
             assert not skipped
             assert found is None or missing_records(found, disk / "run" / "metrics.jsonl") is None
     with mounted(ended, ended.with_suffix("")) as disk:
-        after = read_result(disk / "run")
+        after = read_run_record(disk / "run")
         assert after is not None
         assert after.status == "finished"
         assert num_lines(disk / "run" / "metrics.jsonl") == written

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import pytest
 
 from mnist.config import TrainConfig, to_flat
-from mnist.runs.records import ScoreRecord, check_record, read_config, read_result
+from mnist.runs.records import ScoreRecord, check_record, read_config, read_run_record
 from mnist.system.files import RecordError
 
 RUNNING = {
@@ -119,20 +119,20 @@ def test_what_is_no_object_is_no_record(content: Any) -> None:
 
 
 def test_the_result_of_a_run_at_its_start_and_at_its_end(tmp_path: Path) -> None:
-    assert read_result(tmp_path) is None
+    assert read_run_record(tmp_path) is None
     write(tmp_path / "result.json", RUNNING)
-    started = read_result(tmp_path)
+    started = read_run_record(tmp_path)
     assert started is not None
     assert (started.status, started.test, started.steps) == ("running", None, 0)
     write(tmp_path / "result.json", FINISHED)
-    finished = read_result(tmp_path)
+    finished = read_run_record(tmp_path)
     assert finished is not None
     assert (finished.steps, finished.test, finished.stop_reason) == (235, SCORES, None)
 
 
 def test_the_result_that_a_real_run_writes_is_read(smoke_run: Path) -> None:
     written = json.loads((smoke_run / "result.json").read_text())
-    result = read_result(smoke_run)
+    result = read_run_record(smoke_run)
     assert result is not None
     assert result.test == written["test"]
     assert result.test_confusion == written["test_confusion"]
@@ -166,7 +166,7 @@ def test_a_damaged_result_is_one_line_that_names_the_field(
 ) -> None:
     write(tmp_path / "result.json", content)
     with pytest.raises(RecordError, match=rf"result\.json: {message}"):
-        read_result(tmp_path)
+        read_run_record(tmp_path)
 
 
 @pytest.mark.parametrize(

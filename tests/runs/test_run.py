@@ -471,7 +471,7 @@ def test_without_a_run_dir_a_start_is_a_new_run_and_resume_names_the_old_one(
 
     assert run_ranks(start, 1, True, *SMALL) == [75]
     (first,) = Path("runs").iterdir()
-    assert first.name.startswith("smoke-digits-")
+    assert first.name.startswith("smoke-changed-digits-")
     (command,) = re.findall(r"continue  (.*)", capfd.readouterr().out)
     assert run_ranks(start, 1, False, *SMALL) == [0]
     assert result(first)["status"] == "preempted"

@@ -47,8 +47,17 @@ def read_records(path: Path) -> list[Record]:
         RecordError: a line is not a record (names file and line), or `path` is not a regular file.
         OSError: missing, or not readable.
     """
-    lines = read_regular(path, MAX_BYTES).split(b"\n")[:-1]
-    return [_parse(line, Path(f"{path}: line {number}")) for number, line in enumerate(lines, start=1)]
+    return [_parse(line, Path(f"{path}: line {number}")) for number, line in enumerate(_read_lines(path), start=1)]
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Likewise, as dictionaries with all that the lines hold."""
+    read_records(path)  # which checks them
+    return [msgspec.json.decode(line) for line in _read_lines(path)]
+
+
+def _read_lines(path: Path) -> list[bytes]:
+    return read_regular(path, MAX_BYTES).split(b"\n")[:-1]
 
 
 def _parse(line: bytes, where: Path) -> Record:

@@ -1,13 +1,13 @@
 """What a finished run leaves: exported weights, the scores of the test set, pictures, models in the trackers.
 
-In: a run that has taken its last step. Out: `<run>/export`, `<run>/pictures`, and `Results`. Every rank must call
+In: a run that has taken its last step. Out: `<run>/export`, `<run>/pictures`, and test scores. Every rank must call
 everything here; rank 0 alone touches the disk.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -27,21 +27,7 @@ from mnist.training.metrics import Scores
 Draw = Callable[..., dict[str, Path]]  # run directory and keyword arguments of `_draw_pictures` -> files by name
 
 
-@dataclass(frozen=True)
-class Results:
-    """Attributes:
-
-    test: scores of the test set.
-    scored_step: step of the weights that were scored: the best on validation, or the last.
-    has_pictures: they were drawn.
-    """
-
-    test: Scores
-    scored_step: int
-    has_pictures: bool
-
-
-def leave_results(
+def export_and_score(
     setup: RunSetup,
     validation: Validation,
     checkpointing: Checkpointing,
@@ -49,23 +35,27 @@ def leave_results(
     tracker: Tracker,
     console: Console,
     draw: Draw,
-) -> Results:
-    """Exports the last and the best weights, scores the best ones on the test set, draws."""
+) -> tuple[Scores, dict[str, Path]]:
+    """Exports the last and the best weights, scores the best ones on the test set, draws.
+
+    Returns:
+        The scores, and the pictures' files by name.
+    """
     _export(setup, "last")
     scored_step = _load_best(setup, checkpointing, console)
     test = validation.score_test()
     _export(setup, "best")
 
-    def show() -> bool:
-        paths = {}
+    def show() -> dict[str, Path]:
+        paths: dict[str, Path] = {}
         if setup.config.output.pictures:
             with console.doing("drawing pictures"):
                 paths = _draw_pictures(setup, test, scored_step, console, draw)
                 tracker.pictures(setup.state.step, paths)
         _show_in_trackers(setup, test, scored_step, tracker)
-        return bool(paths)
+        return paths
 
-    return Results(test, scored_step, ranks.together(setup.accelerator, show))
+    return test, ranks.together(setup.accelerator, show)
 
 
 def _export(setup: RunSetup, name: str) -> None:
