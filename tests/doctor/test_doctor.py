@@ -47,6 +47,11 @@ def report(out: str) -> dict[str, tuple[str, str]]:
     return {check["name"]: (check["verdict"], check["message"]) for check in json.loads(out)["checks"]}
 
 
+def only(*names: str) -> None:
+    """Leaves out all other checks on this rank."""
+    doctor.CHECKS = tuple(check for check in doctor.CHECKS if check.name in names)
+
+
 # --- whole examinations on forked ranks ------------------------------------------------------------------------------
 
 
@@ -82,13 +87,14 @@ def test_warnings_count_when_asked_to(tmp_path: Path, capfd: pytest.CaptureFixtu
 
 def test_a_slow_and_a_faulty_rank_are_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     def disturb(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        time.sleep(0.05)
+        time.sleep(0.1)
         optimizer.param_groups[0]["params"][0].data.add_(int.from_bytes(os.urandom(4), "big") * 1e-9)
 
     def suffer() -> int:
+        only("determinism", "speed")
         if os.environ["RANK"] == "1":
             register_optimizer_step_post_hook(disturb)
-        return examine(tmp_path)
+        return examine(tmp_path, recipe="smoke")
 
     assert run_ranks(suffer, 2) == [1, 1]
     found = report(capfd.readouterr().out)
@@ -104,6 +110,7 @@ def test_threads_slower_than_one_are_a_warning(tmp_path: Path, capfd: pytest.Cap
             time.sleep(0.01)
 
     def examine_with_two_threads() -> int:
+        only("one thread")
         register_module_forward_hook(wait_for_a_core)
         examine(tmp_path, num_threads=2)
         return torch.get_num_threads()
@@ -118,13 +125,14 @@ def test_an_unwritable_run_directory_is_one_failed_check(tmp_path: Path, capfd: 
     (tmp_path / "file").touch()
 
     def unwritable() -> int:
+        only("run directory", "disk", "all-reduce")
         return examine(tmp_path, run_dir=str(tmp_path / "file" / "run"))
 
     assert run_ranks(unwritable, 2) == [1, 1]
     found = report(capfd.readouterr().out)
     assert found["run directory"][0] == found["disk"][0] == "fail"
     assert "Not a directory" in found["run directory"][1]
-    assert found["bandwidth"][0] == "pass", "the doctor goes on"
+    assert found["all-reduce"][0] == "pass", "the doctor goes on"
 
 
 def test_a_full_disk_and_broken_data_are_two_failed_checks(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -149,9 +157,10 @@ def test_a_rank_that_hangs_ends_the_doctor_and_says_where(tmp_path: Path, capfd:
     """Its data directory never answers, like one of a dead file server."""
 
     def wait() -> int:
+        only("processes", "data")
         if os.environ["RANK"] == "1":
             checks_machine.datasets.is_present = lambda *_: time.sleep(600)
-        return examine(tmp_path, timeout_s=12)
+        return examine(tmp_path, timeout_s=6)
 
     with pytest.raises(RuntimeError, match="a rank died"):
         run_ranks(wait, 2)
@@ -159,7 +168,7 @@ def test_a_rank_that_hangs_ends_the_doctor_and_says_where(tmp_path: Path, capfd:
     verdict, message = report(captured.out)["data"]
     assert verdict == "fail"
     assert re.match(r"rank 0 on \S+ has lost another rank, which has died or does not answer", message)
-    assert re.search(r"error: data: rank 1 on \S+: no progress for 16 s", captured.err)
+    assert re.search(r"error: data: rank 1 on \S+: no progress for 10 s", captured.err)
     assert "in measure_data" in captured.err
 
 
@@ -188,10 +197,9 @@ def ranks_by_hand(commands: list[list[str]], cwd: Path, *environments: dict[str,
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize("columns", ["80", "0"])
-def test_whoever_reads_the_first_line_only_gets_it_and_no_failure(tmp_path: Path, columns: str) -> None:
+def test_whoever_reads_the_first_line_only_gets_it_and_no_failure(tmp_path: Path) -> None:
     command = f"set -o pipefail; {' '.join([*PYTHON, *DOCTOR, *ONE_THREAD])} | head -n 1"
-    done = finish(["bash", "-c", command], tmp_path, COLUMNS=columns)
+    done = finish(["bash", "-c", command], tmp_path, COLUMNS="0")
     assert done.code == 0, done.err
     assert done.out.startswith("rank")
 
