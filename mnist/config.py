@@ -64,6 +64,7 @@ DatasetName = Literal[
     "emnist_balanced",
     "emnist_digits",
     "digits",
+    "folder",
 ]
 Model = Literal[
     "convnet",
@@ -203,17 +204,29 @@ class DataConfig:
     """Which images, and from where."""
 
     dataset: DatasetName = setting(
-        "auto", "auto = MNIST if it is there or can be downloaded, else embedded digits.", "fixed"
+        "auto",
+        "auto = MNIST if it is there or can be downloaded, else embedded digits; folder = your own pictures.",
+        "fixed",
     )
     data_dir: str = setting(
-        _default_data_dir, "Folder of MNIST/raw; default $MNIST_DATA_DIR, else data.", "free", is_path=True
+        _default_data_dir,
+        "Folder of MNIST/raw, or of train/<class>/ and test/<class>/ with pictures (--dataset folder); default "
+        "$MNIST_DATA_DIR, else data.",
+        "free",
+        is_path=True,
     )
+    channels: int | None = setting(None, "Of --dataset folder: 1 = grey, 3 = colour (the default).", "fixed", "[1, 3]")
     val_size: int = setting(
         0, "Training images held out to choose the best checkpoint; 0 = score test each epoch.", "fixed", "[0, 1e6]"
     )
 
     def __post_init__(self) -> None:
         check_fields(self)
+        _require(self.channels in (None, 1, 3), f"--channels {self.channels}: must be 1 or 3")
+        _require(
+            self.channels is None or self.dataset == "folder",
+            f"--channels {self.channels}: needs --dataset folder; the images of {self.dataset} are what they are",
+        )
 
 
 @dataclass(frozen=True)

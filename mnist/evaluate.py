@@ -89,9 +89,11 @@ def main(options: Options) -> int:
     trained = load_model(find_export(options.run))
     other = None if options.versus is None else load_model(find_export(options.versus, "--versus"), "--versus")
     config = datasets.relocate(trained.config.data, options.dataset, options.data_dir)
+    if config.dataset == "folder":
+        config = replace(config, channels=trained.info.in_channels)
     with open_accelerator(_settle_runtime(trained.config.runtime, options)) as accelerator:
         console = Console(accelerator.is_main_process)
-        dataset = datasets.load(config, accelerator)
+        dataset = datasets.load(config, accelerator, trained.config.image.image_size)
         split = {"test": dataset.test, "val": dataset.val, "train": dataset.train}[options.split]
         if split is None:
             raise UserError("--split val: no images were held out when this model was trained; choose test or train")
@@ -151,13 +153,16 @@ def check_fits(info: datasets.DatasetInfo, dataset: datasets.Dataset) -> None:
     """Checks that a network can be scored on a data set.
 
     Raises:
-        UserError: it has another number of channels or of classes.
+        UserError: it has another number of channels or of classes, or, people's own pictures, other classes.
     """
     theirs = (info.in_channels, info.num_classes)
     found = (dataset.info.in_channels, dataset.info.num_classes)
     for expected, number, what in zip(theirs, found, ("channels", "classes"), strict=True):
         if number != expected:
             raise UserError(f"--dataset {dataset.name}: has {number} {what}, but the model was trained for {expected}")
+    if dataset.name == "folder" and dataset.class_names != info.class_names:
+        names, known = ", ".join(dataset.class_names), ", ".join(info.class_names)
+        raise UserError(f"--dataset folder: has the classes {names}, but the model was trained for {known}")
 
 
 def _settle_runtime(trained: RuntimeConfig, options: Options) -> RuntimeConfig:

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor
 
-from mnist.config import MNIST_MEAN, MNIST_STD, DataConfig, DatasetName, TrainConfig, evolve
+from mnist.config import MNIST_MEAN, MNIST_STD, DataConfig, DatasetName, ImageConfig, TrainConfig, evolve
+from mnist.data import folder
 from mnist.data.batches import Split
 from mnist.data.download import Transfer, download
 from mnist.data.idx import read_images, read_labels
@@ -124,6 +125,7 @@ SOURCES = {
     "digits": Source(  # 1,437 images: recipes made for MNIST's 60,000 keep their length
         None, files=(), train_copies=42, has_digits=True
     ),
+    "folder": Source(None, (), files=()),  # people's own pictures: what they are is known when they are read
 }
 
 
@@ -195,22 +197,34 @@ def take_info(flat: dict[str, Any]) -> DatasetInfo:
 
 def relocate(config: DataConfig, dataset: DatasetName | None, data_dir: str | None) -> DataConfig:
     """The `data` section of a trained model for this machine: another folder or data set where one is given."""
-    folder = data_dir or os.environ.get("MNIST_DATA_DIR") or config.data_dir
-    val_size = config.val_size if dataset in (None, config.dataset) else 0
-    return replace(config, dataset=dataset or config.dataset, data_dir=folder, val_size=val_size)
+    name, is_same = dataset or config.dataset, dataset in (None, config.dataset)
+    here = None if name == "folder" else os.environ.get("MNIST_DATA_DIR")
+    return replace(
+        config,
+        dataset=name,
+        data_dir=data_dir or here or config.data_dir,
+        val_size=config.val_size if is_same else 0,
+        channels=config.channels if is_same else None,
+    )
 
 
-def load(config: DataConfig, accelerator: Accelerator) -> Dataset:
+def load(config: DataConfig, accelerator: Accelerator, size: int, show: folder.Show | None = None) -> Dataset:
     """The data set of a run, on the device of this rank. Every rank must call this.
 
-    Rank 0 decides what --dataset means, one process a node downloads what is missing, every rank reads.
+    Rank 0 decides what --dataset means, one process a node downloads or decodes what is missing, every rank reads.
+
+    Args:
+        config: which data set.
+        accelerator: knows the ranks.
+        size: side of the network's input, which people's own pictures are brought to.
+        show: is told on a terminal how far decoding them is.
 
     Raises:
         UserError: on all ranks, if any of them has no data, broken data, or other data than rank 0.
     """
     choice = ranks.together(accelerator, lambda: choose(config))
-    ranks.together(accelerator, lambda: fetch(choice.name, config.data_dir), on="local_main")
-    dataset = ranks.together(accelerator, lambda: read(choice.name, config, choice.fallback_reason), on="all")
+    ranks.together(accelerator, lambda: _fetch_or_decode(choice.name, config, size, show), on="local_main")
+    dataset = ranks.together(accelerator, lambda: read(choice.name, config, choice.fallback_reason, size), on="all")
     ranks.require_agreement(accelerator, data_files=dataset.fingerprint)
     return dataset.to(accelerator.device)
 
@@ -246,6 +260,13 @@ def _mean_and_std(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]
         means.append(round(mean, 4))
         stds.append(max(round(float(shares @ (values - mean) ** 2) ** 0.5, 4), 0.001))  # images of one colour have none
     return tuple(means), tuple(stds)
+
+
+def _fetch_or_decode(name: str, config: DataConfig, size: int, show: folder.Show | None) -> None:
+    if name == "folder":
+        folder.prepare(config.data_dir, config.channels or folder.CHANNELS, size, show)
+    else:
+        fetch(name, config.data_dir)
 
 
 def choose(config: DataConfig) -> Choice:
@@ -320,7 +341,9 @@ def _find_file(source: Source, data_dir: str, name: str) -> Path | None:
     return next((path for path in paths if path.exists() and not path.is_dir()), None)
 
 
-def read(name: str, config: DataConfig, fallback_reason: str | None = None) -> Dataset:
+def read(
+    name: str, config: DataConfig, fallback_reason: str | None = None, size: int = ImageConfig.image_size
+) -> Dataset:
     """Reads and checks the splits; every rank calls it, once the files are there.
 
     The validation split is the end of the training set: writers come in blocks, so that a contiguous piece keeps a
@@ -330,17 +353,24 @@ def read(name: str, config: DataConfig, fallback_reason: str | None = None) -> D
         name: of the data set, not `auto`.
         config: folder and size of the validation split.
         fallback_reason: why `auto` came to the embedded digits, or None.
+        size: side of the network's input, which people's own pictures are brought to.
 
     Raises:
         UserError: a file that is broken, or of another kind, or does not fit its partner; or `val_size` too large.
     """
     source = SOURCES[name]
-    train, test, hashes = _read_digits() if name == "digits" else _read_files(source, config.data_dir)
+    class_names, warnings = source.class_names, list[str]()
+    if name == "folder":
+        pictures = folder.read(config.data_dir, config.channels or folder.CHANNELS, size)
+        train, test, hashes, class_names = pictures.train, pictures.test, [pictures.sha256], pictures.class_names
+        warnings = folder.warnings_of(pictures)
+    else:
+        train, test, hashes = _read_digits() if name == "digits" else _read_files(source, config.data_dir)
     if config.val_size >= len(train):
         raise UserError(f"--val-size {config.val_size}: must be below the {len(train):,} training images of {name}")
     num_train = len(train) - config.val_size
     changed = [file for file, ours, theirs in zip(source.files, source.sha256, hashes, strict=False) if ours != theirs]
-    warnings = [f"{file} is not the published file (its sha256 differs)" for file in changed]
+    warnings += [f"{file} is not the published file (its sha256 differs)" for file in changed]
     if fallback_reason is not None:
         warnings.insert(0, f"NOT MNIST: these are the 1,797 embedded digits, because MNIST is {fallback_reason}")
     return Dataset(
@@ -348,7 +378,7 @@ def read(name: str, config: DataConfig, fallback_reason: str | None = None) -> D
         train=train[:num_train].repeat(source.train_copies),
         val=train[num_train:] if config.val_size else None,
         test=test,
-        info=DatasetInfo(test.image_shape, source.class_names, source.has_digits),
+        info=DatasetInfo(test.image_shape, class_names, source.has_digits),
         train_copies=source.train_copies,
         fingerprint=",".join(digest[:16] for digest in hashes),
         warnings=tuple(warnings),

@@ -368,7 +368,7 @@ def _read_data(config: TrainConfig, data_dir: str | None) -> datasets.Dataset:
     """The run's data set, from the folder that is named now, or else from where the run had it."""
     wanted = datasets.relocate(config.data, None, data_dir)
     choice = datasets.choose(wanted)
-    dataset = datasets.read(choice.name, wanted, choice.fallback_reason)
+    dataset = datasets.read(choice.name, wanted, choice.fallback_reason, config.image.image_size)
     for line in dataset.warnings:
         Console().warn(line)
     return dataset

@@ -52,11 +52,12 @@ from PIL import Image
 from rich.console import Console as RichConsole
 from rich.markup import escape
 
+from mnist.data.picture_file import IGNORED, PictureError, is_picture_name, natural_order
 from mnist.plots.pictures import SUFFIXES, draw_prediction, save_picture
 from mnist.predict.answers import Answer, answer_digits, training_likeness
 from mnist.predict.digit_image import SeenDigit, see_digits
 from mnist.predict.not_a_digit import Likeness
-from mnist.predict.picture_file import PictureError, is_picture_name, read_content, read_picture
+from mnist.predict.picture_file import read_content, read_picture
 from mnist.runs.console import Console
 from mnist.runs.export import TrainedModel, find_export, load_model
 
@@ -155,22 +156,17 @@ def find_pictures(names: Sequence[str]) -> Iterator[str]:
     for name in names:
         if os.path.isdir(name):  # noqa: PTH112 - false, not an error, for what cannot be looked at
             found = [path for path in Path(name).rglob("*") if _is_shown(path.relative_to(name)) and path.is_file()]
-            yield from sorted(map(str, found), key=_natural_order) or [name]
+            yield from sorted(map(str, found), key=natural_order) or [name]
         elif not os.path.lexists(name) and glob.has_magic(name):
             found_names = glob.glob(name, recursive=True)  # noqa: PTH207 - takes absolute patterns too
-            yield from sorted(found_names, key=_natural_order) or [name]
+            yield from sorted(found_names, key=natural_order) or [name]
         else:
             yield name
 
 
 def _is_shown(path: Path) -> bool:
     """Whether a file in a folder is a picture of its user's, not one that a system or an editor keeps there."""
-    return is_picture_name(path) and not any(part.startswith((".", "__MACOSX")) for part in path.parts)
-
-
-def _natural_order(name: str) -> list[tuple[int, str]]:
-    """Sorts 2.png before 10.png."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"([0-9]+)", name)]
+    return is_picture_name(path.name) and not any(part.startswith(IGNORED) for part in path.parts)
 
 
 def predict(trained: TrainedModel, files: Sequence[str], likeness: Likeness | None = None) -> list[Prediction]:

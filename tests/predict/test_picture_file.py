@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageDraw
 
+from mnist.data import picture_file as data_picture_file
 from mnist.predict import picture_file
 from mnist.predict.picture_file import PictureError, read_content, read_picture
 
@@ -45,7 +46,7 @@ def test_files_that_are_no_pictures_are_one_line(content: bytes, message: str) -
 @pytest.mark.parametrize("side", [9_000, 20_000])
 def test_a_huge_picture_is_refused_before_it_is_decoded(side: int, monkeypatch: pytest.MonkeyPatch) -> None:
     content = saved(Image.new("1", (side, side)), "PNG")
-    monkeypatch.setattr(picture_file.ImageOps, "exif_transpose", lambda image: pytest.fail("decoded"))
+    monkeypatch.setattr(data_picture_file.ImageOps, "exif_transpose", lambda image: pytest.fail("decoded"))
     with warnings.catch_warnings(action="error"), pytest.raises(PictureError, match="too large"):
         read_picture(content)
 
