@@ -75,7 +75,7 @@ def _read(picture: str, run: str, is_open: bool) -> tuple[str, str]:
     """What to show for a picture, a data URL of paper.js; blank paper is an empty one."""
     content = base64.b64decode(picture.partition(",")[2])
     reading = read(content, run, with_layers=is_open) if content else NOTHING
-    return answers_html(reading), layers_html(reading.outputs)
+    return answers_html(reading), layers_html(reading)
 
 
 def _choices(models: Mapping[str, str]) -> Any:
@@ -117,10 +117,12 @@ def _bars(class_names: tuple[str, ...], answer: Answer | None) -> str:
     return f'<div class="bars">{rows}</div>'
 
 
-def layers_html(outputs: Mapping[str, Tensor]) -> str:
-    """The outputs of the layers for one image: maps as tiles, vectors as strips; red above zero, blue below."""
-    figures = "".join(_layer(name, output[0].float()) for name, output in outputs.items())
-    return f'<div class="layers">{figures}</div>'
+def layers_html(reading: Reading) -> str:
+    """The outputs of the layers for one digit: maps as tiles, vectors as strips; red above zero, blue below."""
+    figures = "".join(_layer(name, output[0].float()) for name, output in reading.outputs.items())
+    has_names = bool(figures) and len(reading.class_names) <= MOST_BARS
+    names = "".join(f"<span>{escape(name)}</span>" for name in reading.class_names) if has_names else ""
+    return f'<div class="layers">{figures}<div class="names">{names}</div></div>'
 
 
 def _layer(name: str, values: Tensor) -> str:

@@ -80,7 +80,8 @@ def test_names_of_classes_are_text_and_never_html() -> None:
 def test_maps_are_red_above_zero_and_blue_below_and_at_most_32_of_a_layer_are_shown() -> None:
     maps = torch.zeros(1, 40, 2, 2)
     maps[0, 0] = torch.tensor([[1.0, -1.0], [0.0, 0.0]])
-    html = layers_html({"input": torch.rand(1, 1, 28, 28), "conv1": maps, "output": torch.tensor([[1.0, -1.0]])})
+    outputs = {"input": torch.rand(1, 1, 28, 28), "conv1": maps, "output": torch.tensor([[1.0, -1.0]])}
+    html = layers_html(Reading(("no", "yes"), outputs=outputs))
     shown = images(html)
     assert len(shown) == 1 + 32 + 1
     (red, blue), (white, _) = shown[1]
