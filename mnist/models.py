@@ -141,7 +141,8 @@ class TrainablePooling(nn.Module):
 
     def forward(self, maps: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H/2, W/2)."""
-        return functional.avg_pool2d(maps, 2, divisor_override=1) * self.weight + self.bias
+        sums = 4 * functional.avg_pool2d(maps, 2)  # to the last bit; torch.onnx forgets a divisor_override of 1
+        return sums * self.weight + self.bias
 
 
 _C3_INPUTS = {  # the maps that each group of maps of C3 sees, one map of the group after the other

@@ -21,7 +21,7 @@ LAYERS = [
     {"runs"},
     {"cli"},
     {"plots"},
-    {"predict", "doctor", "bench", "evaluate", "reproduce"},
+    {"predict", "doctor", "bench", "evaluate", "export", "reproduce"},
     {"demo"},
     {"train_ddp"},
 ]

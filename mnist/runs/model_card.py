@@ -19,9 +19,9 @@ from mnist.config import TrainConfig, fields_on_resume, to_flat
 from mnist.data.datasets import DatasetInfo
 from mnist.recipes import RECIPES
 from mnist.runs.console import count
-from mnist.runs.export import CARD
+from mnist.runs.export import CARD, ONNX, PT2
 from mnist.runs.records import RunRecord, ScoreRecord, read_run_record
-from mnist.system.files import read_json, write_atomically
+from mnist.system.files import MAX_JSON_BYTES, read_json, read_regular, write_atomically
 
 ON_THE_HUB = {"mnist": "ylecun/mnist", "fashion_mnist": "zalando-datasets/fashion_mnist"}
 PICTURES = {"curves": "Loss and accuracy while it was trained", "mistakes": "Its most confident mistakes"}
@@ -52,6 +52,41 @@ print(probabilities.argmax(dim=1), probabilities.amax(dim=1))
 `python -m mnist.predict digit.png --run model` reads a picture, `python -m mnist.evaluate --run model` scores it again.
 """
 
+_LOADING_FILES = {
+    ONNX: """
+## How to load it with ONNX Runtime alone
+
+```python
+import json
+
+import numpy as np
+import onnxruntime
+
+session = onnxruntime.InferenceSession("model/model.onnx")
+class_names = json.loads(session.get_modelmeta().custom_metadata_map["class_names"])
+images = np.zeros((1, {shape}), dtype=np.uint8)  # any number of images, pixels as in the data set
+(probabilities,) = session.run(None, {{"images": images}})
+print(class_names[probabilities[0].argmax()], probabilities[0].max())
+```
+""",
+    PT2: """
+## How to load it with PyTorch alone
+
+```python
+import json
+
+import torch
+
+about = {{"metadata.json": ""}}
+recogniser = torch.export.load("model/model.pt2", extra_files=about).module()
+class_names = json.loads(json.loads(about["metadata.json"])["class_names"])
+images = torch.zeros(1, {shape}, dtype=torch.uint8)  # any number of images, pixels as in the data set
+probabilities = recogniser(images)
+print(class_names[probabilities[0].argmax()], probabilities[0].max())
+```
+""",
+}
+
 
 def write_card(run_dir: Path, config: TrainConfig, info: DatasetInfo, warn: Callable[[str], None]) -> None:
     """Writes the card of a finished run's best model. Rank 0 alone calls it. Whatever fails is a warning."""
@@ -79,8 +114,6 @@ def render(
         pictures: names in `PICTURES` that lie beside the card.
     """
     assert result.test is not None
-    channels, height, width = info.image_shape
-    shape = f"{height}, {width}" if channels == 1 else f"{channels}, {height}, {width}"
     metadata = yaml.safe_dump(_metadata(result, result.test), sort_keys=False, allow_unicode=True, width=120)
     shown = [f"![{PICTURES[name]}]({name}.png)\n" for name in pictures]
     parts = [
@@ -91,9 +124,23 @@ def render(
         f"```bash\n{command(config, result.world_size)}\n```\n",
         _training(result, config, environment),
         *shown,
-        _LOADING.format(shape=shape),
+        _LOADING.format(shape=_shape(info)),
     ]
     return "\n".join(parts)
+
+
+def add_loading(folder: Path, file: str, info: DatasetInfo) -> None:
+    """Adds to the card of a folder, if it has one, how a file of it is loaded; `file` is `ONNX` or `PT2`."""
+    section = _LOADING_FILES[file].format(shape=_shape(info))
+    if (folder / CARD).is_file():
+        text = read_regular(folder / CARD, MAX_JSON_BYTES).decode()
+        if section not in text:
+            write_atomically(folder / CARD, (text + section).encode())
+
+
+def _shape(info: DatasetInfo) -> str:
+    channels, height, width = info.image_shape
+    return f"{height}, {width}" if channels == 1 else f"{channels}, {height}, {width}"
 
 
 def escape(text: str) -> str:
