@@ -29,6 +29,7 @@ from torch import Tensor
 from mnist.config import from_flat, to_flat
 from mnist.errors import RunError, UserError
 from mnist.runs.records import MANIFEST, ScoreRecord, check_record
+from mnist.runs.tracking.jsonl import RECORDS, flush_records
 from mnist.system.files import (
     RecordError,
     flush,
@@ -45,8 +46,7 @@ from mnist.training.metrics import TRAIN_METRICS
 from mnist.training.plan import Plan
 
 FORMAT_VERSION = 4
-TENSORS, RECORDS = "state.safetensors", "metrics.jsonl"
-MAX_TENSOR_BYTES, MAX_RECORD_BYTES = 4 << 30, 1 << 30
+TENSORS, MAX_TENSOR_BYTES = "state.safetensors", 4 << 30
 _NAME = re.compile(r"step-(\d{8})")
 
 
@@ -123,7 +123,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep_last: int, keep_b
     remove_leftovers(folder)
     try:
         temporary.mkdir(parents=True)
-        _write(temporary, dataclasses.replace(checkpoint, num_records=_flush_records(folder.parent / RECORDS)))
+        _write(temporary, dataclasses.replace(checkpoint, num_records=flush_records(folder.parent)))
         if final.exists():  # a broken one, which a resume has skipped
             final.rename(temporary_path(folder / f"old-{final.name}"))
         temporary.rename(final)
@@ -136,16 +136,6 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep_last: int, keep_b
         remove_leftovers(folder)
     _prune(folder, checkpoint.step, keep_last, keep_best)
     return final
-
-
-def _flush_records(path: Path) -> int:
-    """Waits until the disk has the records; returns their number."""
-    refuse_symlink(path)
-    if not path.exists():
-        return 0
-    num_records = read_regular(path, MAX_RECORD_BYTES).count(b"\n")
-    flush(path)
-    return num_records
 
 
 def _write(folder: Path, checkpoint: Checkpoint) -> None:
@@ -263,9 +253,10 @@ def _read_tensors(path: Path, file: _TensorFile) -> dict[str, dict[str, Tensor]]
     return groups
 
 
-def missing_records(checkpoint: Checkpoint, path: Path) -> str | None:
-    """A line about the records that metrics.jsonl (`path`) has lost since the checkpoint was saved, if any."""
-    expected, found = checkpoint.num_records, _flush_records(path)
+def missing_records(checkpoint: Checkpoint, run_dir: Path) -> str | None:
+    """A line about the records that a run has lost since the checkpoint was saved, if any."""
+    expected, found = checkpoint.num_records, flush_records(run_dir)
     if found >= expected:
         return None
-    return f"{path}: {expected - found} of {expected} records up to step {checkpoint.step} are lost; curves have a gap"
+    lost = f"{expected - found} of {expected} records up to step {checkpoint.step}"
+    return f"{run_dir / RECORDS}: {lost} are lost; curves have a gap"

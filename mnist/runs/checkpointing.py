@@ -86,7 +86,7 @@ def _find(setup: RunSetup) -> tuple[Checkpoint, list[str]] | None:
     saved, skipped = load_newest(directory.checkpoints, check)
     notes = [f"resuming {directory.path} at step {saved.step}"] if saved is not None else []
     notes += [f"skipped a checkpoint: {line}" for line in skipped]
-    lost = missing_records(saved, directory.path / "metrics.jsonl") if saved is not None else None
+    lost = missing_records(saved, directory.path) if saved is not None else None
     notes += [lost] if lost is not None else []
     if saved is None and origin is not None:
         saved = load_checkpoint(origin)

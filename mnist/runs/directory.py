@@ -23,8 +23,9 @@ from mnist.config import RUNS, TrainConfig
 from mnist.errors import UserError
 from mnist.recipes import run_name
 from mnist.runs.records import MANIFEST, RunRecord, read_config, read_run_record
+from mnist.runs.tracking.jsonl import flush_records
 from mnist.system import ranks
-from mnist.system.files import RecordError, flush, read_json, refuse_symlink, write_json
+from mnist.system.files import RecordError, read_json, refuse_symlink, write_json
 
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP)  # what file systems without locks answer
 
@@ -66,9 +67,7 @@ class RunDirectory:
             status: running, finished, preempted, failed or diverged.
             facts: everything else.
         """
-        records = self.path / "metrics.jsonl"
-        if records.exists():
-            flush(records)
+        flush_records(self.path)
         write_json(self.path / "result.json", {"status": status, "job": job_id(), **facts})
 
 

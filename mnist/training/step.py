@@ -156,8 +156,8 @@ class DivergedError(RunError):
         self.rank = rank
 
 
-def warm_up(model: nn.Module, inputs: Tensor) -> None:
-    """Two forward and backward passes on zeros that change nothing. Every rank must call this before its first step.
+def warm_up(model: nn.Module, inputs: Tensor, num_passes: int = 2) -> None:
+    """Forward and backward passes on zeros that change nothing. Every rank must call this before its first step.
 
     With three ranks or more DDP sorts its gradient buckets anew after the first backward pass, which changes the order
     of sums: without this a resumed run would differ from the uninterrupted one in the last bits. It also takes the
@@ -166,10 +166,11 @@ def warm_up(model: nn.Module, inputs: Tensor) -> None:
     Args:
         model: prepared.
         inputs: zeros in the shape of a micro-batch (B, C, S, S).
+        num_passes: DDP needs two.
     """
     buffers = [buffer.clone() for buffer in model.buffers()]
     model.train()
-    for _ in range(2):
+    for _ in range(num_passes):
         (model(inputs).sum() * 0.0).backward()
     model.zero_grad()
     for buffer, saved in zip(model.buffers(), buffers, strict=True):

@@ -12,6 +12,8 @@ import time
 import torch
 from torch import Tensor, nn
 
+from mnist.training.step import warm_up
+
 SLOWER = 1.3  # times the duration of one thread: less may be chance
 BUDGET_S = 0.1  # or two rounds, where they take longer
 
@@ -29,7 +31,6 @@ def advise_on_threads(model: nn.Module, inputs: Tensor) -> str | None:
     num_threads = torch.get_num_threads()
     if inputs.device.type != "cpu" or num_threads == 1:
         return None
-    buffers = [buffer.clone() for buffer in model.buffers()]
     all_s: list[float] = []
     one_s: list[float] = []
     started = time.perf_counter()
@@ -40,9 +41,6 @@ def advise_on_threads(model: nn.Module, inputs: Tensor) -> str | None:
                 times.append(_time_pass(model, inputs))
     finally:
         torch.set_num_threads(num_threads)
-        model.zero_grad()
-        for buffer, saved in zip(model.buffers(), buffers, strict=True):
-            buffer.copy_(saved)
     ratio = statistics.median(all_s) / statistics.median(one_s)
     if ratio < SLOWER:
         return None
@@ -51,5 +49,5 @@ def advise_on_threads(model: nn.Module, inputs: Tensor) -> str | None:
 
 def _time_pass(model: nn.Module, inputs: Tensor) -> float:
     started = time.perf_counter()
-    (model(inputs).sum() * 0.0).backward()
+    warm_up(model, inputs, num_passes=1)
     return time.perf_counter() - started

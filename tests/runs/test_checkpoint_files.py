@@ -159,7 +159,7 @@ def test_records_that_are_no_regular_file_are_refused(
     with pytest.raises((UserError, RunError), match=f"metrics.jsonl: {message}"):
         save_checkpoint(folder, make_checkpoint(2), 1, 0)
     with pytest.raises((UserError, RunError), match=f"metrics.jsonl: {message}"):
-        missing_records(load_checkpoint(folder / "step-00000001"), tmp_path / "metrics.jsonl")
+        missing_records(load_checkpoint(folder / "step-00000001"), tmp_path)
     assert [path.name for path in folder.iterdir()] == ["step-00000001"]
 
 

@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch import nn
 
+from mnist.runs import run as run_module
 from mnist.training import threads
 from mnist.training.threads import advise_on_threads
 from tests.networks import mnist_model
-from tests.processes import finish, train
+from tests.ranks import run_ranks
+from tests.runs.test_run import SMALL, run
 
 
 @pytest.fixture(autouse=True)
@@ -52,8 +54,9 @@ def test_measuring_changes_neither_weights_nor_buffers_nor_gradients() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_a_run_with_far_too_many_threads_is_told_so(tmp_path: Path) -> None:
-    arguments = ["--recipe", "smoke", "--max-steps", "2", "--min-accuracy", "0.01", "--no-pictures"]
-    done = finish(train(*arguments, "--num-threads", "64"), tmp_path)
-    assert "64 threads are " in done.err
-    assert "times slower than one here, now: add --num-threads 1" in done.err
+def test_a_run_passes_the_advice_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run_module, "advise_on_threads", lambda *_: "add --num-threads 1")
+    assert run_ranks(run, 1, tmp_path, *SMALL, "--max-steps", "2", "--min-accuracy", "None") == [0]
+    assert "warning  add --num-threads 1" in capfd.readouterr().err

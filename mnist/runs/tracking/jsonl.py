@@ -15,9 +15,9 @@ from typing import Any, Literal, get_args
 import msgspec
 
 from mnist.errors import RunError
-from mnist.system.files import RecordError, read_regular, refuse_symlink
+from mnist.system.files import RecordError, flush, read_regular, refuse_symlink
 
-MAX_BYTES = 1 << 30
+RECORDS, MAX_BYTES = "metrics.jsonl", 1 << 30
 SplitName = Literal["train", "val", "test"]
 SPLITS: tuple[str, ...] = get_args(SplitName)
 
@@ -58,6 +58,17 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 def _read_lines(path: Path) -> list[bytes]:
     return read_regular(path, MAX_BYTES).split(b"\n")[:-1]
+
+
+def flush_records(run_dir: Path) -> int:
+    """Waits until the disk has the records of a run, before what stands for them is written; returns their number."""
+    path = run_dir / RECORDS
+    refuse_symlink(path)
+    if not path.exists():
+        return 0
+    num_records = read_regular(path, MAX_BYTES).count(b"\n")
+    flush(path)
+    return num_records
 
 
 def _parse(line: bytes, where: Path) -> Record:

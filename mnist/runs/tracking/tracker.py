@@ -17,7 +17,7 @@ from typing import Any
 
 from mnist.config import OutputConfig, check_choice
 from mnist.errors import RunError, UserError
-from mnist.runs.tracking.jsonl import JsonlFile
+from mnist.runs.tracking.jsonl import RECORDS, JsonlFile
 from mnist.runs.tracking.tensorboard import TensorBoardRun
 from mnist.runs.tracking.wandb import NO_KEY, WandbRun, choose_mode
 
@@ -49,7 +49,7 @@ class Tracker:
     def __init__(self, run_dir: Path | None, dataset: str, warn: Callable[[str], None]) -> None:
         self._dataset = dataset
         self._warn = warn
-        self._jsonl = JsonlFile(run_dir / "metrics.jsonl") if run_dir is not None else None
+        self._jsonl = JsonlFile(run_dir / RECORDS) if run_dir is not None else None
         self._sinks: dict[str, Sink] = {}
         self._error: RunError | None = None
 
