@@ -6,6 +6,8 @@ In: plain numbers and strings. Out: results and records on standard output, warn
 from __future__ import annotations
 
 import contextlib
+import importlib
+import io
 import math
 import os
 import sys
@@ -19,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.spinner import Spinner
 from rich.text import Text
 
-from mnist.errors import is_first_rank
+from mnist.errors import is_first_rank, is_one_of_several
 
 Rows = Sequence[tuple[str, str]]
 Numbers = tuple[float, float]  # loss and accuracy
@@ -37,6 +39,27 @@ class _Stream(RichConsole):
         return False  # never hide it: a process that is killed cannot show it again
 
 
+class _NotebookBar(Live):
+    """The bar in a notebook: one output of the cell, replaced in place and left there at the end.
+
+    (Live itself needs ipywidgets there.)
+    """
+
+    def __init__(self, get_renderable: Callable[[], RenderableType]) -> None:
+        silent = RichConsole(quiet=True, force_jupyter=False)
+        super().__init__(console=silent, get_renderable=get_renderable, refresh_per_second=4)
+        self._output = importlib.import_module("IPython.display").DisplayHandle()
+        self._show = self._output.display
+
+    def refresh(self) -> None:
+        with self._lock:
+            page = RichConsole(file=io.StringIO(), record=True, width=100, force_jupyter=False)
+            page.print(self.get_renderable(), end="")
+            html = page.export_html(clear=False, inline_styles=True, code_format="<pre>{code}</pre>")
+            self._show({"text/plain": page.export_text(), "text/html": html}, raw=True)
+            self._show = self._output.update
+
+
 class Console:
     """All that rank 0 prints (with `quiet` warnings and closing lines only). The bar goes away when the block ends."""
 
@@ -45,10 +68,12 @@ class Console:
         self._quiet = quiet
         self._err, err_is_terminal = _open_stream(sys.stderr, is_main)
         self._out, out_is_terminal = _open_stream(sys.stdout, is_main)
-        self._has_bar = err_is_terminal and is_main and not quiet
-        self._is_table = self._has_bar and out_is_terminal  # else each record is a line that can be read alone
+        in_notebook = RichConsole().is_jupyter
+        can_draw = err_is_terminal or (in_notebook and not is_one_of_several())  # forks of a kernel can print only
+        self._has_bar = can_draw and is_main and not quiet
+        self._is_table = in_notebook or (self._has_bar and out_is_terminal)  # else each line can be read alone
         self._has_header = False
-        if self._is_table:
+        if self._is_table and not in_notebook:
             self._out = self._err  # one screen: rich prints the lines above the bar
         self._warned: set[str] = set()
         self._loss_name, self._best_accuracy = "train loss", 0.0
@@ -59,7 +84,10 @@ class Console:
         name, numbers = TextColumn("{task.description}"), TextColumn("{task.fields[numbers]}")
         columns = (name, BarColumn(bar_width=None), MofNCompleteColumn(), numbers, TimeRemainingColumn(compact=True))
         self._bar = Progress(*columns, expand=True)
-        self._live = Live(console=self._err, get_renderable=self._render, transient=True, refresh_per_second=5)
+        if in_notebook:
+            self._live: Live = _NotebookBar(self._render)
+        else:
+            self._live = Live(console=self._err, get_renderable=self._render, transient=True, refresh_per_second=5)
 
     def __enter__(self) -> Self:
         return self
@@ -170,6 +198,8 @@ class Console:
 
     def _render(self) -> RenderableType:
         if self._task is None:
+            if not self._has_bar:
+                return ""
             self._spinner.update(text=self._activity)
             return self._spinner
         step, num_epochs = self._current_step(), math.ceil(self._num_steps / self._epoch_steps)
@@ -188,6 +218,7 @@ def _open_stream(file: TextIO, is_main: bool) -> tuple[_Stream, bool]:
         soft_wrap=True,
         color_system="auto" if is_terminal else None,
         force_terminal=None if is_terminal else False,
+        force_jupyter=False,  # where it would show each line as an output of its own
     )
     return stream, is_terminal
 
