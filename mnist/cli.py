@@ -24,7 +24,7 @@ import yaml
 from mnist.config import DataConfig, TrainConfig, check_choice, evolve, sections, to_flat, user_path
 from mnist.errors import MachineError, RunError, UserError, is_first_rank, print_error
 from mnist.recipes import RECIPES, list_recipes
-from mnist.runs.continued import continued_config
+from mnist.runs.resumed_config import resumed_config
 from mnist.system import launcher, process
 
 _DESCRIPTION = """Trains an MNIST digit recogniser with Accelerate: on a CPU, a GPU, or many.
@@ -101,7 +101,7 @@ def _continued(changes: dict[str, Any]) -> TrainConfig | None:
     resume = changes.get("resume", "auto")
     if resume in ("auto", "never"):
         return None
-    config = continued_config(resume, changes.pop("run_dir", None))
+    config = resumed_config(resume, changes.pop("run_dir", None))
     del changes["resume"]
     if "recipe" in changes and evolve(config, recipe=changes["recipe"]) != config:
         raise UserError(f"--recipe {changes['recipe']}: --resume {resume} is of recipe {config.recipe}; omit --recipe")

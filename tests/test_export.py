@@ -24,7 +24,7 @@ from mnist.export import Options, WholeModel, main
 from mnist.models import MODELS
 from mnist.recipes import smoke
 from mnist.runs.export import TrainedModel, export_model
-from mnist.runs.live_state import module_tensors
+from mnist.runs.state_tensors import module_tensors
 from mnist.training.build import build_network
 from tests.processes import PYTHON, ROOT, finish
 

@@ -26,7 +26,7 @@ LAYERS = [
     {"train_ddp"},
 ]
 TRAINING_PATH = {"config", "errors", "seeding", "recipes", "models", "system", "data", "training", "runs"}
-STANDARD_LIBRARY_ONLY = {"errors", "seeding", "config", "system.drills", "system.files", "system.process"} | {
+STANDARD_LIBRARY_ONLY = {"errors", "seeding", "config", "system.fault_injection", "system.files", "system.process"} | {
     "system.signals",
     "system.watchdog",
 }

@@ -21,7 +21,7 @@ from mnist.data.datasets import DatasetInfo, info_of
 from mnist.data.transforms import BatchTransform
 from mnist.doctor.checkup import Check, Fact, Judgement, Probe, judge_equal, short_hash
 from mnist.models import seed_initial_weights
-from mnist.runs.live_state import module_tensors
+from mnist.runs.state_tensors import module_tensors
 from mnist.training.build import build_network, build_train_step
 from mnist.training.losses import build_loss
 from mnist.training.step import wait_for_device

@@ -23,10 +23,10 @@ from mnist.runs.checkpoint_files import (
 )
 from mnist.runs.directory import RunDirectory, branch_origin
 from mnist.runs.initial_weights import begin_with_weights
-from mnist.runs.live_state import check_fits, module_tensors, optimizer_tensors, restore_optimizer
 from mnist.runs.records import ScoreRecord
 from mnist.runs.resume import asks_for_more, check_checkpoint
 from mnist.runs.setup import RunSetup
+from mnist.runs.state_tensors import check_fits, module_tensors, optimizer_tensors, restore_optimizer
 from mnist.runs.tracking.tracker import Tracker
 from mnist.runs.validation import Validation
 from mnist.system import ranks

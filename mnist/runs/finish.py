@@ -17,8 +17,8 @@ from mnist.config import evolve, to_flat
 from mnist.runs.checkpointing import Checkpointing
 from mnist.runs.console import Console
 from mnist.runs.export import export_model
-from mnist.runs.live_state import module_tensors
 from mnist.runs.setup import RunSetup
+from mnist.runs.state_tensors import module_tensors
 from mnist.runs.tracking.tracker import Tracker
 from mnist.runs.validation import Validation
 from mnist.system import ranks

@@ -35,8 +35,8 @@ from mnist.runs.tracking.wandb import WandbRun
 from mnist.runs.validation import Validation
 from mnist.system import process, ranks, signals
 from mnist.system.accelerator import is_out_of_memory, set_step_timeouts
-from mnist.system.drills import faults_on_rank, inject
 from mnist.system.environment import describe_environment, peak_memory_mb
+from mnist.system.fault_injection import inject
 from mnist.system.heartbeats import Heartbeats
 from mnist.system.watchdog import Watchdog
 from mnist.training.cuda_graph import choose_step_mode
@@ -198,9 +198,9 @@ class Run:
 
     def with_drills(self, steps: Iterator[Sequence[MicroBatch]]) -> Iterator[Sequence[MicroBatch]]:
         """`steps` with the faults that --inject asks for; a resumed run is spared."""
-        faults = faults_on_rank(self._setup.config.output.inject, self._setup.accelerator.process_index)
-        weights = self._setup.train_step.model.parameters()
-        return inject(steps, [] if self._has_resumed else faults, self._state.step, weights)
+        texts = () if self._has_resumed else self._setup.config.output.inject
+        rank, weights = self._setup.accelerator.process_index, self._setup.train_step.model.parameters()
+        return inject(steps, texts, rank, self._state.step, weights)
 
     def with_profile(self, steps: Iterator[Sequence[MicroBatch]]) -> Iterator[Sequence[MicroBatch]]:
         """`steps`; of this start's first ones, after two, a trace is written if --profile asks for it."""

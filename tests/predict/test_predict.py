@@ -26,7 +26,7 @@ from mnist.predict.answers import UNSURE
 from mnist.predict.digit_image import see_digits
 from mnist.recipes import RECIPES
 from mnist.runs.export import export_model, load_model
-from mnist.runs.live_state import module_tensors
+from mnist.runs.state_tensors import module_tensors
 from tests.networks import mnist_model
 from tests.processes import PYTHON, ROOT, finish, train
 

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from mnist.config import OptimConfig, TrainConfig, evolve, to_flat
 from mnist.runs import checkpoint_files
 from mnist.runs.checkpoint_files import Checkpoint, ScalerState, load_newest, save_checkpoint
-from mnist.runs.live_state import check_fits, module_tensors, optimizer_tensors
+from mnist.runs.state_tensors import check_fits, module_tensors, optimizer_tensors
 from mnist.training.loop import TrainState
 from mnist.training.optim import build_optimizer
 from mnist.training.plan import build_plan

@@ -15,7 +15,7 @@ from mnist.data.datasets import DatasetInfo
 from mnist.errors import RunError, UserError
 from mnist.recipes import RECIPES
 from mnist.runs.export import export_model, find_export, load_model
-from mnist.runs.live_state import module_tensors
+from mnist.runs.state_tensors import module_tensors
 from mnist.training.build import build_network
 from tests.networks import mnist_model
 

@@ -10,7 +10,7 @@ from torch import nn
 from mnist.config import OptimConfig, TrainConfig, evolve, to_flat
 from mnist.errors import RunError
 from mnist.runs.checkpoint_files import load_newest, save_checkpoint
-from mnist.runs.live_state import check_fits, module_tensors, optimizer_tensors, restore_optimizer
+from mnist.runs.state_tensors import check_fits, module_tensors, optimizer_tensors, restore_optimizer
 from mnist.training.optim import build_optimizer
 from tests.networks import mnist_model
 from tests.runs.test_damaged_checkpoints import make_checkpoint

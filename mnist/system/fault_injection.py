@@ -17,24 +17,17 @@ from mnist.config import Fault, parse_fault
 T = TypeVar("T")
 
 
-def faults_on_rank(texts: Sequence[str], rank: int) -> list[Fault]:
-    """What `--inject` asks for on this rank."""
-    return [fault for fault in map(parse_fault, texts) if fault.rank == rank]
-
-
-def inject(steps: Iterator[T], faults: Sequence[Fault], steps_done: int, weights: Iterable[Any]) -> Iterator[T]:
-    """`steps` as they are, or, in a drill, with `faults` before the steps that they name.
+def inject(steps: Iterator[T], texts: Sequence[str], rank: int, steps_done: int, weights: Iterable[Any]) -> Iterator[T]:
+    """`steps`, with what shall go wrong on this rank before the steps that the faults name.
 
     Args:
         steps: what this rank is about to work on.
-        faults: what shall go wrong on this rank.
+        texts: what `--inject` asks for.
+        rank: of this process.
         steps_done: steps taken before the first of `steps`.
         weights: the model's tensors, of which nan spoils the first: the next loss is then no number.
     """
-    return _with_faults(steps, faults, steps_done, weights) if faults else steps
-
-
-def _with_faults(steps: Iterator[T], faults: Sequence[Fault], steps_done: int, weights: Iterable[Any]) -> Iterator[T]:
+    faults = [fault for fault in map(parse_fault, texts) if fault.rank == rank]
     for number, step in enumerate(steps, start=steps_done + 1):
         for fault in faults:
             if fault.step in (0, number):

@@ -13,7 +13,7 @@ from mnist.runs.records import MANIFEST
 from mnist.system.files import RecordError, read_json
 
 
-def continued_config(resume: str, run_dir: str | None) -> TrainConfig:
+def resumed_config(resume: str, run_dir: str | None) -> TrainConfig:
     """The configuration of the run that `resume` names, which flags may change.
 
     Args:
