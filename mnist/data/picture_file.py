@@ -18,7 +18,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mnist.system.files import RecordError, read_regular
 
-MAX_BYTES = 2**28  # of a file
+MAX_BYTES = 256 << 20  # of a file
 MAX_PIXELS = 2**26  # larger pictures are refused before they are decoded; cameras reach 50 million
 MAX_SCANS = 40  # of a progressive JPEG, each of which costs as much time as the whole picture; encoders write 10 to 20
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")

@@ -360,24 +360,28 @@ def draw_prediction(
 
     Args:
         source: grey (H, W) or RGB (H, W, 3).
-        seen: (H, W), 255 = ink.
+        seen: (H, W), 255 = ink; or (C, H, W), a picture as it is.
         probabilities: of the classes.
         class_names: likewise.
-        box: left, top, right, bottom of the digit in `source`.
+        box: left, top, right, bottom of the digit in `source`; all 0 where the whole picture is seen.
         warning: why the answer may be wrong; shown below the title.
     """
     best = max(range(len(probabilities)), key=probabilities.__getitem__)
     title = f"{class_names[best]}, {probabilities[best]:.1%}"
-    figure = new_figure(
-        960, 360, title, f"warning: {warning}" if warning else "left the picture, with the digit framed"
-    )
+    has_frame = any(box)
+    subtitle = "left the picture" + ", with the digit framed" * has_frame
+    figure = new_figure(960, 360, title, f"warning: {warning}" if warning else subtitle)
     picture = add_axes(figure, MARGIN, HEAD, 270, 270)
     network = add_axes(figure, MARGIN + 300, HEAD, 270, 270)
     bars = add_axes(figure, MARGIN + 660, HEAD, 240, 270)
     picture.imshow(source, cmap="gray", vmin=0, vmax=255)
     left, top, right, bottom = (edge - 0.5 for edge in box)
-    picture.plot([left, right, right, left, left], [top, top, bottom, bottom, top], color=RED, linewidth=1.5)
-    network.imshow(seen, cmap="gray_r", vmin=0, vmax=255)
+    if has_frame:
+        picture.plot([left, right, right, left, left], [top, top, bottom, bottom, top], color=RED, linewidth=1.5)
+    if seen.ndim == 3:
+        network.imshow(seen.transpose(1, 2, 0), cmap="gray", vmin=0, vmax=255)
+    else:
+        network.imshow(seen, cmap="gray_r", vmin=0, vmax=255)
     network.set_title("what the network sees", size=9, color=GREY)
     for axes in (picture, network):
         axes.set(xticks=[], yticks=[])

@@ -1,12 +1,12 @@
-"""Says which digit a picture shows: photographs, scans, drawings, of any size and kind.
+"""Says which digit a picture shows: photographs, scans, drawings, of any size and kind; or which class of your own.
 
     python -m mnist.predict docs/digit.png
     python -m mnist.predict photos/ 'scans/*.jpg' --run runs/my-run --json
     python -m mnist.predict docs/digit.png --save seen.png
 
-In: pictures, a trained model. Out: each digit and its ten probabilities, as bars or as JSON, on standard output;
-pictures of what the network saw with --save. A file that cannot be read is an error, and the exit code is 1; the other
-files are read all the same.
+In: pictures, a trained model. Out: each digit, or the class of the picture, and all probabilities, as bars or as JSON,
+on standard output; pictures of what the network saw with --save. A file that cannot be read is an error, and the exit
+code is 1; the other files are read all the same.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import json
 import os
 import re
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -39,7 +40,8 @@ class Options:
     """Run directory, or folder with an exported model; default: the newest finished run below runs/."""
     json: bool = False
     """Print a list of {"file", "digit", "probabilities", "warning"}, or {"file", "error"}; of a picture with several
-    digits these are of the largest, and "digits" lists all from left to right, each with its "box"."""
+    digits these are of the largest, and "digits" lists all from left to right, each with its "box". Models of other
+    data sets than digits have a "class" in their place, and the probabilities by class."""
     save: str | None = None
     """Draw the picture, what the network sees of it, and the probabilities: a file, or a folder for several."""
 
@@ -48,21 +50,22 @@ if __name__ == "__main__":
     OPTIONS = parse_options(Options, "predict", __doc__)  # before torch is imported: --help answers at once
 
 import numpy as np
-from PIL import Image
 from rich.console import Console as RichConsole
 from rich.markup import escape
 
-from mnist.data.picture_file import IGNORED, PictureError, is_picture_name, natural_order
+from mnist.data.datasets import DatasetInfo
+from mnist.data.picture_file import IGNORED, PictureError, decode, is_picture_name, natural_order, to_image
 from mnist.plots.pictures import SUFFIXES, draw_prediction, save_picture
 from mnist.predict.answers import Answer, answer_digits, training_likeness
-from mnist.predict.digit_image import SeenDigit, see_digits
+from mnist.predict.digit_image import NO_BOX, SeenDigit, see_digits
 from mnist.predict.not_a_digit import Likeness
-from mnist.predict.picture_file import read_content, read_picture
+from mnist.predict.picture_file import MAX_SIDE, read_content, read_picture
 from mnist.runs.console import Console
 from mnist.runs.export import TrainedModel, find_export, load_model
 
 BATCH = 100  # pictures that go through the network together, and are reported together
 NUM_BARS = 20  # for so many pictures at most all probabilities are shown, for more a line each
+MOST_BARS = 20  # classes, the most probable ones
 BAR_WIDTH = 40
 
 
@@ -80,10 +83,12 @@ class Prediction:
     answers: tuple[Answer, ...] = ()
     error: str | None = None
 
-    def as_dict(self) -> dict[str, Any]:
-        """What --json prints."""
+    def as_dict(self, class_names: Sequence[str] | None = None) -> dict[str, Any]:
+        """What --json prints; `class_names` where the classes are no digits, and so each picture has one answer."""
         if self.error is not None:
             return {"file": self.file, "error": self.error}
+        if class_names is not None:
+            return {"file": self.file, **self.answers[0].as_dict(class_names)}
         largest = max(self.answers, key=lambda answer: answer.seen.box[3] - answer.seen.box[1])
         if len(self.answers) == 1:
             return {"file": self.file, **largest.as_dict()}
@@ -110,13 +115,14 @@ def main(options: Options) -> int:
         for index, prediction in enumerate(predict(trained, files[first : first + BATCH], likeness), start=first):
             num_errors += prediction.error is not None
             if options.json:
-                printed.append(prediction.as_dict())
+                printed.append(prediction.as_dict(None if trained.info.has_digits else class_names))
             else:
                 show(console, prediction, class_names, with_bars=len(files) <= NUM_BARS)
             if drawings:
-                _draw(prediction, drawings[index], class_names)
+                _draw(prediction, drawings[index], trained.info)
     if not options.json:
         kind = "" if trained.config.data.dataset == "mnist" else f", NOT MNIST but {trained.config.data.dataset}"
+        kind = kind if trained.info.has_digits else f", {len(class_names)} classes of {trained.config.data.dataset}"
         Console().note(f"model: {trained.folder} ({trained.config.recipe}{kind})")
     if options.json:
         sys.stdout.write(json.dumps(printed, indent=1) + "\n")
@@ -170,8 +176,8 @@ def _is_shown(path: Path) -> bool:
 
 
 def predict(trained: TrainedModel, files: Sequence[str], likeness: Likeness | None = None) -> list[Prediction]:
-    """What the network says of each file, in order. All digits go through it as one batch."""
-    looked = [_look(file) for file in files]
+    """What the network says of each file, in order. All digits, or whole pictures, go through it as one batch."""
+    looked = [_look(file, trained.info) for file in files]
     answers = iter(answer_digits(trained, [found for found in looked if not isinstance(found, str)], likeness))
     return [
         Prediction(file, error=found) if isinstance(found, str) else Prediction(file, next(answers))
@@ -179,22 +185,26 @@ def predict(trained: TrainedModel, files: Sequence[str], likeness: Likeness | No
     ]
 
 
-def _look(file: str) -> list[SeenDigit] | str:
-    """What is to be shown to the network, or why there is nothing."""
+def _look(file: str, info: DatasetInfo) -> list[SeenDigit] | str:
+    """What is to be shown to the network, or why there is nothing: digits, or the whole picture if it knows none."""
     if os.path.isdir(file):  # noqa: PTH112 - as above
         return "a folder without pictures"
     if not os.path.lexists(file) and glob.has_magic(file):
         return "no file matches"
     try:
-        return see_digits(_read(file))
+        if info.has_digits:
+            return see_digits(read_picture(_content(file), Path(file).suffix))
+        num_channels, side, _ = info.image_shape
+        with warnings.catch_warnings(action="ignore"):
+            return [SeenDigit(to_image(_content(file), Path(file).suffix, num_channels, side), NO_BOX)]
     except PictureError as error:
         return str(error)
     except OSError as error:
         return f"cannot be read ({error.strerror or error})"
 
 
-def _read(file: str) -> Image.Image:
-    return read_picture(_standard_input() if file == "-" else read_content(file), Path(file).suffix)
+def _content(file: str) -> bytes:
+    return _standard_input() if file == "-" else read_content(file)
 
 
 @functools.cache
@@ -220,7 +230,9 @@ def show(console: RichConsole, prediction: Prediction, class_names: Sequence[str
 def _print_bars(console: RichConsole, answer: Answer, class_names: Sequence[str]) -> None:
     width = max(map(len, class_names))
     filled, empty = ("\u2588", "\u2591") if _can_print(console, "\u2588\u2591") else ("#", ".")
-    for k, (label, p) in enumerate(zip(class_names, answer.probabilities, strict=True)):
+    likely = sorted(range(len(class_names)), key=lambda k: -answer.probabilities[k])[:MOST_BARS]
+    for k in sorted(likely):
+        label, p = class_names[k], answer.probabilities[k]
         length = round(p * BAR_WIDTH)
         bar = f"{label:>{width}}  {filled * length}{empty * (BAR_WIDTH - length)}  {p:6.1%}"
         console.print(f"  [bold]{bar}[/bold]" if k == answer.digit else f"  {bar}")
@@ -240,12 +252,13 @@ def _stdout_console() -> RichConsole:
     return RichConsole(highlight=False, soft_wrap=True, color_system=None, force_terminal=False)
 
 
-def _draw(prediction: Prediction, path: Path, class_names: Sequence[str]) -> None:
+def _draw(prediction: Prediction, path: Path, info: DatasetInfo) -> None:
     """A drawing for each digit; of several in one picture the names end in -digit1, -digit2, ..."""
     for number, answer in enumerate(prediction.answers, start=1):
-        source, seen = np.asarray(_read(prediction.file)), answer.seen
+        content, suffix, seen = _content(prediction.file), Path(prediction.file).suffix, answer.seen
+        source = np.asarray(read_picture(content, suffix) if info.has_digits else decode(content, suffix, MAX_SIDE))
         figure = draw_prediction(
-            source, seen.pixels, answer.probabilities, class_names, seen.box, warning=answer.warning
+            source, seen.pixels, answer.probabilities, info.class_names, seen.box, warning=answer.warning
         )
         place = path if len(prediction.answers) == 1 else path.with_stem(f"{path.stem}-digit{number}")
         save_picture(figure, place)

@@ -1,4 +1,4 @@
-"""What a trained network says of digits that were found in pictures, and whether to believe it.
+"""What a trained network says of digits that were found in pictures, or of whole pictures, and whether to believe it.
 
 In: a trained model and `SeenDigit`s. Out: an `Answer` for each, with the warning of `python -m mnist.predict`.
 """
@@ -20,19 +20,17 @@ from mnist.runs.console import Console
 from mnist.runs.export import TrainedModel
 
 UNSURE = 0.6  # a probability below it is a guess
-UNSURE_WARNING = "not sure: no digit is much more probable than the others"
+UNSURE_WARNING = "not sure: no {} is much more probable than the others"
 UNLIKE_WARNING = "unlike all training images: perhaps no digit"
-DIGIT_SETS = ("mnist", "digits")
-NO_DIGITS = "the model knows {}, not digits; its classes are numbered"
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What the network says of one digit.
+    """What the network says of one digit, or of a whole picture where its data set has none.
 
     Attributes:
-        digit: the class of the largest probability.
-        probabilities: of the ten classes, in [0, 1].
+        digit: the class of the largest probability, as a number.
+        probabilities: of the classes, in [0, 1].
         warning: why the answer may be wrong, or None.
         seen: what the network was shown.
     """
@@ -42,10 +40,13 @@ class Answer:
     warning: str | None
     seen: SeenDigit
 
-    def as_dict(self) -> dict[str, Any]:
-        """Digit, probabilities and warning for --json."""
+    def as_dict(self, class_names: Sequence[str] | None = None) -> dict[str, Any]:
+        """Digit, probabilities and warning for --json; with `class_names` the class, and probabilities by class."""
         probabilities = [round(p, 6) for p in self.probabilities]
-        return {"digit": self.digit, "probabilities": probabilities, "warning": self.warning}
+        if class_names is None:
+            return {"digit": self.digit, "probabilities": probabilities, "warning": self.warning}
+        by_class = dict(zip(class_names, probabilities, strict=True))
+        return {"class": class_names[self.digit], "probabilities": by_class, "warning": self.warning}
 
 
 def training_likeness(trained: TrainedModel) -> Likeness | None:
@@ -70,15 +71,14 @@ def answer_digits(
     images = torch.from_numpy(np.stack(digits))
     with torch.inference_mode():
         probabilities = iter(trained.model(trained.transform(images)).softmax(dim=1).tolist())
-    dataset = trained.config.data.dataset
-    foreign = NO_DIGITS.format(dataset) if dataset not in DIGIT_SETS else None
+    unsure = UNSURE_WARNING.format("digit" if trained.info.has_digits else "class")
     is_unlike = iter(likeness.is_foreign(np.stack(digits)).tolist() if likeness else [False] * len(digits))
     return [
-        tuple(_answer(digit, next(probabilities), foreign, next(is_unlike)) for digit in found) for found in pictures
+        tuple(_answer(digit, next(probabilities), unsure, next(is_unlike)) for digit in found) for found in pictures
     ]
 
 
-def _answer(seen: SeenDigit, probabilities: list[float], foreign: str | None, is_unlike: bool) -> Answer:
+def _answer(seen: SeenDigit, probabilities: list[float], unsure: str, is_unlike: bool) -> Answer:
     best = max(range(len(probabilities)), key=probabilities.__getitem__)
-    doubt = UNLIKE_WARNING if is_unlike else UNSURE_WARNING if probabilities[best] < UNSURE else None
-    return Answer(best, tuple(probabilities), foreign or seen.warning or doubt, seen)
+    doubt = UNLIKE_WARNING if is_unlike else unsure if probabilities[best] < UNSURE else None
+    return Answer(best, tuple(probabilities), seen.warning or doubt, seen)

@@ -36,6 +36,7 @@ NEIGHBOURS = np.ones((3, 3))  # pixels that touch at a corner are connected
 Array = npt.NDArray[Any]
 Mask = npt.NDArray[np.bool_]
 Box = tuple[int, int, int, int]  # left, top, right, bottom
+NO_BOX = (0, 0, 0, 0)  # the whole picture is shown
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class SeenDigit:
     """What a network is shown of a picture.
 
     Attributes:
-        pixels: uint8 (28, 28), light on black.
+        pixels: uint8 (28, 28), light on black; of a whole picture (C, H, W).
         box: where the digit was found, in the picture as `read_picture` returns it.
         warning: why the digit may not be what was meant, or None.
     """

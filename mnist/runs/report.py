@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 
 from mnist.config import TrainConfig
+from mnist.data.datasets import info_of
 from mnist.models import count_parameters
 from mnist.recipes import run_name
 from mnist.runs.console import count
@@ -147,10 +148,11 @@ def worst_classes(test: Scores, class_names: Sequence[str], most: int = 3) -> st
     return ", ".join(f"{name} {rate:.2%}" for rate, name in sorted(known)[:most])
 
 
-def next_commands(path: Path) -> list[str]:
+def next_commands(path: Path, dataset: str) -> list[str]:
     """What to type after a finished run, quoted for a shell."""
     run = shlex.quote(str(path))
-    return [f"python -m mnist.predict docs/digit.png --run {run}", f"python -m mnist.plots mistakes --run {run}"]
+    first = "predict docs/digit.png" if info_of(dataset).has_digits else "evaluate"
+    return [f"python -m mnist.{first} --run {run}", f"python -m mnist.plots mistakes --run {run}"]
 
 
 def hardware_warnings(accelerator: Accelerator) -> list[str]:

@@ -237,7 +237,7 @@ class Run:
         times = f"{state.run_sums.time_s:.1f} s training{starts}, {record.total_time_s:.1f} s {span}"
         rows = [*report.closing(self._setup, test), ("time", times), ("run", str(path))]
         rows += [("pictures", str(path / "pictures"))] if pictures else []
-        self._console.summary([*rows, *hints], report.next_commands(path))
+        self._console.summary([*rows, *hints], report.next_commands(path, self._setup.dataset.name))
         return Result(path, record)
 
     def _end_preempted(self) -> Result:
@@ -332,7 +332,7 @@ def report_finished(directory: RunDirectory, config: TrainConfig, console: Conso
         ("finished", f"{directory.path}: {found.steps} steps, test accuracy {accuracy:.2%}"),
         ("", how_to_continue(directory, config)),
     ]
-    console.summary(rows, report.next_commands(directory.path))
+    console.summary(rows, report.next_commands(directory.path, config.data.dataset))
     return Result(directory.path, found)
 
 
