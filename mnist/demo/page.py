@@ -60,7 +60,7 @@ def build_page(models: Callable[[], Mapping[str, str]]) -> gr.Blocks:
                 paper = gr.HTML(html_template=_text("paper.html"), js_on_load=_text("paper.js"), elem_id="paper")
             with gr.Column(min_width=320):
                 answers = gr.HTML(answers_html(NOTHING), elem_id="answers")
-        with gr.Accordion("What each layer makes of it (red: above zero, blue: below)", open=True) as accordion:
+        with gr.Accordion("What each layer makes of it", open=True) as accordion:
             layers = gr.HTML(elem_id="layers")
         reads = {"inputs": [picture, run, is_open], "outputs": [answers, layers], "js": _PICTURE, **_QUICK}
         paper.input(_read, trigger_mode="always_last", **reads)
@@ -122,7 +122,9 @@ def layers_html(reading: Reading) -> str:
     figures = "".join(_layer(name, output[0].float()) for name, output in reading.outputs.items())
     has_names = bool(figures) and len(reading.class_names) <= MOST_BARS
     names = "".join(f"<span>{escape(name)}</span>" for name in reading.class_names) if has_names else ""
-    return f'<div class="layers">{figures}<div class="names">{names}</div></div>'
+    which = "of the largest digit; " if len(reading.answers) > 1 else ""
+    legend = f"<p>{which}red: above zero, blue: below</p>" if figures else ""
+    return f'<div class="layers">{legend}{figures}<div class="names">{names}</div></div>'
 
 
 def _layer(name: str, values: Tensor) -> str:
@@ -151,4 +153,5 @@ def _image(pixels: npt.NDArray[np.uint8], text: str) -> str:
     """Pixels as a PNG inside the page, pixel for pixel; the browser enlarges it."""
     content = io.BytesIO()
     Image.fromarray(pixels).save(content, "PNG", compress_level=1)
-    return f'<img alt="{escape(text)}" src="data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}">'
+    source = f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"
+    return f'<img class="ink" alt="{escape(text)}" src="{source}">'

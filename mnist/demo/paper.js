@@ -9,7 +9,7 @@ function clear() {
     pen.fillStyle = 'white';
     pen.fillRect(0, 0, paper.width, paper.height);
     photograph = null;
-    paper.classList.remove('photograph');
+    paper.classList.add('ink');
     hint.hidden = false;
 }
 
@@ -42,7 +42,7 @@ async function show(chosen) {
     if (!chosen) return;
     clear();
     hint.hidden = true;
-    paper.classList.add('photograph');
+    paper.classList.remove('ink');
     photograph = await new Promise(resolve => {
         const reader = new FileReader();
         reader.onload = () => resolve(reader.result);

@@ -72,7 +72,8 @@ def _describe(folder: Path) -> str:
     with contextlib.suppress(RecordError):
         result = read_run_record(run)
         score = f", {result.test['accuracy']:.2%}" if result is not None and result.test is not None else ""
-    return f"{run.name} ({config.recipe} on {config.data.dataset}{score})"
+    trained_on = "" if config.data.dataset == "mnist" else f" on {config.data.dataset}"
+    return f"{run.name} ({config.recipe}{trained_on}{score})"
 
 
 def read(content: bytes, folder: str, *, with_layers: bool) -> Reading:
