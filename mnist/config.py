@@ -78,6 +78,7 @@ Model = Literal[
     "fastnet",
     "deepnet",
     "tinynet",
+    "resnet",
 ]
 
 MNIST_MEAN, MNIST_STD = 0.1307, 0.3081  # of the training pixels, in [0, 1]

@@ -190,6 +190,29 @@ def accurate() -> TrainConfig:
     )
 
 
+def resnet() -> TrainConfig:
+    """A small residual network with light augmentation: eight epochs of AdamW on one cycle.
+
+    Source: own; the network is ResNet-8 of He and others 2016 with a strided first convolution.
+    Differs: one cycle of AdamW in batches of 256, not SGD with steps; augmentation by affine maps, no flips.
+    Expect: at least 99.5 %.
+    """
+    return TrainConfig(
+        recipe="resnet",
+        image=ImageConfig(rotation=10.0, translation=0.08, scale=0.1, shear=5.0),
+        optim=OptimConfig(
+            model="resnet",
+            optimizer="adamw",
+            lr=0.01,
+            weight_decay=0.02,
+            schedule="one_cycle",
+            warmup=0.3,
+            label_smoothing=0.1,
+        ),
+        loop=LoopConfig(epochs=8, global_batch_size=256),
+    )
+
+
 def smoke() -> TrainConfig:
     """A few seconds on one core, without network or accounts: for CI. Exit code 1 below 92 %.
 
@@ -214,6 +237,7 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
     for recipe in (
         fast,
         accurate,
+        resnet,
         smoke,
         convnet,
         mycnn,
@@ -249,7 +273,7 @@ def list_recipes() -> str:
     tree = ast.parse(inspect.getsource(inspect.getmodule(fast) or fast))
     docstrings = {node.name: ast.get_docstring(node) or "" for node in tree.body if isinstance(node, ast.FunctionDef)}
     for name in RECIPES:
-        summary, *details = docstrings[name].splitlines()
+        summary, *details = docstrings.get(name, "").splitlines() or [""]
         expect = next((line for line in details if line.startswith("Expect:")), "")
-        lines += [f"{name:16} {summary}", f"{'':16} {expect}"]
+        lines += [f"{name:16} {summary}".rstrip(), f"{'':16} {expect}".rstrip()]
     return "\n".join(lines) + "\n"

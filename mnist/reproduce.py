@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,7 +127,7 @@ def _publish(row: dict[str, Any]) -> None:
     write_json(RESULTS, results)
     text = README.read_text(encoding="utf-8")
     begin, end = text.index(_BEGIN) + len(_BEGIN), text.index(_END)
-    table = render(results, RECIPES)
+    table = render(results)
     write_atomically(README, f"{text[:begin]}\n{table}{text[end:]}".encode())
 
 
@@ -298,18 +298,17 @@ def _require_one_origin(runs: list[dict[str, Any]]) -> None:
         raise RunError("--runs-dir: runs on different data sets; remove those of the other one")
 
 
-def render(results: dict[str, Any], recipes: Iterable[str] = ()) -> str:
-    """A table with a row per recipe, and a line that says where it was measured.
+def render(results: dict[str, Any]) -> str:
+    """A table with a row per recipe that has been measured, and a line that says where that was.
 
     Args:
         results: {"rows": rows of `summarise`}.
-        recipes: those that get a row; default: those with results.
     """
     rows = {(row["recipe"], row["device"]): row for row in results["rows"]}
     heads = ["recipe", "source", "parameters", "epochs", "source states", "ours likewise"]
     heads += ["test accuracy, %", "min", "n", "CPU", "GPU"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for recipe in recipes or dict.fromkeys(row["recipe"] for row in results["rows"]):
+    for recipe in dict.fromkeys(row["recipe"] for row in results["rows"]):
         cpu, gpu = rows.get((recipe, "cpu")), rows.get((recipe, "gpu"))
         source, stated = describe(recipe)
         known = gpu if cpu is None or not cpu["accuracies"] else cpu

@@ -41,7 +41,7 @@ NOT_FINITE = [
 
 UNKNOWN_CHOICES = [
     (DataConfig, "dataset", "minst"),
-    (OptimConfig, "model", "resnet"),
+    (OptimConfig, "model", "lenet6"),
     (OptimConfig, "optimizer", "Adam"),
     (OptimConfig, "schedule", "linear"),
     (OptimConfig, "loss", "mse"),

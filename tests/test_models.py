@@ -6,8 +6,17 @@ import pytest
 import torch
 from torch import nn
 
-from mnist.config import Model
-from mnist.models import MODELS, ScaledTanh, TrainablePooling, count_parameters, seed_initial_weights
+from mnist.config import IMAGE_SIZES, Model
+from mnist.errors import UserError
+from mnist.models import (
+    MODELS,
+    ResidualBlock,
+    ScaledTanh,
+    TrainablePooling,
+    build_model,
+    count_parameters,
+    seed_initial_weights,
+)
 from tests.networks import mnist_model
 
 PARAMETERS = {
@@ -19,22 +28,22 @@ PARAMETERS = {
     "mlp": 640_842,
     "mlp_sigmoid": 575_050,
     "yannet": 30_306,
+    "resnet": 78_010,
 }
-MILLION_MACS = {"convnet": 1.33, "mycnn": 0.35, "lenet5": 0.42, "lenet5_classic": 0.42, "yannet": 13.2}
-SIDES = {"lenet5": 32, "lenet5_classic": 32, "lenet5_1998": 32}
+MILLION_MACS = {"convnet": 1.33, "mycnn": 0.35, "lenet5": 0.42, "lenet5_classic": 0.42, "yannet": 13.2, "resnet": 2.6}
 
 
 def images(name, batch_size=2):
-    side = SIDES.get(name, 28)
+    side = IMAGE_SIZES.get(name, 28)
     return torch.randn(batch_size, 1, side, side, generator=torch.Generator().manual_seed(0))
 
 
 def layer_outputs(name):
     model = mnist_model(name).eval()
-    outputs, x = {}, images(name)
-    for layer_name, layer in model.named_children():
-        x = layer(x)
-        outputs[layer_name] = x
+    outputs = {}
+    for layer_name, layer in model.named_modules():
+        layer.register_forward_hook(lambda _, __, output, layer_name=layer_name: outputs.update({layer_name: output}))
+    model(images(name))
     return model, outputs
 
 
@@ -46,11 +55,12 @@ def commented_shapes(name):
 
 def multiply_accumulates(name):
     model, outputs = layer_outputs(name)
-    total = 0
-    for layer_name, layer in model.named_children():
-        if isinstance(layer, (nn.Conv2d, nn.Linear)):
-            total += outputs[layer_name][0].numel() * layer.weight[0].numel()
-    return total
+    layers = dict(model.named_modules())
+    return sum(
+        output[0].numel() * layers[name].weight[0].numel()
+        for name, output in outputs.items()
+        if isinstance(layers.get(name), (nn.Conv2d, nn.Linear))
+    )
 
 
 def test_the_configuration_lists_the_same_models():
@@ -62,7 +72,7 @@ def test_a_network_has_as_many_parameters_as_its_source(name, expected):
     assert count_parameters(mnist_model(name)) == expected
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if "parameters" in MODELS[name].__doc__])
+@pytest.mark.parametrize("name", [name for name in MODELS if "parameters" in (MODELS[name].__doc__ or "")])
 def test_a_docstring_states_the_number_of_parameters(name):
     assert f"{count_parameters(mnist_model(name)):,} parameters" in MODELS[name].__doc__
 
@@ -77,7 +87,34 @@ def test_logits_are_raw_and_one_row_per_image(name):
     logits = mnist_model(name).eval()(images(name))
     assert logits.shape == (2, 10)
     assert logits.dtype == torch.float32
-    assert isinstance(list(mnist_model(name))[-1], nn.Linear)
+    assert not torch.allclose(logits.sum(dim=1), torch.ones(2)), "softmax belongs to the loss"
+    assert not torch.allclose(logits.logsumexp(dim=1), torch.zeros(2)), "log-softmax belongs to the loss"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_network_follows_the_channels_and_the_classes_of_the_data_set(name):
+    size = IMAGE_SIZES.get(name, 40)
+    model = build_model(name, 3, size, 47).eval()
+    assert model(torch.randn(2, 3, size, size)).shape == (2, 47)
+
+
+def is_large_enough(name, size):
+    """Whether torch's own layers, before the first linear one, leave something of an image of that size."""
+    layers = list(mnist_model(name).eval())
+    convolutions = nn.Sequential(*layers[: [isinstance(layer, nn.Flatten) for layer in layers].index(True)])
+    try:
+        return convolutions(torch.randn(1, 1, size, size)).numel() > 0
+    except RuntimeError:
+        return False
+
+
+@pytest.mark.parametrize("name", ["convnet", "mycnn", "yannet", "fastnet", "deepnet", "tinynet"])
+def test_an_image_that_is_too_small_is_one_line(name):
+    least = next(size for size in range(1, 29) if is_large_enough(name, size))
+    assert build_model(name, 1, least, 10).eval()(torch.randn(2, 1, least, least)).shape == (2, 10)
+    for size in range(1, least):
+        with pytest.raises(UserError, match=f"^--image-size {size}: too small for this network"):
+            build_model(name, 1, size, 10)
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if commented_shapes(name)])
@@ -174,6 +211,24 @@ def test_the_squashing_function_of_1998_keeps_one_and_minus_one():
     assert torch.allclose(ScaledTanh()(torch.tensor([-1.0, 0.0, 1.0])), torch.tensor([-1.0, 0.0, 1.0]), atol=1e-4)
 
 
+def test_a_residual_block_adds_its_input_to_what_it_computes():
+    block = ResidualBlock(4, 4, stride=1).eval()
+    maps = torch.randn(2, 4, 7, 7)
+    with torch.no_grad():
+        block.norm2.weight.zero_()
+    assert torch.equal(block(maps), maps.relu())
+
+
+@pytest.mark.parametrize(("channels", "stride"), [(4, 2), (8, 1), (8, 2)])
+def test_the_shortcut_of_a_residual_block_follows_its_shape(channels, stride):
+    block = ResidualBlock(4, channels, stride).eval()
+    maps = torch.randn(2, 4, 7, 7)
+    with torch.no_grad():
+        block.norm2.weight.zero_()
+    expected = nn.functional.conv2d(maps, block.shortcut.conv.weight, stride=stride).relu()
+    torch.testing.assert_close(block(maps), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_slopes_and_dropout_are_those_of_the_source():
     slopes = {layer.negative_slope for layer in mnist_model("mycnn") if isinstance(layer, nn.LeakyReLU)}
     rates = [layer.p for layer in mnist_model("yannet") if isinstance(layer, nn.Dropout)]
@@ -199,7 +254,7 @@ def test_every_parameter_takes_part(name):
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if not name.startswith("mlp")])
+@pytest.mark.parametrize("name", MODELS)
 def test_convolutions_lie_in_memory_with_channels_last(name):
-    weights = [layer.weight for layer in mnist_model(name) if isinstance(layer, nn.Conv2d)]
+    weights = [layer.weight for layer in mnist_model(name).modules() if isinstance(layer, nn.Conv2d)]
     assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)

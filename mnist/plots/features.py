@@ -128,18 +128,27 @@ def activations(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
 def main_activations(outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Fewer rows: of layers in a row with outputs of one shape the last one, under the names of the first and the last.
 
-    Convolution, norm and ReLU become one row, "conv1 to relu1". What only changes the shape is left out.
+    Convolution, norm and ReLU become one row, "conv1 to relu1"; each block of a residual network has a row of its own.
+    What only changes the shape is left out.
     """
     groups: list[list[str]] = []
     for name, output in outputs.items():
         before = outputs[groups[-1][-1]] if groups else output
         if groups and output.numel() == before.numel() and torch.equal(output.flatten(1), before.flatten(1)):
             continue
-        if len(groups) > 1 and output.shape == before.shape:
+        if len(groups) > 1 and output.shape == before.shape and _is_same_block(groups[-1][-1], name):
             groups[-1].append(name)
         else:
             groups.append([name])
     return {" to ".join(dict.fromkeys((names[0], names[-1]))): outputs[names[-1]] for names in groups}
+
+
+def _is_same_block(name: str, next_name: str) -> bool:
+    """Whether two layers belong to the same module, or one to a part of the other's ("a.b" and "a.shortcut.b")."""
+    module, next_module = (f"{name.rpartition('.')[0]}." for name in (name, next_name))
+    if "." in (module, next_module):  # layers of the network itself; or what a block computes after its last layer
+        return module in (next_module, f"{next_name}.")
+    return module.startswith(next_module) or next_module.startswith(module)
 
 
 def layer_costs(model: nn.Module, image_shape: tuple[int, int, int]) -> list[LayerCost]:

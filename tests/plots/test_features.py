@@ -40,9 +40,28 @@ def test_walking_the_layers_gives_what_the_network_gives(name: str) -> None:
     assert model.training
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
-    assert [name for name in outputs if "." not in name] == ["input", *dict(model.named_children())]
+    assert next(iter(outputs)) == "input"
     assert torch.equal(outputs["input"], images)
     torch.testing.assert_close(list(outputs.values())[-1], model.eval()(images), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["lenet5", "mlp", "yannet"])
+def test_every_layer_is_listed_in_the_order_of_the_network(name: str) -> None:
+    model = mnist_model(name)
+    assert list(activations(model, pixels(1, side(name)))) == ["input", *dict(model.named_children())]
+
+
+def test_a_residual_network_shows_a_row_for_each_of_its_blocks() -> None:
+    shown = main_activations(activations(mnist_model("resnet"), pixels(2)))
+    assert list(shown) == [
+        "input",
+        "conv1 to relu1",
+        "block1.conv1 to block1.relu2",
+        "block2.conv1 to block2.relu2",
+        "block3.conv1 to block3.relu2",
+        "pool",
+        "linear",
+    ]
 
 
 def test_a_layer_that_works_in_place_leaves_the_output_before_it_alone() -> None:
@@ -142,6 +161,11 @@ def test_a_network_with_a_skip_connection_is_shown_as_it_computes() -> None:
     assert sum(layer.num_params for layer in layers) == count_parameters(model)
     assert set(filters(model, (3, 8, 8))) == {"conv1", "block.conv"}
     assert not model.conv1._forward_hooks
+
+
+def test_what_a_block_computes_after_its_last_layer_belongs_to_its_row() -> None:
+    outputs = activations(Residual(), torch.randn(2, 3, 8, 8))
+    assert list(main_activations(outputs)) == ["input", "conv1 to relu", "block.conv to relu #2", "linear to output"]
 
 
 def test_fewer_rows_by_default_one_per_shape_and_no_copies() -> None:

@@ -152,7 +152,7 @@ MANIFEST_DAMAGES = {
     "config.lr text": set_field("config.lr", "fast"),
     "config.lr deep": set_field("config.lr", DEEP),
     "config of unknown field": set_field("config.colour", 1),
-    "config.model unknown": set_field("config.model", "resnet"),
+    "config.model unknown": set_field("config.model", "lenet6"),
     "plan.world_size true": set_field("plan.world_size", True),
     "facts deep": set_field("facts", DEEP),
     "size negative": set_field("tensors.size", -1),

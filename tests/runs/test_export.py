@@ -26,7 +26,7 @@ def exported(folder: Path, recipe: str = "smoke") -> torch.nn.Module:
     return model
 
 
-@pytest.mark.parametrize("recipe", ["smoke", "fast", "lenet5"])
+@pytest.mark.parametrize("recipe", ["smoke", "fast", "lenet5", "resnet"])
 def test_a_model_comes_back_as_it_went(tmp_path: Path, recipe: str) -> None:
     model = exported(tmp_path / "best", recipe)
     trained = load_model(tmp_path / "best")
@@ -58,7 +58,7 @@ def test_the_best_of_the_newest_run_is_found(tmp_path: Path, monkeypatch: pytest
         ("model.safetensors", pickle.dumps({"conv1.weight": 1})),
         ("config.json", b"{"),
         ("config.json", b"[]"),
-        ("config.json", b'{"model": "resnet"}'),
+        ("config.json", b'{"model": "lenet6"}'),
         ("config.json", b'{"model": "convnet"}'),
         ("config.json", b'{"modle": "convnet"}'),
     ],

@@ -9,6 +9,7 @@ from mnist.data.datasets import read
 from mnist.errors import UserError
 from mnist.recipes import RECIPES
 from mnist.training.plan import build_plan
+from tests.test_recipes import OURS
 
 MNIST = 60_000
 DIGITS = 42 * 1_437  # as many as are stored
@@ -43,7 +44,7 @@ def test_the_length_of_a_run(num_train, changes, epoch_steps, num_steps):
     assert (plan.epoch_steps, plan.num_steps) == (epoch_steps, num_steps)
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", OURS)
 def test_a_recipe_is_as_long_on_the_digits_as_on_mnist_to_1_percent(recipe):
     config, num_train = RECIPES[recipe](), len(read("digits", DataConfig()).train)
     on_mnist, on_digits = (build_plan(config, size, 1).num_steps for size in (MNIST, num_train))
