@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import notebook_launcher
+from torch.distributed.elastic.multiprocessing.api import SignalException
 
 from mnist.config import TrainConfig, evolve
 from mnist.data.batches import TrainLoader
@@ -210,3 +211,34 @@ def test_notebook_launcher_trains_on_two_forked_processes_although_the_caller_ha
     result = load_result(tmp_path)
     assert (result.status, result.record.world_size) == ("finished", 2)
     assert "--num-threads 2: a forked process can have one thread only" in capfd.readouterr().err
+
+
+@pytest.mark.launch
+def test_an_interrupt_of_two_forked_processes_saves_and_the_next_call_continues(tmp_path: Path) -> None:
+    """As a notebook's kernel sends it: to the process group."""
+
+    def call(stop: bool) -> None:
+        os.setpgid(0, 0)
+        config = small(tmp_path, log_every=5)
+        if not stop:
+            notebook_launcher(train, (config,), num_processes=2, use_port=str(free_port()))
+            return
+        original = TrainLoader.steps
+
+        def steps(self: TrainLoader, first: int, stop: int) -> Iterator[Any]:
+            for index, micro_batches in enumerate(original(self, first, stop), start=first):
+                if index == 17 and self.rank == 0:
+                    os.killpg(0, signal.SIGINT)
+                yield micro_batches
+
+        TrainLoader.steps = steps  # type: ignore[method-assign]
+        with pytest.raises(SignalException):
+            notebook_launcher(train, (config,), num_processes=2, use_port=str(free_port()))
+
+    run_ranks(call, 1, True)
+    stopped = load_result(tmp_path).record
+    assert (stopped.status, stopped.world_size) == ("preempted", 2)
+    assert 17 < stopped.steps < 30
+    run_ranks(call, 1, False)
+    assert load_result(tmp_path).status == "finished"
+    assert [row["step"] for row in load_result(tmp_path).history if row["split"] == "train"] == [5, 10, 15, 20, 25, 30]

@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Iterator
 from types import FrameType
+from typing import Any
 
 from mnist.errors import is_first_rank
 from mnist.system.process import TICK_S, RunningClock, fill_standard_streams, was_launched
@@ -59,27 +60,40 @@ def install() -> None:
 def interrupts_noted() -> Iterator[None]:
     """For a process that is not ours, such as a notebook's: the first Ctrl-C asks the run to end, and raises nothing.
 
-    Another one, 2 s later or more, raises KeyboardInterrupt as before. Handlers of our own, or of the caller, stay.
+    Another one, 2 s later or more, raises KeyboardInterrupt as before. Handlers of our own, or of the caller, stay. In
+    processes that `notebook_launcher` has forked SIGTERM counts too, and at the end the launcher's handler is called.
     """
     is_main_thread = threading.current_thread() is threading.main_thread()
-    if not is_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield
-        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM) if is_main_thread}
+    taken: dict[int, Any] = {number: handler for number, handler in before.items() if _raises(handler)}
     first: list[float] = []
 
     def note_or_raise(number: int, frame: FrameType | None) -> None:
         if first and time.monotonic() - first[0] >= FORCE_AFTER_S:
-            signal.default_int_handler(number, frame)
+            taken[number](number, frame)
         first.append(time.monotonic())
         _note(number, frame)
 
-    _received.clear()
-    signal.signal(signal.SIGINT, note_or_raise)
+    if taken:
+        _received.clear()
+    for number in taken:
+        signal.signal(number, note_or_raise)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        _received.clear()
+        for number, handler in taken.items():
+            signal.signal(number, handler)
+        received = _received[:1] if taken else []
+        if taken:
+            _received.clear()
+    if received and taken[received[0]] is not signal.default_int_handler:
+        taken[received[0]](received[0], None)
+
+
+def _raises(handler: Any) -> bool:
+    """Whether a handler only raises an exception: Python's own, and that of torch's launcher in its ranks."""
+    is_launchers = getattr(handler, "__module__", "") == "torch.distributed.elastic.multiprocessing.api"
+    return handler is signal.default_int_handler or is_launchers
 
 
 def are_installed() -> bool:
