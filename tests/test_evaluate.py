@@ -10,13 +10,46 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mnist.evaluate import mcnemar
-from tests.processes import PYTHON, TORCHRUN, finish, train
+from mnist.cli import parse_options, run_command
+from mnist.evaluate import Options, main, mcnemar
+from tests.processes import PYTHON, TORCHRUN, finish
+from tests.ranks import run_ranks
+from tests.runs.test_run import SMALL, result, run
 
 EVALUATE = ["-m", "mnist.evaluate"]
-pytestmark = pytest.mark.launch
 
 
+class Command:
+    """`python -m mnist.evaluate` in a fork of this process, which has imported torch."""
+
+    def __init__(self, capfd: pytest.CaptureFixture[str]) -> None:
+        self._capfd = capfd
+        self.err = ""
+
+    def __call__(self, *arguments: str, code: int = 0, world_size: int = 1) -> str:
+        """Standard output; standard error is then in `err`."""
+
+        def evaluate() -> int | str | None:
+            sys.argv = ["evaluate", *arguments]
+            try:
+                run_command(main, parse_options(Options, "evaluate", None, has_ranks=True))
+            except SystemExit as end:
+                return end.code
+
+        self._capfd.readouterr()
+        codes = run_ranks(evaluate, world_size)
+        out, self.err = self._capfd.readouterr()
+        assert codes == [code] * world_size, self.err
+        return out
+
+
+@pytest.fixture
+def evaluate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
+    monkeypatch.chdir(tmp_path)
+    return Command(capfd)
+
+
+@pytest.mark.launch
 def test_the_numbers_of_the_training_come_again(smoke_run: Path, tmp_path: Path) -> None:
     done = finish([*PYTHON, *EVALUATE, "--run", str(smoke_run), "--json"], tmp_path)
     assert done.code == 0, done.err
@@ -27,11 +60,10 @@ def test_the_numbers_of_the_training_come_again(smoke_run: Path, tmp_path: Path)
     assert found["accuracy_per_class"]["0"] == found["confusion"][0][0] / sum(found["confusion"][0])
 
 
-def test_accuracy_of_each_batch_and_of_all_so_far(tmp_path: Path) -> None:
-    short = ["--max-steps", "12", "--min-accuracy", "None", "--no-pictures"]
-    assert finish(train("--recipe", "smoke", *short, "--run-dir", "run"), tmp_path).code == 0
-    command = [*PYTHON, *EVALUATE, "--run", "run", "--split", "train", "--per-batch"]
-    found = json.loads(finish([*command, "--json"], tmp_path).out)
+def test_accuracy_of_each_batch_and_of_all_so_far(tmp_path: Path, evaluate: Command) -> None:
+    assert run_ranks(run, 1, tmp_path / "run", *SMALL, "--max-steps", "12", "--min-accuracy", "None") == [0]
+    command = ["--run", "run", "--split", "train", "--per-batch"]
+    found = json.loads(evaluate(*command, "--json"))
     total = found["num_samples"]
     sizes = [1000] * (total // 1000) + [total % 1000]
     batches, so_far = found["accuracy_per_batch"], found["accuracy_so_far"]
@@ -41,7 +73,7 @@ def test_accuracy_of_each_batch_and_of_all_so_far(tmp_path: Path) -> None:
     assert [rate * size for rate, size in zip(batches, sizes, strict=True)] == pytest.approx(right)
     assert so_far[9] == sum(right[:10]) / 10_000
     assert (sum(right), len(set(batches)) > 1) == (found["num_correct"], True)
-    lines = finish(command, tmp_path).out.splitlines()
+    lines = evaluate(*command).splitlines()
     assert lines[9] == f"10,000 images: accuracy of this batch {batches[9]:7.2%}, so far {so_far[9]:7.2%}"
     assert lines[len(sizes) - 1].startswith(f"{total:,} images: ")
 
@@ -56,7 +88,9 @@ def test_mcnemars_exact_test_is_twice_the_tail_of_a_fair_coin(
     assert mcnemar(only_first, only_second) == pytest.approx(p_value, rel=1e-5)
 
 
-def test_versus_counts_the_images_that_one_model_alone_gets_right(smoke_run: Path, tmp_path: Path) -> None:
+def test_versus_counts_the_images_that_one_model_alone_gets_right(
+    smoke_run: Path, tmp_path: Path, evaluate: Command
+) -> None:
     """The other model calls every digit a 3."""
     export = tmp_path / "other"
     shutil.copytree(smoke_run / "export" / "best", export)
@@ -67,80 +101,66 @@ def test_versus_counts_the_images_that_one_model_alone_gets_right(smoke_run: Pat
     written = json.loads((export / "config.json").read_text())
     written["weights_sha256"] = hashlib.sha256((export / "model.safetensors").read_bytes()).hexdigest()
     (export / "config.json").write_text(json.dumps(written))
-    command = [*PYTHON, *EVALUATE, "--run", str(smoke_run), "--versus", str(export)]
-    done = finish([*command, "--json"], tmp_path)
-    assert done.code == 0, done.err
-    found = json.loads(done.out)
+    command = ["--run", str(smoke_run), "--versus", str(export)]
+    found = json.loads(evaluate(*command, "--json"))
     threes = found["confusion"][3]
     only = {"only_first_correct": found["num_correct"] - threes[3], "only_versus_correct": sum(threes) - threes[3]}
     assert found["versus"] | only == found["versus"]
     assert found["versus"]["num_correct"] == sum(threes)
     assert found["versus"]["p_value"] == mcnemar(*only.values()) < 0.001
-    *_, line = finish(command, tmp_path).out.splitlines()
+    *_, line = evaluate(*command).splitlines()
     assert line.startswith(f"right in one model alone: {only['only_first_correct']} images in the first, ")
     assert line.endswith(": they differ")
 
 
-@pytest.mark.parametrize("evaluation", ["rank0", "sharded"])
-def test_two_processes_find_the_same_and_one_prints(smoke_run: Path, tmp_path: Path, evaluation: str) -> None:
-    command = [*TORCHRUN, "--nproc-per-node", "2", *EVALUATE, "--run-dir", str(smoke_run), "--evaluation", evaluation]
+@pytest.mark.launch
+def test_two_processes_of_a_launcher_find_the_same_and_one_prints(smoke_run: Path, tmp_path: Path) -> None:
+    command = [*TORCHRUN, "--nproc-per-node", "2", *EVALUATE, "--run-dir", str(smoke_run), "--evaluation", "sharded"]
     done = finish(command, tmp_path, OMP_NUM_THREADS="1")
     assert done.code == 0, done.err
     assert done.out.count("exactly as in training") == 1
 
 
-@pytest.mark.launch
-def test_digits_in_place_of_mnist_cannot_be_missed(tmp_path: Path, smoke_run: Path) -> None:
-    nowhere = ["--dataset", "auto", "--data-dir", "nowhere"]
-    mirror = {"MNIST_MIRROR": "http://127.0.0.1:9", "MNIST_DATA_DIR": ""}
-    done = finish([*PYTHON, *EVALUATE, "--run", str(smoke_run), *nowhere], tmp_path, **mirror)
-    assert done.code == 0, done.err
-    assert "NOT MNIST: these are the 1,797 embedded digits, because MNIST is not in nowhere/MNIST/raw" in done.err
+def test_rank_0_scores_alone_among_two_and_one_prints(smoke_run: Path, evaluate: Command) -> None:
+    assert evaluate("--run", str(smoke_run), world_size=2).count("exactly as in training") == 1
 
 
-@pytest.mark.launch
-def test_bf16_and_averaged_weights_come_again_too(tmp_path: Path) -> None:
-    options = [
-        "--mixed-precision",
-        "bf16",
-        "--ema",
-        "0.9",
-        "--val-size",
-        "200",
-        "--max-steps",
-        "60",
-        "--eval-every",
-        "20",
-        "--min-accuracy",
-        "0.1",
-    ]
-    done = finish(train("--recipe", "smoke", *options, "--num-threads", "1", "--run-dir", "runs/a"), tmp_path)
-    assert done.code == 0, done.err
-    test = finish([*PYTHON, *EVALUATE], tmp_path)
-    assert "exactly as in training" in test.out, test.out + test.err
-    val = finish([*PYTHON, *EVALUATE, "--split", "val", "--json"], tmp_path)
-    best = json.loads((tmp_path / "runs" / "a" / "result.json").read_text())["best"]
-    assert json.loads(val.out)["num_correct"] == best["num_correct"]
+def test_digits_in_place_of_mnist_cannot_be_missed(
+    smoke_run: Path, evaluate: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MNIST_MIRROR", "http://127.0.0.1:9")
+    monkeypatch.setenv("MNIST_DATA_DIR", "")
+    evaluate("--run", str(smoke_run), "--dataset", "auto", "--data-dir", "nowhere")
+    words = "NOT MNIST: these are the 1,797 embedded digits, because MNIST is not in nowhere/MNIST/raw"
+    assert words in evaluate.err
 
 
-def test_other_weights_are_noticed(smoke_run: Path, tmp_path: Path) -> None:
+def test_bf16_and_averaged_weights_come_again_too(tmp_path: Path, evaluate: Command) -> None:
+    options = ["--mixed-precision", "bf16", "--ema", "0.9", "--val-size", "200", "--min-accuracy", "0.1"]
+    folder = tmp_path / "runs" / "a"
+    assert run_ranks(run, 1, folder, *SMALL, *options) == [0]
+    assert "exactly as in training" in evaluate()
+    val = json.loads(evaluate("--split", "val", "--json"))
+    assert val["num_correct"] == result(folder)["best"]["num_correct"]
+
+
+def test_other_weights_are_noticed(smoke_run: Path, tmp_path: Path, evaluate: Command) -> None:
     shutil.copytree(smoke_run, tmp_path / "run")
-    result = json.loads((tmp_path / "run" / "result.json").read_text())
-    result["test"]["num_correct"] -= 1
-    (tmp_path / "run" / "result.json").write_text(json.dumps(result))
-    done = finish([*PYTHON, *EVALUATE, "--run", "run"], tmp_path)
-    assert f"in training {result['test']['num_correct']}" in done.out
+    other = result(tmp_path / "run")
+    other["test"]["num_correct"] -= 1
+    (tmp_path / "run" / "result.json").write_text(json.dumps(other))
+    assert f"in training {other['test']['num_correct']}" in evaluate("--run", "run")
 
 
-def test_a_model_of_another_machine_is_evaluated_as_well_as_this_one_can(smoke_run: Path, tmp_path: Path) -> None:
+def test_a_model_of_another_machine_is_evaluated_as_well_as_this_one_can(
+    smoke_run: Path, tmp_path: Path, evaluate: Command
+) -> None:
     shutil.copytree(smoke_run / "export" / "best", tmp_path / "best")
     config = json.loads((tmp_path / "best" / "config.json").read_text())
     config |= {"mixed_precision": "fp16", "num_threads": 512, "val_size": 5000, "dataset": "mnist"}
     (tmp_path / "best" / "config.json").write_text(json.dumps(config))
-    done = finish([*PYTHON, *EVALUATE, "--run", "best", "--dataset", "digits", "--cpu", "--json"], tmp_path)
-    assert done.code == 0, done.err
-    expected = json.loads((smoke_run / "result.json").read_text())["test"]["num_correct"]
-    assert json.loads(done.out)["num_correct"] == expected
+    found = json.loads(evaluate("--run", "best", "--dataset", "digits", "--cpu", "--json"))
+    assert found["num_correct"] == result(smoke_run)["test"]["num_correct"]
 
 
 @pytest.mark.parametrize(
@@ -152,19 +172,18 @@ def test_a_model_of_another_machine_is_evaluated_as_well_as_this_one_can(smoke_r
         (["--versus", "a", "--evaluation", "sharded"], "error: --versus: needs --evaluation rank0"),
     ],
 )
-def test_a_mistake_is_one_line(tmp_path: Path, arguments: list[str], line: str) -> None:
-    done = finish([sys.executable, *EVALUATE, *arguments], tmp_path)
-    assert done.code == 2
-    assert done.err.startswith(line)
-    assert done.err.count("\n") == 1
+def test_a_mistake_is_one_line(evaluate: Command, arguments: list[str], line: str) -> None:
+    assert evaluate(*arguments, code=2) == ""
+    assert evaluate.err.startswith(line)
+    assert evaluate.err.count("\n") == 1
 
 
-def test_a_split_that_was_not_held_out_is_a_mistake(smoke_run: Path, tmp_path: Path) -> None:
-    done = finish([*PYTHON, *EVALUATE, "--run", str(smoke_run), "--split", "val"], tmp_path)
-    assert done.code == 2
-    assert "--split val" in done.err
+def test_a_split_that_was_not_held_out_is_a_mistake(smoke_run: Path, evaluate: Command) -> None:
+    evaluate("--run", str(smoke_run), "--split", "val", code=2)
+    assert "--split val" in evaluate.err
 
 
+@pytest.mark.launch
 def test_help_answers_without_torch(tmp_path: Path) -> None:
     done = finish([sys.executable, "-X", "importtime", *EVALUATE, "--help"], tmp_path)
     assert done.code == 0
