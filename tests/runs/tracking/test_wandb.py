@@ -32,8 +32,8 @@ PATIENCE_S = 30  # a busy machine
 @pytest.fixture
 def settings_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A working directory, and W&B without settings and keys of the person who runs the tests."""
-    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL"):
-        monkeypatch.delenv(name, raising=False)
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "config"))
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.chdir(tmp_path)
@@ -79,7 +79,9 @@ def test_wandb_offline_and_disabled_typed_in_the_folder_count(
     settings_folder: Path, monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
     monkeypatch.setenv("WANDB_API_KEY", KEY)
-    subprocess.run([sys.executable, "-m", "wandb", mode], check=True, capture_output=True)
+    done = subprocess.run([sys.executable, "-m", "wandb", mode], check=True, capture_output=True, text=True)
+    assert mode in (settings_folder / "wandb" / "settings").read_text(), done.stdout + done.stderr
+    package.teardown()  # whatever has read the settings before
     assert choose_mode(OutputConfig()) == (mode, None)
 
 
