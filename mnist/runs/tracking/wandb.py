@@ -72,6 +72,7 @@ def _settings() -> Any:
     """W&B's settings: of its files (`wandb login --host`, `wandb offline`) and of the environment."""
     settings = importlib.import_module("wandb.sdk.wandb_setup").singleton().settings
     settings.silent = True  # our warnings say what went wrong
+    importlib.import_module("wandb.apis.public")  # wandb.init would, 40 frames deeper, which makes pydantic slower
     importlib.import_module("wandb").termsetup(settings, None)
     return settings
 
