@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 from types import SimpleNamespace
 from typing import Any
@@ -90,6 +91,15 @@ def test_two_runs_in_one_process_may_have_different_precisions() -> None:
         with open_accelerator(RuntimeConfig(cpu=True, num_threads=1, mixed_precision=precision)) as accelerator:
             assert accelerator.mixed_precision == precision
     assert not PartialState._shared_state
+
+
+def test_one_process_on_a_cpu_closes_without_a_garbage_collection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes 0.3 s; it is for models under DDP, and for memory of a GPU."""
+    collections: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(gc, "collect", lambda *generation: collections.append(generation))
+    with open_accelerator(RuntimeConfig(cpu=True, num_threads=1)):
+        pass
+    assert collections == []
 
 
 def test_the_accelerate_state_of_a_host_program_stays() -> None:
