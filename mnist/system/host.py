@@ -46,8 +46,7 @@ def restored_afterwards() -> Iterator[None]:
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         stack.callback(torch.set_default_dtype, torch.get_default_dtype())
         is_warning = torch.is_deterministic_algorithms_warn_only_enabled()
-        are_deterministic = torch.are_deterministic_algorithms_enabled()
-        stack.callback(torch.use_deterministic_algorithms, are_deterministic, warn_only=is_warning)
+        stack.callback(_restore_determinism, torch.are_deterministic_algorithms_enabled(), is_warning)
         for owner, name in _SETTINGS:
             stack.callback(setattr, owner, name, getattr(owner, name))
         stack.callback(random.setstate, random.getstate())
@@ -56,6 +55,11 @@ def restored_afterwards() -> Iterator[None]:
         stack.enter_context(signals.interrupts_noted())
         torch.set_default_dtype(torch.float32)
         yield
+
+
+def _restore_determinism(is_enabled: bool, is_warning: bool) -> None:
+    if is_enabled != torch.are_deterministic_algorithms_enabled():  # the call imports torch.compile, a second
+        torch.use_deterministic_algorithms(is_enabled, warn_only=is_warning)
 
 
 def _restore_environment(before: Mapping[str, str]) -> None:

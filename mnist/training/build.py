@@ -66,11 +66,13 @@ def build_train_step(
     capturable = should_capture(accelerator, config.runtime.step_mode, accumulation_steps)
     optimizer = build_optimizer(bare_model.parameters(), config.optim, capturable=capturable)
     optimizer = prepare_optimizer(accelerator, optimizer)
-    # Wraps the model, and gives it, in place, the precision of the run. `evaluation_mode` means: without DDP.
-    model = accelerator.prepare_model(bare_model, evaluation_mode=not communicates)
+    # Wraps the model, and gives it, in place, the precision of the run. `evaluation_mode` means: without DDP. The model
+    # is on its device; to place it, Accelerate would first import distributed tensors and sympy, for 0.4 s.
+    model = accelerator.prepare_model(bare_model, device_placement=False, evaluation_mode=not communicates)
     return TrainStep(
         accelerator=accelerator,
         model=model,
+        bare_model=bare_model,
         optimizer=optimizer,
         learning_rate=LearningRate(optimizer, config.optim, num_steps, epoch_steps),
         loss_fn=build_loss(config.optim.loss, config.optim.label_smoothing),

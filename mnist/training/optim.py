@@ -8,9 +8,11 @@ step, so that nothing but the step needs to be remembered.
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterable
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,8 @@ from mnist.config import OptimConfig
 
 ONE_CYCLE_START = 1 / 25  # of the peak, as torch's OneCycleLR has it
 ONE_CYCLE_END = ONE_CYCLE_START / 1e4
+
+T = TypeVar("T", bound=Optimizer)
 
 
 def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig, *, capturable: bool = False) -> Optimizer:
@@ -39,7 +43,7 @@ def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig, *, 
     betas, decay = (config.beta1, config.beta2), config.weight_decay
     match config.optimizer:
         case "sgd":
-            return torch.optim.SGD(
+            return _without_compiler(torch.optim.SGD)(
                 parameters,
                 lr=lr,
                 momentum=config.momentum,
@@ -48,15 +52,25 @@ def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig, *, 
                 fused=fused,
             )
         case "adam":
-            return torch.optim.Adam(
+            return _without_compiler(torch.optim.Adam)(
                 parameters, lr=lr, betas=betas, weight_decay=decay, fused=fused, capturable=capturable
             )
         case "adamw":
-            return torch.optim.AdamW(
+            return _without_compiler(torch.optim.AdamW)(
                 parameters, lr=lr, betas=betas, weight_decay=decay, fused=fused, capturable=capturable
             )
         case "adadelta":
-            return torch.optim.Adadelta(parameters, lr=lr, weight_decay=decay, capturable=capturable)
+            return _without_compiler(torch.optim.Adadelta)(parameters, lr=lr, weight_decay=decay, capturable=capturable)
+
+
+def _without_compiler(kind: type[T]) -> type[T]:
+    """`kind`, an optimizer class of torch, without the wrappers that keep torch.compile out of its methods.
+
+    They import torch.compile, which takes most of a second, although nothing here compiles an optimizer.
+    """
+    names = ("add_param_group", "zero_grad", "state_dict", "load_state_dict", "step")
+    methods = {name: inspect.unwrap(getattr(kind, name)) for name in names}
+    return cast("type[T]", type(kind.__name__, (kind,), {**methods, "step": torch.no_grad()(methods["step"])}))
 
 
 def lr_factor(config: OptimConfig, num_steps: int, epoch_steps: int) -> Callable[[int], float]:

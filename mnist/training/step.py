@@ -31,6 +31,7 @@ class TrainStep:
     Args:
         accelerator: for ranks, `no_sync`, clipping and the gradient scaler of fp16.
         model: prepared; images (B, C, S, S) float32 -> logits (B, K), K classes.
+        bare_model: the module that was prepared. (`accelerator.unwrap_model` would import torch.compile, a second.)
         optimizer: prepared.
         learning_rate: the schedule.
         loss_fn: (logits, labels) -> loss of each sample (B,).
@@ -52,6 +53,7 @@ class TrainStep:
         *,
         accelerator: Accelerator,
         model: nn.Module,
+        bare_model: nn.Module,
         optimizer: Optimizer,
         learning_rate: LearningRate,
         loss_fn: Callable[[Tensor, Tensor], Tensor],
@@ -63,7 +65,7 @@ class TrainStep:
     ) -> None:
         self.accelerator = accelerator
         self.model = model
-        self.bare_model: nn.Module = accelerator.unwrap_model(model, keep_torch_compile=False)
+        self.bare_model = bare_model
         self.optimizer = optimizer
         self.learning_rate = learning_rate
         self.loss_fn = loss_fn
@@ -126,7 +128,7 @@ class TrainStep:
         # DDP averages gradients over the P ranks: P / G turns that into the mean over the G images of the global batch,
         # however unevenly they are spread. The placeholder of a rank without images has weight 0.
         weight = self.accelerator.num_processes / batch.global_batch_size if batch.num_samples else 0.0
-        self._backward(loss_sum, gradient=loss_sum.new_full((), weight))
+        self._backward(loss_sum * weight)
 
     def update(self, measure_grad_norm: bool) -> None:
         """One update of the weights from the gradients, and of the average from the weights."""

@@ -22,7 +22,6 @@ def bare_model(num_processes: int, *, sync_bn: bool, communicates: bool = True) 
         device=torch.device("cpu"),
         scaler=None,
         prepare_model=lambda model, **_: model,
-        unwrap_model=lambda model, **_: model,
     )
     config = evolve(RECIPES["fast"](), sync_bn=sync_bn)
     accelerator = cast("Accelerator", stand_in)

@@ -9,6 +9,7 @@ from torch.optim import lr_scheduler
 
 from mnist.config import OptimConfig
 from mnist.training.optim import LearningRate, WeightAverage, build_optimizer, lr_factor
+from tests.processes import PYTHON, finish
 
 NUM_STEPS = 24
 EPOCH_STEPS = 6
@@ -69,6 +70,26 @@ def torch_rates(scheduler, count):
         scheduler.optimizer.step()
         scheduler.step()
     return seen
+
+
+def test_no_optimizer_imports_torch_compile(tmp_path):
+    """In a process of its own, because other tests do import it."""
+    program = """
+import sys, torch
+from mnist.config import OptimConfig
+from mnist.training.optim import build_optimizer
+for name in ("sgd", "adam", "adamw", "adadelta"):
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = build_optimizer([weight], OptimConfig(optimizer=name))
+    weight.square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert weight.grad is None and not weight.equal(torch.ones(2))
+    assert "torch._dynamo" not in sys.modules, name
+"""
+    done = finish([*PYTHON, "-c", program], tmp_path)
+    assert done.code == 0, done.err
 
 
 @pytest.mark.parametrize(("config", "reference"), OPTIMIZERS)

@@ -55,6 +55,7 @@ def make_step(
     step = TrainStep(
         accelerator=accelerator,
         model=wrapped,
+        bare_model=bare,
         optimizer=optimizer,
         learning_rate=LearningRate(optimizer, config, 100, 10),
         loss_fn=loss_fn or build_loss("cross_entropy"),
