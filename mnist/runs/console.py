@@ -16,12 +16,19 @@ from typing import Self, TextIO
 
 from rich.console import Console as RichConsole
 from rich.console import RenderableType
+from rich.constrain import Constrain
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.rule import Rule
 from rich.spinner import Spinner
 from rich.text import Text
+from rich.theme import Theme
 
 from mnist.errors import is_first_rank, is_one_of_several
+
+MAX_COLUMNS = 100  # wider lines are hard to read
+# What must be read has no colour but the terminal's own: on a white page green, yellow and cyan are pale.
+_THEME = Theme({"progress.download": "none", "progress.remaining": "none"})
 
 Rows = Sequence[tuple[str, str]]
 Numbers = tuple[float, float]  # loss and accuracy
@@ -53,7 +60,7 @@ class _NotebookBar(Live):
 
     def refresh(self) -> None:
         with self._lock:
-            page = RichConsole(file=io.StringIO(), record=True, width=100, force_jupyter=False)
+            page = RichConsole(file=io.StringIO(), record=True, width=MAX_COLUMNS, force_jupyter=False, theme=_THEME)
             page.print(self.get_renderable(), end="")
             html = page.export_html(clear=False, inline_styles=True, code_format="<pre>{code}</pre>")
             self._show({"text/plain": page.export_text(), "text/html": html}, raw=True)
@@ -114,24 +121,41 @@ class Console:
         """A warning on standard error, once, also with --quiet."""
         if line not in self._warned:
             self._warned.add(line)
-            self._print(self._err, ("warning", "bold yellow"), f"  {line}")
+            self._print(self._err, ("warning", "bold magenta"), f"  {line}")
 
-    def summary(self, rows: Rows, next_commands: Sequence[str] = ()) -> None:
-        """The closing lines, also with --quiet: results, then commands to type next."""
+    def summary(self, title: str, rows: Rows, next_commands: Sequence[str] = ()) -> None:
+        """The closing lines, also with --quiet: results, then commands to type next; at a terminal between two rules.
+
+        There are no borders beside them, and commands begin at the left: they can be copied, and fit into 80 columns.
+        """
         self.stop_progress()
-        if self._is_table:
-            self._print(self._out, ("-" * 79, "dim"))
+        if not self._is_table:
+            self._print_rows(rows)
+            self._print_rows([("" if number else "next", line) for number, line in enumerate(next_commands)])
+            return
+        style = "green" if next_commands else "yellow"
+        self._print_rule(title, style)
         self._print_rows(rows)
-        for number, command in enumerate(next_commands):
-            self._print(self._out, (f"{'' if number else 'next':>12}  ", "bold"), (command, "cyan"))
+        if next_commands:
+            self._print(self._out, (f"{'next':>12}", "bold"))
+        for line in next_commands:
+            self._print(self._out, f"  {line}")
+        self._print_rule("", style)
 
     def _print_rows(self, rows: Rows) -> None:
         for name, value in rows:
-            self._print(self._out, (f"{name:>12}  ", "bold"), (value, "bold green" if name == "test" else ""))
+            self._print(self._out, (f"{name:>12}  ", "bold"), value)
+
+    def _print_rule(self, title: str, style: str) -> None:
+        rule = Rule(Text(title, "bold"), characters="\u2501", align="left", style=style)
+        self._render_on(self._out, Constrain(rule, MAX_COLUMNS))
 
     def _print(self, stream: _Stream, *parts: str | tuple[str, str]) -> None:
+        self._render_on(stream, Text.assemble(*parts))
+
+    def _render_on(self, stream: _Stream, content: RenderableType) -> None:
         try:
-            stream.print(Text.assemble(*parts))
+            stream.print(content)
         except OSError:  # the disk is full where the log is; the run directory may be on another one
             stream.on_broken_pipe()
 
@@ -188,7 +212,7 @@ class Console:
             self._has_header = True
             self._print(self._out, ("".join(f"{name:>{width}}" for name, width, _ in cells), "bold"))
         row = "".join(f"{text:>{width}}" for _, width, text in cells)
-        self._print(self._out, (f"{row}{mark:>5}", "green" if mark else ""))
+        self._print(self._out, row, (f"{mark:>5}", "bold"))
 
     def stop_progress(self) -> None:
         """Takes the bar away."""
@@ -205,7 +229,7 @@ class Console:
         step, num_epochs = self._current_step(), math.ceil(self._num_steps / self._epoch_steps)
         epoch = min(num_epochs, int(step / self._epoch_steps) + 1)
         self._bar.update(self._task, completed=step, description=self._activity or f"epoch {epoch}/{num_epochs}")
-        return self._bar
+        return Constrain(self._bar, MAX_COLUMNS)
 
 
 def _open_stream(file: TextIO, is_main: bool) -> tuple[_Stream, bool]:
@@ -218,6 +242,7 @@ def _open_stream(file: TextIO, is_main: bool) -> tuple[_Stream, bool]:
         soft_wrap=True,
         color_system="auto" if is_terminal else None,
         force_terminal=None if is_terminal else False,
+        theme=_THEME,
         force_jupyter=False,  # where it would show each line as an output of its own
     )
     return stream, is_terminal

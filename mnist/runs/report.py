@@ -125,6 +125,11 @@ def missed_gate(config: TrainConfig, accuracy: float) -> str | None:
     return None if gate is None or accuracy >= gate else f"--min-accuracy {gate}: missed with {accuracy:.4f}"
 
 
+def headline(accuracy: float) -> str:
+    """What a person wants to know first."""
+    return f"{accuracy:.2%} of the test images are classified correctly"
+
+
 def closing(setup: RunSetup, test: Scores) -> Rows:
     """How a finished run went."""
     dataset, plan, state = setup.dataset, setup.plan, setup.state

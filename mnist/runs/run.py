@@ -237,7 +237,8 @@ class Run:
         times = f"{state.run_sums.time_s:.1f} s training{starts}, {record.total_time_s:.1f} s {span}"
         rows = [*report.closing(self._setup, test), ("time", times), ("run", str(path))]
         rows += [("pictures", str(path / "pictures"))] if pictures else []
-        self._console.summary([*rows, *hints], report.next_commands(path, self._setup.dataset.name))
+        title, commands = report.headline(test.accuracy), report.next_commands(path, self._setup.dataset.name)
+        self._console.summary(title, [*rows, *hints], commands)
         return Result(path, record)
 
     def _end_preempted(self) -> Result:
@@ -246,7 +247,7 @@ class Run:
         record, _ = self._together(lambda: self._end("preempted", signal=signal, reason=cause))
         again = report.command_to_continue(path)
         where = f"after step {self._state.step}" + (f" ({cause})" if cause else "")
-        self._console.summary([("preempted", where), ("continue", again)])
+        self._console.summary("saved, not finished", [("preempted", where), ("continue", again)])
         if self._setup.accelerator.is_main_process and signal == "SIGINT":
             process.print_after_launcher(f"preempted after step {self._state.step}; to continue: {again}")
         return Result(path, record)
@@ -332,7 +333,7 @@ def report_finished(directory: RunDirectory, config: TrainConfig, console: Conso
         ("finished", f"{directory.path}: {found.steps} steps, test accuracy {accuracy:.2%}"),
         ("", how_to_continue(directory, config)),
     ]
-    console.summary(rows, report.next_commands(directory.path, config.data.dataset))
+    console.summary(report.headline(accuracy), rows, report.next_commands(directory.path, config.data.dataset))
     return Result(directory.path, found)
 
 

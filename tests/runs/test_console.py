@@ -33,7 +33,7 @@ def speak(console: Console) -> None:
             with console.doing("evaluating"):
                 time.sleep(0.3)
             console.epoch_row(epoch, steps[0], (0.5, 0.25), "test", (0.1, 1 - epoch / 100), lr=0.001, seconds=3.21)
-        console.summary([("test", "accuracy 99.00%")], ["python -m mnist.predict"])
+        console.summary("99% right", [("test", "accuracy 99.00%")], ["python -m mnist.predict"])
 
 
 SPEAK = "from tests.runs.test_console import speak; from mnist.runs.console import Console; speak(Console())"
@@ -142,6 +142,27 @@ def test_the_table_fits_80_columns_and_marks_the_best_epoch() -> None:
     assert first.split() == ["1", "100", "0.5000", "25.00%", "0.1000", "99.00%", "0.001", "3.2", "best"]
     assert second.split() == ["2", "200", "0.5000", "25.00%", "0.1000", "98.00%", "0.001", "3.2"]
     assert max(map(len, (header, first, second))) <= 80
+
+
+@pytest.mark.parametrize(("columns", "width"), [(80, 80), (200, 100)])
+def test_the_closing_lines_stand_between_two_rules_and_commands_begin_at_the_left(columns: int, width: int) -> None:
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", at_a_terminal(COLUMNS=str(columns)))
+    lines = [line.rpartition("\r")[2] for line in text.replace("\r\n", "\n").rstrip("\n").split("\n")]
+    assert lines[-5:] == [
+        "99% right " + "\u2501" * (width - len("99% right ")),
+        "        test  accuracy 99.00%",
+        "        next",
+        "  python -m mnist.predict",
+        "\u2501" * width,
+    ]
+    assert max(map(len, lines)) <= width
+
+
+def test_what_must_be_read_has_the_terminals_own_colour() -> None:
+    """On a white page green, yellow and cyan are pale, on a black one blue is dark."""
+    text = at_a_terminal()
+    coloured = re.findall(r"\x1b\[(?:[0-9]+;)*(?:3[0-7]|38;[0-9;]+|9[0-7])m([^\x1b]*)", text)
+    assert {part.strip() for part in coloured if not re.fullmatch(r"[\u2500-\u257f\s]*", part)} == {"warning"}
 
 
 @pytest.mark.parametrize(("error", "code"), [(UserError("--lr 0:\nbad"), 2), (RunError("disk full"), 1)])
