@@ -124,7 +124,7 @@ def _test_images(trained: TrainedModel, data_dir: str | None) -> tuple[str, Spli
     """Name and test images of the data set that it was trained on; where it is not here, the digits in its form."""
     config = replace(datasets.relocate(trained.config.data, None, data_dir), val_size=0)
     if datasets.is_present(config.dataset, config.data_dir):
-        return config.dataset, datasets.read(config.dataset, config).test
+        return config.dataset, datasets.read(config.dataset, config, size=trained.info.image_shape[-1]).test
     digits = datasets.read("digits", config).test
     channels, height, width = trained.info.image_shape
     images = F.interpolate(digits.images.unsqueeze(1).float(), (height, width), mode="bilinear", antialias=True)

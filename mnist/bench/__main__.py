@@ -147,7 +147,7 @@ def bench_front(options: Options) -> Report:
         TrainConfig(), dataset=choice.name, data_dir=options.data_dir, num_threads=threads(options), cpu=options.cpu
     )
     torch.set_num_threads(threads(options))
-    dataset = datasets.read(choice.name, config.data)
+    dataset = datasets.read(choice.name, config.data, size=config.image.image_size)
     rows = measure_all(options.scripts or SCRIPTS, config, dataset.train, dataset.test, options.seeds)
     if options.publish:
         publish(rows)
@@ -183,7 +183,7 @@ def settle(recipe: str, options: Options) -> TrainConfig:
     )
     if not Augmentation(config.image, 0, torch.device("cpu")).is_identity:
         raise UserError(f"--recipe {recipe}: has augmentation, which the other loops lack; choose another recipe")
-    return datasets.settle(config, datasets.read(choice.name, config.data))
+    return datasets.settle(config, datasets.read(choice.name, config.data, size=config.image.image_size))
 
 
 def loops(options: Options) -> list[Loop]:
@@ -229,7 +229,9 @@ def bench_scaling(options: Options) -> Report:
     configs = {name: evolve(settle(name, options), num_threads=1) for name in options.recipe}
     with open_accelerator(next(iter(configs.values())).runtime) as accelerator:
         for recipe, config in configs.items():
-            dataset = datasets.read(config.data.dataset, config.data).to(accelerator.device)
+            dataset = datasets.read(config.data.dataset, config.data, size=config.image.image_size).to(
+                accelerator.device
+            )
             num_steps = max(1, options.images // config.loop.global_batch_size)
             turns = measure_scaling(accelerator, config, dataset, num_steps, options.repeats)
             rows += [{"recipe": recipe, "ranks": way, **compare_turns(turns[way], turns[ALONE])} for way in turns]

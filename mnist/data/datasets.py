@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor
 
-from mnist.config import MNIST_MEAN, MNIST_STD, DataConfig, DatasetName, ImageConfig, TrainConfig, evolve
+from mnist.config import MNIST_MEAN, MNIST_STD, DataConfig, DatasetName, TrainConfig, evolve
 from mnist.data import folder
 from mnist.data.batches import Split
 from mnist.data.download import Transfer, download
@@ -320,8 +320,10 @@ def _transfer(source: Source) -> Transfer:
 
 
 def is_present(name: str, data_dir: str) -> bool:
-    """Whether all files of the data set are in `data_dir`; the digits always are."""
+    """Whether all files of the data set are in `data_dir`; the digits always are, people's own pictures may be."""
     source = SOURCES[name]
+    if name == "folder":
+        return Path(data_dir).is_dir()
     return all(_find_file(source, data_dir, file) is not None for file in source.files)
 
 
@@ -341,9 +343,7 @@ def _find_file(source: Source, data_dir: str, name: str) -> Path | None:
     return next((path for path in paths if path.exists() and not path.is_dir()), None)
 
 
-def read(
-    name: str, config: DataConfig, fallback_reason: str | None = None, size: int = ImageConfig.image_size
-) -> Dataset:
+def read(name: str, config: DataConfig, fallback_reason: str | None = None, size: int | None = None) -> Dataset:
     """Reads and checks the splits; every rank calls it, once the files are there.
 
     The validation split is the end of the training set: writers come in blocks, so that a contiguous piece keeps a
@@ -353,7 +353,7 @@ def read(
         name: of the data set, not `auto`.
         config: folder and size of the validation split.
         fallback_reason: why `auto` came to the embedded digits, or None.
-        size: side of the network's input, which people's own pictures are brought to.
+        size: side of the network's input, which people's own pictures are brought to; not needed for other data sets.
 
     Raises:
         UserError: a file that is broken, or of another kind, or does not fit its partner; or `val_size` too large.
@@ -361,6 +361,7 @@ def read(
     source = SOURCES[name]
     class_names, warnings = source.class_names, list[str]()
     if name == "folder":
+        assert size is not None
         pictures = folder.read(config.data_dir, config.channels or folder.CHANNELS, size)
         train, test, hashes, class_names = pictures.train, pictures.test, [pictures.sha256], pictures.class_names
         warnings = folder.warnings_of(pictures)

@@ -15,12 +15,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mnist.data.picture_file import PictureError
 from mnist.errors import UserError
 from mnist.plots.features import activations, main_activations
-from mnist.predict.answers import Answer, answer_digits, training_likeness
-from mnist.predict.digit_image import see_digits
+from mnist.predict.answers import Answer, answer_digits, see, training_likeness
 from mnist.predict.not_a_digit import Likeness
-from mnist.predict.picture_file import PictureError, read_picture
 from mnist.runs.export import CONFIG, WEIGHTS, TrainedModel, find_export, load_model, runs_with
 from mnist.runs.records import read_config, read_run_record
 from mnist.system.files import RecordError
@@ -90,7 +89,7 @@ def read(content: bytes, folder: str, *, with_layers: bool) -> Reading:
         return Reading((), error=str(error))
     class_names = tuple(trained.info.class_names)
     try:
-        (answers,) = answer_digits(trained, [see_digits(read_picture(content))], likeness)
+        (answers,) = answer_digits(trained, [see(content, "", trained.info)], likeness)
     except PictureError as error:
         return Reading(class_names, error=str(error))
     outputs = {}

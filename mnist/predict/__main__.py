@@ -17,7 +17,6 @@ import json
 import os
 import re
 import sys
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -54,10 +53,10 @@ from rich.console import Console as RichConsole
 from rich.markup import escape
 
 from mnist.data.datasets import DatasetInfo
-from mnist.data.picture_file import IGNORED, PictureError, decode, is_picture_name, natural_order, to_image
+from mnist.data.picture_file import IGNORED, PictureError, decode, is_picture_name, natural_order
 from mnist.plots.pictures import SUFFIXES, draw_prediction, save_picture
-from mnist.predict.answers import Answer, answer_digits, training_likeness
-from mnist.predict.digit_image import NO_BOX, SeenDigit, see_digits
+from mnist.predict.answers import Answer, answer_digits, see, training_likeness
+from mnist.predict.digit_image import SeenDigit
 from mnist.predict.not_a_digit import Likeness
 from mnist.predict.picture_file import MAX_SIDE, read_content, read_picture
 from mnist.runs.console import Console
@@ -192,11 +191,7 @@ def _look(file: str, info: DatasetInfo) -> list[SeenDigit] | str:
     if not os.path.lexists(file) and glob.has_magic(file):
         return "no file matches"
     try:
-        if info.has_digits:
-            return see_digits(read_picture(_content(file), Path(file).suffix))
-        num_channels, side, _ = info.image_shape
-        with warnings.catch_warnings(action="ignore"):
-            return [SeenDigit(to_image(_content(file), Path(file).suffix, num_channels, side), NO_BOX)]
+        return see(_content(file), Path(file).suffix, info)
     except PictureError as error:
         return str(error)
     except OSError as error:

@@ -5,6 +5,7 @@ In: a trained model and `SeenDigit`s. Out: an `Answer` for each, with the warnin
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from mnist.data.datasets import is_present, read, relocate
+from mnist.data.datasets import DatasetInfo, is_present, read, relocate
+from mnist.data.picture_file import to_image
 from mnist.errors import UserError
-from mnist.predict.digit_image import SeenDigit
+from mnist.predict.digit_image import NO_BOX, SeenDigit, see_digits
 from mnist.predict.not_a_digit import Likeness
+from mnist.predict.picture_file import read_picture
 from mnist.runs.console import Console
 from mnist.runs.export import TrainedModel
 
@@ -47,6 +50,19 @@ class Answer:
             return {"digit": self.digit, "probabilities": probabilities, "warning": self.warning}
         by_class = dict(zip(class_names, probabilities, strict=True))
         return {"class": class_names[self.digit], "probabilities": by_class, "warning": self.warning}
+
+
+def see(content: bytes, suffix: str, info: DatasetInfo) -> list[SeenDigit]:
+    """What a network is to be shown of a picture file: its digits, or the whole picture where it knows no digits.
+
+    Raises:
+        PictureError: not a picture, or there is nothing in it.
+    """
+    if info.has_digits:
+        return see_digits(read_picture(content, suffix))
+    num_channels, side, _ = info.image_shape
+    with warnings.catch_warnings(action="ignore"):
+        return [SeenDigit(to_image(content, suffix, num_channels, side), NO_BOX)]
 
 
 def training_likeness(trained: TrainedModel) -> Likeness | None:

@@ -46,7 +46,7 @@ def test_two_levels_are_the_two_splits(shapes):
 
 
 def test_training_pictures_of_all_classes_are_mixed_so_that_a_validation_split_has_them_all(shapes):
-    dataset = datasets.read("folder", DataConfig(dataset="folder", data_dir=str(shapes), val_size=12))
+    dataset = datasets.read("folder", DataConfig(dataset="folder", data_dir=str(shapes), val_size=12), size=28)
     assert sorted(dataset.val.labels.unique().tolist()) == [0, 1, 2]
     assert sorted(dataset.train.labels.unique().tolist()) == [0, 1, 2]
     assert dataset.info == datasets.DatasetInfo((3, 28, 28), CLASSES, has_digits=False)
@@ -190,7 +190,7 @@ def test_a_few_unreadable_files_are_left_out_counted_and_named(shapes):
     (shapes / "train" / "square" / "1.png").write_bytes(encoded(draw_shape("square", 0))[:80])
     (shapes / "test" / "circle" / "photo.heic").write_bytes(b"\0\0\0\x24ftypheic")
     (shapes / "test" / "circle" / "gone.jpg").symlink_to("nowhere.jpg")
-    dataset = datasets.read("folder", DataConfig(dataset="folder", data_dir=str(shapes)))
+    dataset = datasets.read("folder", DataConfig(dataset="folder", data_dir=str(shapes)), size=28)
     assert (len(dataset.train), len(dataset.test)) == (22, 9)
     (warning,) = dataset.warnings
     assert warning.startswith("4 of 35 pictures cannot be read and are left out: ")
@@ -375,7 +375,7 @@ def test_how_far_decoding_is_shown_on_a_terminal_and_else_in_lines(shapes, monke
 
 
 def test_mean_and_std_are_those_of_the_training_pictures_per_channel(shapes):
-    dataset = datasets.read("folder", DataConfig(dataset="folder", data_dir=str(shapes)))
+    dataset = datasets.read("folder", DataConfig(dataset="folder", data_dir=str(shapes)), size=28)
     image = datasets.settle(TrainConfig(), dataset).image
     pixels = dataset.train.images / 255
     assert image.mean == pytest.approx(pixels.mean(dim=(0, 2, 3)).tolist(), abs=6e-5)
