@@ -33,10 +33,10 @@ from mnist.system.fault_injection import inject
 from mnist.system.files import remove_leftovers
 from mnist.training.plan import build_plan
 from tests.launch.test_launch import LONG, has_records, wait_until
-from tests.processes import CONFIGURED, PYTHON, ROOT, TORCHRUN, Finished, finish, left_behind, started, train
+from tests.processes import CONFIGURED, PYTHON, ROOT, TORCHRUN, Finished, finish, started, train
 from tests.ranks import run_ranks
 from tests.runs.test_checkpoint_files import make_checkpoint
-from tests.runs.test_run import SMALL, metrics, result, run, weights
+from tests.runs.test_run import SMALL, metrics, result, run, run_and_signal, weights
 
 TWO = [*TORCHRUN, "--nproc-per-node", "2"]
 ONE_THREAD = ["--num-threads", "1"]
@@ -154,15 +154,13 @@ def test_a_signal_at_any_moment_is_safe(tmp_path: Path, moment: str, status: str
     assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
 
 
-@pytest.mark.launch
 @pytest.mark.parametrize(("number", "to_rank"), [(signal.SIGUSR1, 0), (signal.SIGTERM, 1), (signal.SIGINT, 1)])
 def test_a_signal_to_one_rank_ends_both_after_one_checkpoint(tmp_path: Path, number: int, to_rank: int) -> None:
-    with started(train(*LONG, "--run-dir", "run", launcher=TWO), tmp_path) as process:
-        wait_until(lambda: has_records(tmp_path / "run"))
-        os.kill(pid_of_rank(tmp_path / "run", to_rank), number)
-        process.wait(timeout=60)
-        assert left_behind(process) == []
-    assert result(tmp_path / "run")["status"] == "preempted"
+    assert run_ranks(run_and_signal, 2, number, 30, to_rank, tmp_path, *SMALL) == [75, 75]
+    found = result(tmp_path)
+    assert found["status"] == "preempted"
+    newest = max((tmp_path / "checkpoints").iterdir()).name
+    assert newest == f"step-{found['steps']:08d}"
 
 
 @pytest.mark.launch
@@ -206,8 +204,8 @@ def test_a_rank_that_fails_ends_the_job_in_seconds_and_the_next_start_goes_on(
     assert done.code != 0
     assert all(word in done.err for word in words), done.err
     assert result(tmp_path / "run")["status"] == "failed"
-    assert finish(train(*SMALL, "--run-dir", "run", launcher=TWO), tmp_path).code == 0
-    run_ranks(run, 2, tmp_path / "a", *SMALL)
+    for folder in ("run", "a"):
+        assert run_ranks(run, 2, tmp_path / folder, *SMALL) == [0, 0]
     assert weights(tmp_path / "a") == weights(tmp_path / "run")
     assert metrics(tmp_path / "a") == metrics(tmp_path / "run")
 
@@ -227,16 +225,18 @@ def test_a_launcher_that_restarts_goes_on_by_itself(tmp_path: Path, launcher: li
     assert metrics(tmp_path / "a") == metrics(tmp_path / "run")
 
 
-@pytest.mark.launch
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_hangs_is_named_shows_where_and_the_run_has_failed(tmp_path: Path, rank: int) -> None:
-    done = drill(tmp_path, f"hang@rank{rank}:33", arguments=("--timeout-s", "6"))
-    assert done.code != 0
+def test_a_rank_that_hangs_is_named_shows_where_and_the_run_has_failed(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], rank: int
+) -> None:
+    with pytest.raises(RuntimeError, match="a rank died"):
+        run_ranks(run, 2, tmp_path, *SMALL, "--timeout-s", "6", "--inject", f"hang@rank{rank}:33")
     line = f"rank {rank} on {socket.gethostname()} after step 32 hangs: no progress for 6 s, and the other ranks wait"
-    assert done.err.count(f"error: {line}") == 1, done.err
-    assert "fault_injection.py" in done.err, "the stack of the rank that hangs"
-    assert "_happen" in done.err
-    found = result(tmp_path / "run")
+    error = capfd.readouterr().err
+    assert error.count(f"error: {line}") == 1, error
+    assert "fault_injection.py" in error, "the stack of the rank that hangs"
+    assert "_happen" in error
+    found = result(tmp_path)
     assert (found["status"], found["reason"][: len(line)]) == ("failed", line)
 
 

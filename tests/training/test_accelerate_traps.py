@@ -27,7 +27,7 @@ from mnist.training.evaluation import evaluate
 from mnist.training.loop import TrainState, train_one_epoch
 from mnist.training.losses import build_loss
 from tests.networks import INFO
-from tests.processes import CONFIGURED, ROOT, TORCHRUN, finish, train
+from tests.processes import CONFIGURED, ROOT, TORCHRUN, finish
 from tests.ranks import run_ranks
 from tests.training.test_step import DIGITS, make_step
 
@@ -234,24 +234,11 @@ def test_a_tracker_of_another_rank_knows_no_images() -> None:
 
 
 @pytest.mark.launch
-def test_two_processes_on_a_cpu_are_two(tmp_path: Path) -> None:
+def test_two_processes_on_a_cpu_are_one_each_for_accelerate(tmp_path: Path) -> None:
+    """Ours are two: `test_launch::test_every_launcher_ends_with_the_right_world_size`."""
     (tmp_path / "count.py").write_text(COUNT)
     theirs = finish([*TORCHRUN, "--nproc-per-node", "2", "count.py"], tmp_path, OMP_NUM_THREADS="1")
     assert theirs.out.count("processes 1") == 2, "Accelerate: each rank believes that it is alone"
-    arguments = [
-        "--recipe",
-        "smoke",
-        "--max-steps",
-        "23",
-        "--num-threads",
-        "1",
-        "--min-accuracy",
-        "0.01",
-        "--run-dir",
-        "run",
-    ]
-    ours = finish(train(*arguments, launcher=[*TORCHRUN, "--nproc-per-node", "2"]), tmp_path)
-    assert "2 processes (torchrun)" in ours.out
 
 
 @pytest.mark.launch
