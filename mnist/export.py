@@ -122,11 +122,18 @@ def _require_onnx() -> None:
 
 def _test_images(trained: TrainedModel, data_dir: str | None) -> tuple[str, Split]:
     """Name and test images of the data set that it was trained on; where it is not here, the digits in its form."""
-    config = replace(datasets.relocate(trained.config.data, None, data_dir), val_size=0)
-    if datasets.is_present(config.dataset, config.data_dir):
-        return config.dataset, datasets.read(config.dataset, config, size=trained.info.image_shape[-1]).test
+    config, info = replace(datasets.relocate(trained.config.data, None, data_dir), val_size=0), trained.info
+    own = config.dataset
+    try:
+        if datasets.is_present(own, config.data_dir):
+            found = datasets.read(own, config, size=info.image_shape[-1])
+            if (found.image_shape, found.class_names) == (info.image_shape, info.class_names):
+                return own, found.test
+    except UserError:
+        if own != "folder":  # people's own pictures may be gone
+            raise
     digits = datasets.read("digits", config).test
-    channels, height, width = trained.info.image_shape
+    channels, height, width = info.image_shape
     images = F.interpolate(digits.images.unsqueeze(1).float(), (height, width), mode="bilinear", antialias=True)
     images = images.round().to(torch.uint8).expand(-1, channels, -1, -1)
     return "digits", Split(images.squeeze(1) if channels == 1 else images.contiguous(), digits.labels)

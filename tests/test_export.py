@@ -13,6 +13,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from mnist import export
@@ -159,6 +160,26 @@ def test_without_its_test_images_it_is_compared_on_the_digits_in_their_form(
     assert "uint8 images (N, 3, 40, 36) -> probabilities (N, 5)\n360 test images of digits: " in out
     assert "compared on digits: kmnist is not here (--data-dir names the folder that has it)" in err
     assert "accuracy" not in onnxruntime.InferenceSession(tmp_path / "model.onnx").get_modelmeta().custom_metadata_map
+
+
+@pytest.mark.parametrize("are_here", [True, False])
+def test_a_model_of_own_pictures_is_compared_on_them_where_they_are_here(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], are_here: bool
+) -> None:
+    pictures = tmp_path / "pictures"
+    for name, colour in (("red", (255, 0, 0)), ("blue", (0, 0, 255))):
+        (pictures / name).mkdir(parents=True)
+        for number in range(10):
+            Image.new("RGB", (30 + number, 20), colour).save(pictures / name / f"{number}.png")
+    info = DatasetInfo((3, 28, 28), ("blue", "red"))
+    config = evolve(smoke(), dataset="folder", channels=3)
+    export_model(tmp_path / "model", module_tensors(trained(config, info).model), {**to_flat(config), **asdict(info)})
+    assert main(Options(str(tmp_path / "model"), data_dir=str(pictures if are_here else tmp_path / "gone"))) == 0
+    out, err = capsys.readouterr()
+    assert ("4 test images of folder: " in out, "compared on digits: folder is not here" in err) == (
+        are_here,
+        not are_here,
+    )
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,11 @@ from mnist.runs.export import CARD, ONNX, PT2
 from mnist.runs.records import RunRecord, ScoreRecord, read_run_record
 from mnist.system.files import MAX_JSON_BYTES, read_json, read_regular, write_atomically
 
-ON_THE_HUB = {"mnist": "ylecun/mnist", "fashion_mnist": "zalando-datasets/fashion_mnist"}
+ON_THE_HUB = {
+    "mnist": "ylecun/mnist",
+    "fashion_mnist": "zalando-datasets/fashion_mnist",
+    "folder": "imagefolder",  # what the Hub calls people's own pictures
+}
 PICTURES = {"curves": "Loss and accuracy while it was trained", "mistakes": "Its most confident mistakes"}
 
 _LOADING = """\
@@ -165,6 +169,7 @@ def command(config: TrainConfig, num_processes: int) -> str:
             else:
                 values = ["WEIGHTS"] if name == "init_from" else value if isinstance(value, list) else [value]
                 words += [f"--{flag}", *map(str, values)]
+    words += ["--data-dir", "PICTURES"] if config.data.dataset == "folder" else []
     start = "python train_ddp.py"
     if num_processes > 1:
         start = f"torchrun --local-addr localhost --nproc-per-node {num_processes} train_ddp.py"
@@ -221,7 +226,7 @@ def _summary(result: RunRecord, test: ScoreRecord, config: TrainConfig, info: Da
         ("classes", ", ".join(escape(name) for name in info.class_names)),
         ("input", f"{height}x{width} {kind} pixels, 0 to 255, as the data set has them (in MNIST, 0 is paper)"),
     ]
-    name = escape(result.dataset)
+    name = "a folder of pictures" if result.dataset == "folder" else escape(result.dataset)
     intro = f"The network `{config.optim.model}` ({result.num_params:,} parameters), trained on {name} with Accelerate."
     return "\n".join([intro, "", "| | |", "|---|---|", *(f"| {name} | {text} |" for name, text in rows), ""])
 

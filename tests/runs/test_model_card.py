@@ -106,6 +106,12 @@ def test_the_command_of_the_card_trains_with_the_same_configuration(recipe: str,
     }
 
 
+def test_the_command_for_own_pictures_asks_for_their_folder() -> None:
+    config = evolve(RECIPES["fast"](), dataset="folder", data_dir="/home/me/pictures", channels=1)
+    line = command(config, 1)
+    assert line == "python train_ddp.py --recipe fast --dataset folder --channels 1 --data-dir PICTURES"
+
+
 def test_two_processes_are_started_by_the_command() -> None:
     line = command(RECIPES["fast"](), 2)
     assert line == "torchrun --local-addr localhost --nproc-per-node 2 train_ddp.py --recipe fast"
