@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import base64
 import json
 import re
 import shlex
 import shutil
+import sys
+import threading
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from huggingface_hub import ModelCard
@@ -75,6 +79,56 @@ def test_the_python_of_the_card_runs_with_the_folder_as_downloaded(smoke_run: Pa
     done = finish([*PYTHON, "-c", code], tmp_path, PYTHONPATH=str(ROOT))
     assert done.code == 0, done.err
     assert re.match(r"tensor\(\[\d\]\) tensor\(\[0\.\d+\]", done.out)
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the Hub as an upload needs; keeps what was committed."""
+
+    committed: ClassVar[dict[str, bytes]] = {}
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        self.answer({})
+
+    def do_POST(self) -> None:
+        body, here = self.rfile.read(int(self.headers["content-length"])), f"http://{self.headers['host']}/me/mine"
+        if self.path.endswith("/create"):
+            self.answer({"url": here})
+        elif "/preupload/" in self.path:
+            names = [file["path"] for file in json.loads(body)["files"]]
+            self.answer({"files": [{"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in names]})
+        elif "/commit/" in self.path:
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    self.committed[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            self.answer({"commitUrl": f"{here}/commit/{'a' * 40}", "commitOid": "a" * 40, "success": True})
+        else:
+            self.answer({"errors": [], "warnings": []})  # validate-yaml
+
+    def answer(self, content: dict[str, Any]) -> None:
+        text = json.dumps(content).encode()
+        self.send_response(200)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+
+@pytest.mark.launch
+def test_hf_upload_of_the_folder_publishes_every_file_of_it(smoke_run: Path, tmp_path: Path) -> None:
+    folder = smoke_run / "export" / "best"
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        command_line = [str(Path(sys.executable).with_name("hf")), "upload", "me/mine", str(folder)]
+        here = f"http://127.0.0.1:{server.server_port}"
+        settings = {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1"}
+        done = finish(command_line, tmp_path, HF_ENDPOINT=here, HF_TOKEN="hf_x", HF_HOME=str(tmp_path), **settings)
+        server.shutdown()
+    assert done.code == 0, done.err
+    assert Hub.committed == {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert Hub.committed.keys() == {"README.md", "config.json", "model.safetensors", "curves.png", "mistakes.png"}
 
 
 def test_a_model_of_colour_pictures_is_shown_three_channels(smoke_run: Path) -> None:
