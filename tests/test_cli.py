@@ -458,7 +458,7 @@ def test_python_without_docstrings_lists_recipes():
     assert optimised.stdout == plain.stdout
 
 
-@pytest.mark.parametrize("columns", ["0", "1", "5", "20", "x"])
+@pytest.mark.parametrize("columns", ["0", "5", "x"])
 @pytest.mark.parametrize("command", [["train_ddp.py"], ["-m", "mnist.plots"]])
 def test_help_ends_in_any_width(command, columns):
     done = run_script(*command, "--help", COLUMNS=columns)

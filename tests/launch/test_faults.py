@@ -154,11 +154,13 @@ def test_a_signal_at_any_moment_is_safe(tmp_path: Path, moment: str, status: str
     assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
 
 
-@pytest.mark.parametrize(("number", "to_rank"), [(signal.SIGUSR1, 0), (signal.SIGTERM, 1), (signal.SIGINT, 1)])
+@pytest.mark.parametrize(
+    ("number", "to_rank"), [(signal.SIGUSR1, 0), (signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGXCPU, 0)]
+)
 def test_a_signal_to_one_rank_ends_both_after_one_checkpoint(tmp_path: Path, number: int, to_rank: int) -> None:
     assert run_ranks(run_and_signal, 2, number, 30, to_rank, tmp_path, *SMALL) == [75, 75]
     found = result(tmp_path)
-    assert found["status"] == "preempted"
+    assert (found["status"], found["signal"]) == ("preempted", signal.Signals(number).name if to_rank == 0 else None)
     newest = max((tmp_path / "checkpoints").iterdir()).name
     assert newest == f"step-{found['steps']:08d}"
 
