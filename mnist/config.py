@@ -76,6 +76,7 @@ Model = Literal[
     "mlp_sigmoid",
     "yannet",
     "fastnet",
+    "poolnet",
     "deepnet",
     "tinynet",
     "resnet",

@@ -242,26 +242,47 @@ def yannet(in_channels: int, image_size: int, num_classes: int) -> nn.Sequential
     )
 
 
+def _three_convolutions(
+    in_channels: int, image_size: int, num_classes: int, *, widths: tuple[int, int, int], is_strided: bool
+) -> nn.Sequential:
+    """Three convolutions with batch norm, and a linear layer.
+
+    The first has a stride of 2, or a pooling after it: four times as many positions, and better for it.
+    """
+    first, second, third = widths
+    halved = (image_size - 5) // 2 + 1 if is_strided else (image_size - 4) // 2
+    flat_size = _flat_size(image_size, third, (halved - 2) // 2 - 2)
+    layers: dict[str, nn.Module] = {
+        "conv1": nn.Conv2d(in_channels, first, kernel_size=5, stride=2 if is_strided else 1, bias=False),
+        "pool1": nn.MaxPool2d(2),  # 1x28x28 -> first x 12x12
+        "norm1": nn.BatchNorm2d(first),
+        "relu1": nn.ReLU(),
+        "conv2": nn.Conv2d(first, second, kernel_size=3, bias=False),  # -> second x 10x10
+        "pool2": nn.MaxPool2d(2),  # -> second x 5x5
+        "norm2": nn.BatchNorm2d(second),
+        "relu2": nn.ReLU(),
+        "conv3": nn.Conv2d(second, third, kernel_size=3, bias=False),  # -> third x 3x3
+        "norm3": nn.BatchNorm2d(third),
+        "relu3": nn.ReLU(),
+        "flatten": nn.Flatten(),  # -> 9 third
+        "linear": nn.Linear(flat_size, num_classes),
+    }
+    if is_strided:
+        del layers["pool1"]
+    return _sequential(**layers)
+
+
 def fastnet(in_channels: int, image_size: int, num_classes: int) -> nn.Sequential:
     """The network of `fast`; 17,882 parameters, 0.38 M.
 
     A strided first convolution keeps large maps out of it, and few channels keep it small enough for two CPU cores.
     """
-    flat_size = _flat_size(image_size, 64, ((image_size - 5) // 2 + 1 - 2) // 2 - 2)
-    return _sequential(
-        conv1=nn.Conv2d(in_channels, 16, kernel_size=5, stride=2, bias=False),  # 1x28x28 -> 16x12x12
-        norm1=nn.BatchNorm2d(16),
-        relu1=nn.ReLU(),
-        conv2=nn.Conv2d(16, 16, kernel_size=3, bias=False),  # -> 16x10x10
-        pool2=nn.MaxPool2d(2),  # -> 16x5x5
-        norm2=nn.BatchNorm2d(16),
-        relu2=nn.ReLU(),
-        conv3=nn.Conv2d(16, 64, kernel_size=3, bias=False),  # -> 64x3x3
-        norm3=nn.BatchNorm2d(64),
-        relu3=nn.ReLU(),
-        flatten=nn.Flatten(),  # -> 576
-        linear=nn.Linear(flat_size, num_classes),
-    )
+    return _three_convolutions(in_channels, image_size, num_classes, widths=(16, 16, 64), is_strided=True)
+
+
+def poolnet(in_channels: int, image_size: int, num_classes: int) -> nn.Sequential:
+    """The network of `balanced`; 23,658 parameters, 0.71 M: pooled where `fastnet` has a stride."""
+    return _three_convolutions(in_channels, image_size, num_classes, widths=(16, 24, 64), is_strided=False)
 
 
 def deepnet(in_channels: int, image_size: int, num_classes: int) -> nn.Sequential:
@@ -351,6 +372,7 @@ MODELS: dict[str, Builder] = {
         mlp_sigmoid,
         yannet,
         fastnet,
+        poolnet,
         deepnet,
         tinynet,
         resnet,

@@ -213,6 +213,25 @@ def resnet() -> TrainConfig:
     )
 
 
+def balanced() -> TrainConfig:
+    """At least 99.5 % in less than ten seconds of training on two CPU cores: three epochs with augmentation.
+
+    Source: own, found by a search on a validation split (docs/lab.md).
+    Differs: from `fast`: a pooling instead of the stride, half as many channels more, and light affine maps.
+    Expect: 99.5 %.
+    """
+    return evolve(
+        fast(),
+        recipe="balanced",
+        model="poolnet",
+        epochs=3,
+        rotation=8.0,
+        translation=0.05,
+        scale=0.08,
+        eval_every=0,
+    )
+
+
 def smoke() -> TrainConfig:
     """A few seconds on one core, without network or accounts: for CI. Exit code 1 below 92 %.
 
@@ -236,6 +255,7 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
     recipe.__name__: recipe
     for recipe in (
         fast,
+        balanced,
         accurate,
         resnet,
         smoke,
