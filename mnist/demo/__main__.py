@@ -9,8 +9,10 @@ answers are those of `python -m mnist.predict`.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib
+import io
 import os
 import socket
 import sys
@@ -22,7 +24,7 @@ from types import ModuleType
 from mnist.cli import RunOption, parse_options, run_command
 from mnist.errors import UserError
 
-LOOPBACK = "127.0.0.1"
+LOOPBACK, EVERYWHERE = "127.0.0.1", "0.0.0.0"  # noqa: S104 - only where it is asked for
 GRADIO = "gradio==6.31.0"  # as in requirements-dev.txt
 
 
@@ -56,27 +58,31 @@ from mnist.runs.console import Console
 def main(options: Options) -> int:
     """Shows the page until Ctrl-C."""
     port = _free_port(options.host, options.port)
-    page = _import_page()
     models = find_models(options.run)
+    page = _import_page()
     load(next(iter(models)))  # now, not when the first stroke is drawn
     blocks = page.build_page(lambda: find_models(options.run))
-    _, address, link = blocks.launch(
-        server_name=f"[{options.host}]" if ":" in options.host else options.host,
-        server_port=port,
-        share=options.share,
-        quiet=True,
-        prevent_thread_lock=True,
-        **page.LOOK,
-    )
+    with contextlib.redirect_stdout(io.StringIO()):  # it tells at length why there is no link
+        _, address, link = blocks.launch(
+            server_name=f"[{options.host}]" if ":" in options.host else options.host,
+            server_port=port,
+            share=options.share,
+            quiet=True,
+            prevent_thread_lock=True,
+            **page.LOOK,
+        )
     console = Console()
     console.say(f"model {next(iter(models.values()))}")
     console.say(f"page  {address}  (Ctrl-C ends it)")
-    if options.share:
-        console.say(f"link  {link}") if link else console.warn("--share: no link; Gradio's server was not reached")
+    if options.host == EVERYWHERE:
+        console.say(f"phone http://{_own_address()}:{port}/  (from your network)")
+    if link:
+        console.say(f"link  {link}")
+    elif options.share:
+        console.warn("--share: no link; Gradio's server was not reached, or its program frpc could not be downloaded")
     if not options.no_browser and sys.stdout.isatty() and not _open_browser(link or address):
-        console.note(
-            f"no browser found here: open the page yourself, from elsewhere after ssh -L {port}:{LOOPBACK}:{port}"
-        )
+        tunnel = f"ssh -L {port}:{LOOPBACK}:{port} {socket.gethostname()}"
+        console.note(f"no browser here; to open the page on another machine, type there: {tunnel}")
     try:
         threading.Event().wait()
     finally:
@@ -98,6 +104,14 @@ def _free_port(host: str, port: int) -> int:
         if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
             raise UserError(f"--host {host}: not an address of this machine ({reason})") from error
         raise UserError(f"--port {port}: {reason}; choose another one, or 0 for any that is free") from error
+
+
+def _own_address() -> str:
+    """The address by which other machines reach this one, or its name."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
+        probe.connect(("192.0.2.1", 9))  # chooses a route; nothing is sent
+        return str(probe.getsockname()[0])
+    return socket.gethostname()
 
 
 def _import_page() -> ModuleType:

@@ -39,7 +39,6 @@ LOOK: dict[str, Any] = {
     "run_history": False,
     "ssr_mode": False,
 }  # arguments of `launch`
-NOTHING = Reading(tuple("0123456789"))
 _PICTURE = "(_, ...others) => [window.pictureOnPaper(), ...others]"  # what is on the paper when the call is made
 _QUICK: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 
@@ -59,7 +58,7 @@ def build_page(models: Callable[[], Mapping[str, str]]) -> gr.Blocks:
             with gr.Column(min_width=320):
                 paper = gr.HTML(html_template=_text("paper.html"), js_on_load=_text("paper.js"), elem_id="paper")
             with gr.Column(min_width=320):
-                answers = gr.HTML(answers_html(NOTHING), elem_id="answers")
+                answers = gr.HTML(elem_id="answers")
         with gr.Accordion("What each layer makes of it", open=True) as accordion:
             layers = gr.HTML(elem_id="layers")
         reads = {"inputs": [picture, run, is_open], "outputs": [answers, layers], "js": _PICTURE, **_QUICK}
@@ -73,8 +72,7 @@ def build_page(models: Callable[[], Mapping[str, str]]) -> gr.Blocks:
 
 def _read(picture: str, run: str, is_open: bool) -> tuple[str, str]:
     """What to show for a picture, a data URL of paper.js; blank paper is an empty one."""
-    content = base64.b64decode(picture.partition(",")[2])
-    reading = read(content, run, with_layers=is_open) if content else NOTHING
+    reading = read(base64.b64decode(picture.partition(",")[2]), run, with_layers=is_open)
     return answers_html(reading), layers_html(reading)
 
 
@@ -93,12 +91,19 @@ def answers_html(reading: Reading) -> str:
 def _article(class_names: tuple[str, ...], answer: Answer | None, notice: str | None) -> str:
     name = "?" if answer is None else class_names[answer.digit]
     kind = " none" if answer is None else " word" if len(name) > 2 else ""
-    sees = np.full((28, 28), 255, np.uint8) if answer is None else 255 - answer.seen.pixels
+    sees = _seen(np.zeros((28, 28), np.uint8) if answer is None else answer.seen.pixels)
     return f"""<article>
     <div class="top"><span class="digit{kind}">{escape(name)}</span>
-    <figure>{_image(sees, "what the network sees")}<figcaption>what the network sees</figcaption></figure></div>
+    <figure>{sees}<figcaption>what the network sees</figcaption></figure></div>
     <p class="notice" role="status">{escape(notice or "")}</p>
     {_bars(class_names, answer)}</article>"""
+
+
+def _seen(pixels: npt.NDArray[np.uint8]) -> str:
+    """Ink (H, W) as black on white; a picture (C, H, W) as it is."""
+    if pixels.ndim == 2:
+        return _image(255 - pixels, "what the network sees")
+    return _image(pixels.transpose(1, 2, 0).squeeze(), "what the network sees", is_ink=False)
 
 
 def _bars(class_names: tuple[str, ...], answer: Answer | None) -> str:
@@ -135,12 +140,11 @@ def _layer(name: str, values: Tensor) -> str:
         return f'<figure><figcaption>{escape(caption)}</figcaption><div class="units">{strip}</div></figure>'
     if name == INPUT:
         low, high = values.min(), values.max()
-        tiles = (255 * as_rgb(255 * (values - low)[None] / (high - low).clamp(min=1e-6))).byte().numpy()
+        (rgb,) = (255 * as_rgb(255 * (values - low)[None] / (high - low).clamp(min=1e-6))).byte().numpy()
+        images = _image(rgb, name, is_ink=len(values) == 1)
     else:
-        tiles = _colours(values[:MOST_MAPS])
-    if len(values) > len(tiles):
-        caption += f", first {len(tiles)} of {len(values)} maps"
-    images = "".join(_image(tile, name) for tile in tiles)
+        images = "".join(_image(tile, name) for tile in _colours(values[:MOST_MAPS]))
+        caption += f", first {MOST_MAPS} of {len(values)} maps" if len(values) > MOST_MAPS else ""
     return f'<figure><figcaption>{escape(caption)}</figcaption><div class="maps">{images}</div></figure>'
 
 
@@ -149,9 +153,9 @@ def _colours(values: Tensor) -> npt.NDArray[np.uint8]:
     return (signed(values, float(values.abs().max())) * 255).byte().numpy()
 
 
-def _image(pixels: npt.NDArray[np.uint8], text: str) -> str:
-    """Pixels as a PNG inside the page, pixel for pixel; the browser enlarges it."""
+def _image(pixels: npt.NDArray[np.uint8], text: str, *, is_ink: bool = True) -> str:
+    """Pixels as a PNG inside the page, which the browser enlarges. Where the page is dark, ink is white."""
     content = io.BytesIO()
     Image.fromarray(pixels).save(content, "PNG", compress_level=1)
     source = f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"
-    return f'<img class="ink" alt="{escape(text)}" src="{source}">'
+    return f'<img class="{"ink" * is_ink}" alt="{escape(text)}" src="{source}">'

@@ -79,7 +79,7 @@ def read(content: bytes, folder: str, *, with_layers: bool) -> Reading:
     """Reads the digits in a picture.
 
     Args:
-        content: the bytes of a picture file.
+        content: the bytes of a picture file; none = blank paper.
         folder: of the exported model.
         with_layers: also the outputs of the layers.
     """
@@ -87,7 +87,9 @@ def read(content: bytes, folder: str, *, with_layers: bool) -> Reading:
         trained, likeness = load(folder)
     except UserError as error:
         return Reading((), error=str(error))
-    class_names = tuple(trained.info.class_names)
+    class_names = trained.info.class_names
+    if not content:
+        return Reading(class_names)
     try:
         (answers,) = answer_digits(trained, [see(content, "", trained.info)], likeness)
     except PictureError as error:

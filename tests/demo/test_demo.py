@@ -358,12 +358,27 @@ def test_a_phone_shows_the_page_without_scrolling_sideways_and_a_finger_draws(
 
 
 @pytest.mark.launch
+def test_other_machines_cannot_open_the_page_unless_host_says_so(served: Served) -> None:
+    port = int(re.findall(r"\d+", served.address)[-1])
+    socket.create_connection(("127.0.0.1", port)).close()
+    address = command._own_address()
+    if not re.fullmatch(r"[\d.]+", address) or address.startswith("127."):
+        pytest.skip("this machine has no network")
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection((address, port))
+
+
+@pytest.mark.launch
 def test_ctrl_c_ends_it_with_130_and_nothing_is_left(smoke_run: Path, tmp_path: Path) -> None:
     pytest.importorskip("gradio", reason="gradio is not installed")
-    with started([*DEMO, "--port", "0", "--run", str(smoke_run)], tmp_path) as process:
+    with started([*DEMO, "--port", "0", "--host", "0.0.0.0", "--run", str(smoke_run)], tmp_path) as process:
         assert process.stdout is not None
-        assert [process.stdout.readline(), process.stdout.readline()][1].startswith("page  http://127.0.0.1:")
+        lines = [process.stdout.readline() for _ in range(3)]
+        port = re.findall(r"\d+", lines[1])[-1]
+        assert lines[1].startswith(f"page  http://localhost:{port}/")
+        assert lines[2].startswith(f"phone http://{command._own_address()}:{port}/")
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=PATIENCE_S)
         assert (process.returncode, err) == (130, "")
         assert left_behind(process) == []
+    assert list(tmp_path.iterdir()) == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -50,6 +51,16 @@ def test_ten_bars_in_the_order_of_the_classes_and_the_digit_large() -> None:
 def test_what_the_network_sees_is_shown_pixel_for_pixel_as_ink_on_paper() -> None:
     (image,) = images(answers_html(Reading(DIGITS, (answer(7),))))
     assert (image == 255 - PIXELS).all()
+
+
+def test_a_coloured_picture_is_shown_as_it_is_and_never_as_ink() -> None:
+    picture = np.random.default_rng(1).integers(0, 256, (3, 32, 32), dtype=np.uint8)
+    reading = Reading(("a", "b"), (Answer(0, (0.9, 0.1), None, SeenDigit(picture, (0, 0, 0, 0))),))
+    html = answers_html(reading) + layers_html(replace(reading, outputs={"input": torch.from_numpy(picture)[None]}))
+    shown = images(html)
+    assert (shown[0] == picture.transpose(1, 2, 0)).all()
+    assert abs(shown[1].astype(int) - picture.transpose(1, 2, 0)).max() <= 1
+    assert 'class="ink"' not in html
 
 
 def test_a_warning_of_predict_and_an_error_are_shown() -> None:

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from mnist.demo.reader import find_models, load, read
+from mnist.config import evolve, to_flat
+from mnist.data.datasets import DatasetInfo
+from mnist.demo.reader import Reading, find_models, load, read
 from mnist.errors import UserError
 from mnist.predict.__main__ import predict
-from mnist.runs.export import load_model
+from mnist.recipes import RECIPES
+from mnist.runs.export import export_model, load_model
+from mnist.runs.state_tensors import module_tensors
+from mnist.training.build import build_network
 from tests.processes import ROOT
 
 PICTURE = ROOT / "docs" / "digit.png"
@@ -80,3 +86,16 @@ def test_a_model_that_was_trained_again_is_read_again_and_one_that_is_gone_is_na
         read(PICTURE.read_bytes(), str(folder), with_layers=False).error
         == f"{folder}: no longer there; reload the page"
     )
+
+
+def test_a_model_of_47_other_classes_is_shown_the_whole_coloured_picture_as_predict_shows_it(tmp_path: Path) -> None:
+    info = DatasetInfo((3, 28, 28), tuple(f"kind {k}" for k in range(47)), has_digits=False)
+    config = evolve(RECIPES["smoke"](), mean=(0.1, 0.2, 0.3), std=(1.0, 1.0, 1.0))
+    export_model(tmp_path, module_tensors(build_network(config, info)), {**to_flat(config), **asdict(info)})
+    assert read(b"", str(tmp_path), with_layers=True) == Reading(info.class_names)
+    reading = read(PICTURE.read_bytes(), str(tmp_path), with_layers=True)
+    (prediction,) = predict(load_model(tmp_path), [str(PICTURE)])
+    assert [answer.as_dict() for answer in reading.answers] == [answer.as_dict() for answer in prediction.answers]
+    assert reading.answers[0].seen.pixels.shape == (3, 28, 28)
+    assert reading.class_names == info.class_names
+    assert list(reading.outputs.values())[-1].shape == (1, 47)
