@@ -148,6 +148,7 @@ class Listing:
         temporary = temporary_path(self.cache)
         try:
             safetensors.torch.save_file(tensors, temporary, metadata)
+            temporary.chmod(self.cache.parent.stat().st_mode & 0o666)  # who may read the folder may read it
             temporary.replace(self.cache)
         except safetensors.SafetensorError as error:  # its errors of the disk are no OSErrors
             raise OSError(str(error)) from error

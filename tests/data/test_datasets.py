@@ -1,4 +1,5 @@
 import gzip
+import json
 import os
 import shutil
 import struct
@@ -13,6 +14,7 @@ from mnist.config import DataConfig, ImageConfig, TrainConfig, evolve
 from mnist.data import datasets
 from mnist.errors import UserError
 from mnist.system.torchvision_compat import import_torchvision
+from tests.processes import finish, train
 
 TRAIN_IMAGES, TRAIN_LABELS, TEST_IMAGES, TEST_LABELS = datasets.SOURCES["mnist"].files
 REAL_DIR = os.environ.get("MNIST_DATA_DIR", "")
@@ -423,6 +425,18 @@ def test_emnist_is_what_torchvision_reads_but_upright_and_with_labels_from_0(tmp
         names = [reference.classes[label] for label in reference.targets]
         assert [dataset.class_names[label] for label in part.labels] == names
         assert part.images.is_contiguous()
+
+
+@pytest.mark.parametrize(("split", "labels_seen"), [("letters", range(1, 27)), ("balanced", range(47))])
+def test_a_run_on_emnist_has_as_many_classes_as_it(tmp_path, split, labels_seen):
+    write_emnist(tmp_path / "data", split, labels_seen)
+    options = f"--dataset emnist_{split} --data-dir data --run-dir run --global-batch-size 10 --no-pictures"
+    done = finish(train(*options.split(), "--num-threads", "1"), tmp_path)
+    assert done.code == 0, done.err
+    exported = json.loads((tmp_path / "run" / "export" / "best" / "config.json").read_text())
+    confusion = json.loads((tmp_path / "run" / "result.json").read_text())["test_confusion"]
+    assert len(exported["class_names"]) == len(confusion) == len(confusion[0]) == len(labels_seen)
+    assert exported["mean"] != [0.1307]
 
 
 def test_a_label_outside_emnists_letters_is_named_as_the_file_has_it(tmp_path):

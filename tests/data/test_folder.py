@@ -92,6 +92,19 @@ def test_the_order_depends_on_names_only_and_not_on_the_file_system(shapes, tmp_
     assert read(shapes).sha256 == read(tmp_path / "copy").sha256
 
 
+def test_the_cache_can_be_read_by_whom_the_folder_can(shapes):
+    (shapes / ".cache").mkdir(mode=0o755)
+    folder.prepare(str(shapes), 3, 20)
+    assert (shapes / ".cache" / "pictures-3x20x20.safetensors").stat().st_mode & 0o777 == 0o644
+
+
+def test_pictures_of_one_class_may_have_any_sizes(shapes):
+    for number, size in enumerate([(1, 1), (9, 900), (3000, 2), (640, 480)]):
+        draw_shape("circle", 1, (48, 40)).resize(size).save(shapes / "train" / "circle" / f"size{number}.png")
+    pictures = read(shapes)
+    assert (len(pictures.train), pictures.unreadable) == (28, ())
+
+
 def test_hidden_files_other_files_and_empty_folders_are_passed_over(shapes):
     for name in (".DS_Store", "._0.png", "notes.txt", "Thumbs.db"):
         (shapes / "train" / "circle" / name).write_bytes(b"no picture")
