@@ -18,6 +18,7 @@ from mnist.runs.directory import RunDirectory, open_run_directory
 from mnist.system import accelerator as accelerator_module
 from mnist.system.accelerator import build_accelerator
 from tests.ranks import run_ranks
+from tests.runs.test_run import SMALL, run
 
 
 def open_here(config: TrainConfig) -> RunDirectory:
@@ -94,6 +95,18 @@ def test_a_file_system_without_locks_is_no_obstacle(
     assert open_here(config_in(tmp_path / "a")).lock is not None
     monkeypatch.setattr(fcntl, "flock", flock)
     assert open_here(config_in(tmp_path / "b")).lock is None
+
+
+def test_a_run_without_a_lock_warns_that_no_second_one_may_be_started_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    short = [*SMALL, "--max-steps", "2", "--min-accuracy", "None"]
+    assert run_ranks(run, 1, tmp_path / "locked", *short) == [0]
+    assert "no locks" not in capfd.readouterr().err
+    monkeypatch.setattr(directory, "_lock", lambda path: path.mkdir())
+    assert run_ranks(run, 1, tmp_path / "free", *short) == [0]
+    line = f"--run-dir {tmp_path / 'free'}: no locks on this file system; start no second run there"
+    assert line in capfd.readouterr().err
 
 
 def test_runs_that_start_at_the_same_time_get_a_directory_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

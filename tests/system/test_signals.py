@@ -158,34 +158,6 @@ def test_the_watchdog_does_not_count_time_in_which_the_process_was_stopped() -> 
         assert "in <module>" in process.stderr.read()
 
 
-def test_a_stall_ends_the_process_also_where_its_report_hangs_or_fails() -> None:
-    for at_stall in ("lambda _: time.sleep(60)", "lambda _: 1 / 0"):
-        program = WATCHED.replace("lambda reason: print(reason, flush=True)", at_stall)
-        program = program.replace("watchdog.heart", "sys.modules[Watchdog.__module__].END_S = 1; watchdog.heart")
-        with start(program) as process:
-            assert process.wait(timeout=25) == 1
-            assert process.stderr is not None
-            assert "in <module>" in process.stderr.read()
-
-
-def test_ranks_that_can_no_longer_be_asked_do_not_end_the_watch() -> None:
-    fails = "(_ for _ in ()).throw(RuntimeError('Connection closed'))"
-    program = WATCHED.replace("Watchdog(4, ", f"Watchdog(4, each_tick=lambda _: {fails}, ")
-    with start(program) as process:
-        assert process.wait(timeout=25) == 1
-        assert process.stdout is not None
-        assert process.stdout.read() == "no progress for 4 s\n"
-
-
-def test_heartbeats_keep_a_process_alive_and_stop_ends_the_watch() -> None:
-    program = WATCHED.replace("Watchdog(4", "Watchdog(1.5").replace(
-        "ctypes.CDLL(None).sleep(60)",
-        "for _ in range(30):\n    time.sleep(0.1); watchdog.heartbeat()\nwatchdog.stop(); time.sleep(3)",
-    )
-    with start(program) as process:
-        assert process.wait(timeout=25) == 0
-
-
 def test_without_room_for_a_thread_signals_are_noted_and_nothing_is_watched() -> None:
     refuse = """
 import threading
