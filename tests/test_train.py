@@ -84,14 +84,15 @@ def test_the_process_is_as_it_was_before_the_call_also_after_an_error(tmp_path: 
     run_ranks(call, 1)
 
 
-def test_a_run_of_one_process_never_imports_torch_compile(tmp_path: Path) -> None:
+def test_train_and_evaluate_in_one_process_never_import_torch_compile(tmp_path: Path) -> None:
     """It takes 0.8 s. Optimizers, `prepare_model`, `unwrap_model` and `backward(gradient=...)` import parts of it."""
     arguments = ["--recipe", "smoke", "--max-steps", "3", "--min-accuracy", "None", "--no-pictures"]
-    done = finish([PYTHON[0], "-X", "importtime", *train_command(*arguments)[1:]], tmp_path)
-    assert done.code == 0, done.err
-    imported = re.findall(r"\| +([\w.]+)$", done.err, re.MULTILINE)
-    assert {"torch", "accelerate"} <= set(imported)
-    assert {"torch._dynamo", "torch._inductor", "sympy", "matplotlib", "wandb"} & set(imported) == set()
+    for command in (train_command(*arguments)[1:], ["-m", "mnist.evaluate"]):
+        done = finish([PYTHON[0], "-X", "importtime", *command], tmp_path)
+        assert done.code == 0, done.err
+        imported = re.findall(r"\| +([\w.]+)$", done.err, re.MULTILINE)
+        assert {"torch", "accelerate"} <= set(imported)
+        assert {"torch._dynamo", "torch._inductor", "sympy", "matplotlib", "wandb"} & set(imported) == set()
 
 
 def test_a_mistake_is_raised_and_neither_printed_nor_an_exit(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
