@@ -48,7 +48,7 @@ import torch
 from mnist.runs.export import load_model
 
 trained = load_model(Path("model"))  # checks the sha256 of the weights
-images = torch.zeros(1, {shape}, dtype=torch.uint8)  # any number of images, pixels as in the data set
+images = torch.zeros(1, {shape}, dtype=torch.uint8)  # any number of images
 probabilities = trained.model(trained.transform(images)).softmax(dim=1)
 print(probabilities.argmax(dim=1), probabilities.amax(dim=1))
 ```
@@ -67,8 +67,9 @@ import numpy as np
 import onnxruntime
 
 session = onnxruntime.InferenceSession("model/model.onnx")
-class_names = json.loads(session.get_modelmeta().custom_metadata_map["class_names"])
-images = np.zeros((1, {shape}), dtype=np.uint8)  # any number of images, pixels as in the data set
+about = session.get_modelmeta().custom_metadata_map
+class_names = json.loads(about["class_names"])
+images = np.zeros((1, {shape}), dtype=np.uint8)  # any number of images
 (probabilities,) = session.run(None, {{"images": images}})
 print(class_names[probabilities[0].argmax()], probabilities[0].max())
 ```
@@ -84,7 +85,7 @@ import torch
 about = {{"metadata.json": ""}}
 recogniser = torch.export.load("model/model.pt2", extra_files=about).module()
 class_names = json.loads(json.loads(about["metadata.json"])["class_names"])
-images = torch.zeros(1, {shape}, dtype=torch.uint8)  # any number of images, pixels as in the data set
+images = torch.zeros(1, {shape}, dtype=torch.uint8)  # any number of images
 probabilities = recogniser(images)
 print(class_names[probabilities[0].argmax()], probabilities[0].max())
 ```
@@ -220,7 +221,7 @@ def _summary(result: RunRecord, test: ScoreRecord, config: TrainConfig, info: Da
     chosen = "those with the best accuracy on held-out training images" if config.data.val_size else "the last ones"
     rows = [
         ("accuracy", f"**{test['accuracy']:.2%}**: {test['num_correct']:,} of {test['num_samples']:,} test images"),
-        ("conditions", f"one run, seed {result.seed}, {result.precision}; another seed may differ by some tenths"),
+        ("conditions", f"one run, seed {result.seed}, {result.precision}; another seed gives another number"),
         ("weights", f"{chosen}; each test image was scored once"),
         ("lowest accuracy", weakest),
         ("classes", ", ".join(escape(name) for name in info.class_names)),
