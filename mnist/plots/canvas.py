@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import math
 import os
+import unicodedata
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -117,6 +118,21 @@ def draw_tiles(
     axes.imshow(picture.mul(255).byte().numpy(), extent=extent, aspect="auto", interpolation="nearest")
     places = (divmod(tile, columns) for tile in range(num_tiles))
     return [(left + column * pitch[0] + width // 2, top + row * pitch[1] + height) for row, column in places]
+
+
+def text_width(text: str, size: float) -> float:
+    """About how many pixels a text takes in a font of so many points; measuring it would take longer than drawing."""
+    ems = sum(1.0 if unicodedata.east_asian_width(letter) in "WF" else 0.6 for letter in text)
+    return ems * size * DPI / 72
+
+
+def fit(text: str, width: float, size: float) -> str:
+    """`text`, cut where it is wider than so many pixels in a font of so many points."""
+    if text_width(text, size) <= width:
+        return text
+    while text and text_width(f"{text}…", size) > width:
+        text = text[:-1]
+    return f"{text.rstrip()}…"
 
 
 def draw_label(axes: Axes, top: float, name: str, *lines: str) -> None:

@@ -20,6 +20,7 @@ from mnist.data.datasets import Dataset
 from mnist.data.transforms import Augmentation
 from mnist.errors import UserError
 from mnist.plots import pictures
+from mnist.plots.canvas import fit
 from mnist.plots.curves import draw_curves
 from mnist.plots.features import activations, filters, find_mistakes, main_activations
 from mnist.plots.history import History, read_history
@@ -144,7 +145,8 @@ def feature_figure(
     outputs = activations(model, transform(dataset.test.images[list(indices)]))
     *_, logits = outputs.values()
     names = dataset.class_names
-    true, predicted = ([names[k] for k in ks.tolist()] for ks in (dataset.test.labels[list(indices)], logits.argmax(1)))
+    short = [fit(name, 160, 8) for name in names]
+    true, predicted = ([short[k] for k in ks.tolist()] for ks in (dataset.test.labels[list(indices)], logits.argmax(1)))
     facts = zip(indices, true, predicted, strict=True)
     said = [f"test image {index}: true {label}, predicted {guess}" for index, label, guess in facts]
     subtitle = f"{said[0]}; red above zero, blue below"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import io
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,9 +39,11 @@ from mnist.plots.canvas import (
     as_rgb,
     draw_label,
     draw_tiles,
+    fit,
     new_canvas,
     new_figure,
     signed,
+    text_width,
 )
 from mnist.plots.features import INPUT, LayerCost, Mistakes, as_table, describe_shape
 from mnist.system.files import write_atomically
@@ -53,6 +56,9 @@ SUFFIXES = (".png", ".pdf", ".svg")
 MOST_MAPS, MOST_FILTERS = 32, 64  # of one layer
 COLUMNS = 16  # of maps
 MAPS_WIDTH = COLUMNS * PITCH - GAP  # in pixels
+MOST_BARS = 10  # classes of a prediction, the most probable ones
+# Where matplotlib's own font lacks a letter of a class name, the first of these that is installed has it.
+FONTS = ("Noto Sans CJK JP", "Noto Sans CJK SC", "Hiragino Sans", "Yu Gothic", "Microsoft YaHei", "Arial Unicode MS")
 SMALL_PITCH, LEAST_PITCH = 40, 28  # pixels from map to map of several images, and from filter to filter
 
 
@@ -65,9 +71,14 @@ def save_picture(figure: Figure, path: Path) -> Path:
     buffer = io.BytesIO()
     kind = path.suffix[1:].lower()
     quick: dict[str, Any] = {"pil_kwargs": {"compress_level": 2}} if kind == "png" else {}  # a little larger
+    installed = {font.name for font in importlib.import_module("matplotlib.font_manager").fontManager.ttflist}
     for text in figure.findobj(importlib.import_module("matplotlib.text").Text):
         text.set(parse_math=False, usetex=False)  # names of runs and classes may hold any character
-    figure.savefig(buffer, format=kind, dpi=DPI, **quick)
+        if not text.get_text().isascii():
+            text.set_fontfamily([*text.get_fontfamily(), *(font for font in FONTS if font in installed)])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # drawn as a box
+        figure.savefig(buffer, format=kind, dpi=DPI, **quick)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, buffer.getvalue())
@@ -98,7 +109,7 @@ def draw_samples(
     figure, axes = new_canvas(width, height, title, subtitle)
     places = draw_tiles(axes, tiles, left=MARGIN, top=HEAD, columns=columns, pitch=pitch, size=size)
     for (x, y), label in zip(places, labels.tolist(), strict=True):
-        axes.text(x, y + 13, class_names[label], size=7.5, color=INK, ha="center")
+        axes.text(x, y + 13, fit(class_names[label], pitch[0], 7.5), size=7.5, color=INK, ha="center")
     return figure
 
 
@@ -146,17 +157,24 @@ def draw_features(
     """
     *hidden, logits_name = outputs
     logits = outputs[logits_name].detach().cpu().float()
-    foot = 130 if len(logits) == 1 else 30 + 22 * len(logits)
+    slot = MAPS_WIDTH / logits.shape[1]
+    names = [fit(name, max(slot, 120), 8) for name in class_names]
+    is_turned = any(text_width(name, 8) > slot for name in names)
+    foot = (130 if len(logits) == 1 else 30 + 22 * len(logits)) + 70 * is_turned
     blocks = [_feature_block(name, outputs[name].detach().cpu().float()) for name in hidden]
     figure, top = _draw_blocks(blocks, ROW_GAP, foot + ROW_GAP, title, subtitle)
     draw_label(figure.axes[0], top, logits_name, f"{logits.shape[1]} logits", "and probabilities" * (len(logits) == 1))
     if len(logits) == 1:
-        axes = add_axes(figure, MARGIN + LABEL, top, MAPS_WIDTH, foot - 30)
-        _draw_logits(axes, logits[0], class_names)
+        axes = add_axes(figure, MARGIN + LABEL, top, MAPS_WIDTH, foot - 30 - 70 * is_turned)
+        _draw_logits(axes, logits[0], names)
     else:
-        axes = add_axes(figure, MARGIN + LABEL + 210, top, MAPS_WIDTH - 210, foot - 30)
-        _draw_table(axes, 100 * logits.softmax(dim=1), "{:.0f}", class_names, said, diagonal=False)
+        left = min(520, max(210, 14 + round(max(text_width(text, 8) for text in said))))
+        axes = add_axes(figure, MARGIN + LABEL + left, top, MAPS_WIDTH - left, 22 * len(logits))
+        rows = [fit(text, left, 8) for text in said]
+        _draw_table(axes, 100 * logits.softmax(dim=1), "{:.0f}", names, rows, diagonal=False)
         axes.set_xlabel("probabilities, %", size=8, color=GREY)
+    if is_turned:
+        axes.set_xticks(range(len(names)), names, rotation=40, ha="right")
     return figure
 
 
@@ -194,7 +212,8 @@ def _draw_logits(axes: Axes, logits: Tensor, class_names: Sequence[str]) -> None
     winner, places = int(logits.argmax()), range(len(logits))
     colours = [LINES[0] if k == winner else "#b0b0b0" for k in places]
     bars = axes.bar(places, logits.tolist(), color=colours, width=0.7)
-    axes.bar_label(bars, [f"{p:.1%}" for p in logits.softmax(dim=0).tolist()], size=7.5, color=INK, padding=2)
+    form = "{:.1%}" if len(logits) <= 30 else "{:.0%}"  # as there is room
+    axes.bar_label(bars, [form.format(p) for p in logits.softmax(dim=0).tolist()], size=7.5, color=INK, padding=2)
     axes.axhline(0, color=GREY, linewidth=0.6)
     axes.set_xticks(places, class_names)
     axes.margins(x=0.01, y=0.2)
@@ -202,9 +221,24 @@ def _draw_logits(axes: Axes, logits: Tensor, class_names: Sequence[str]) -> None
 
 
 def draw_filters(weights: Mapping[str, Tensor], title: str, subtitle: str) -> Figure:
-    """The weights of layers, (outputs, inputs per group, height, width), as small images, an input a row."""
-    blocks = [_filter_block(name, weight) for name, weight in weights.items()]
+    """The weights of layers, (outputs, inputs per group, height, width), as small images, an input a row.
+
+    Those of a first layer that sees colours are shown in colour.
+    """
+    blocks = [
+        _colour_block(name, weight) if number == 0 and weight.shape[1] == 3 else _filter_block(name, weight)
+        for number, (name, weight) in enumerate(weights.items())
+    ]
     return _draw_blocks(blocks, 2 * ROW_GAP, 0, title, subtitle)[0]
+
+
+def _colour_block(name: str, weight: Tensor) -> _Block:
+    """Filters (outputs, 3, height, width) of red, green and blue, in rows of sixteen; grey is zero."""
+    shown = weight[:MOST_FILTERS].detach().cpu().float()
+    limit = float(shown.abs().flatten()[: 2**20].quantile(0.995))
+    lines = [f"{len(weight)} filters, {weight.shape[2]}x{weight.shape[3]}", "of red, green and blue"]
+    lines += [f"grey is 0, black {-limit:.2g}"] + ([f"first {len(shown)} shown"] if len(shown) < len(weight) else [])
+    return _Block(name, lines, as_rgb(127.5 * (1 + shown / (limit or 1.0))), COLUMNS, PITCH)
 
 
 def _filter_block(name: str, weight: Tensor) -> _Block:
@@ -228,8 +262,10 @@ def draw_confusion(confusion: Sequence[Sequence[int]], class_names: Sequence[str
     """Two tables of how many images of class i were taken for class j: counts, and shares of each true class."""
     counts = torch.tensor(confusion, dtype=torch.float64)
     num_samples, num_mistakes = int(counts.sum()), int(counts.sum() - counts.diagonal().sum())
-    has_words = max(map(len, class_names)) > 3
-    side, edge, foot = max(430, 26 * len(class_names)), 96 if has_words else 60, 84 if has_words else 56
+    names = [fit(name, 150, 8) for name in class_names]
+    longest = round(max(text_width(name, 8) for name in names))
+    side, has_words = max(430, 26 * len(names)), longest > 30
+    edge, foot = 44 + longest, 40 + round(0.7 * longest) if has_words else 56
     width = 2 * (edge + side) + 2 * MARGIN
     subtitle = f"{num_mistakes:,} mistakes among {num_samples:,} test images; only mistakes are coloured"
     figure = new_figure(width, HEAD + 22 + side + foot, title, subtitle)
@@ -237,10 +273,10 @@ def draw_confusion(confusion: Sequence[Sequence[int]], class_names: Sequence[str
     for number, (name, values) in enumerate((("images", counts), ("% of the true class", rates))):
         left = edge + number * (edge + side + MARGIN)
         axes = add_axes(figure, left, HEAD + 22, side, side)
-        _draw_table(axes, values, "{:,.0f}" if number == 0 else "{:.1f}", class_names, class_names, diagonal=True)
+        _draw_table(axes, values, "{:,.0f}" if number == 0 else "{:.1f}", names, names, diagonal=True)
         axes.set_title(name, size=9, color=INK, loc="left")
         if has_words:
-            axes.set_xticks(range(len(class_names)), class_names, rotation=40, ha="right")
+            axes.set_xticks(range(len(names)), names, rotation=40, ha="right", rotation_mode="anchor")
         axes.set_xlabel("predicted", size=8.5, color=GREY)
         axes.set_ylabel("true", size=8.5, color=GREY)
     return figure
@@ -261,9 +297,8 @@ def _draw_table(
     for row, column in values.nonzero().tolist():
         is_pale = diagonal and row == column
         colour = GREY if is_pale else "white" if share[row, column] > 0.6 else INK
-        axes.text(
-            column, row, form.format(float(values[row, column])), size=7.5, color=colour, ha="center", va="center"
-        )
+        number = form.format(float(values[row, column])).replace("100.0", "100")  # which is wider than its cell
+        axes.text(column, row, number, size=7.5, color=colour, ha="center", va="center")
     axes.set_xticks(range(len(columns)), columns)
     axes.set_yticks(range(len(rows)), rows)
     axes.tick_params(length=0)
@@ -283,8 +318,8 @@ def draw_mistakes(mistakes: Mistakes, class_names: Sequence[str], title: str) ->
     facts = (mistakes.indices, mistakes.labels, mistakes.predicted, mistakes.confidences)
     for (x, y), index, label, predicted, confidence in zip(places, *(fact.tolist() for fact in facts), strict=True):
         left = x - 43
-        axes.text(left, y + 14, f"true {class_names[label]}", size=8, color=INK)
-        axes.text(left, y + 28, f"taken for {class_names[predicted]}", size=8, color=LINES[1])
+        axes.text(left, y + 14, fit(f"true {class_names[label]}", pitch[0] - 6, 8), size=8, color=INK)
+        axes.text(left, y + 28, fit(f"taken for {class_names[predicted]}", pitch[0] - 6, 8), size=8, color=LINES[1])
         axes.text(left, y + 41, f"{confidence:.1%}  #{index}", size=7, color=GREY)
     return figure
 
@@ -292,7 +327,10 @@ def draw_mistakes(mistakes: Mistakes, class_names: Sequence[str], title: str) ->
 def draw_architecture(layers: Sequence[LayerCost], title: str) -> Figure:
     """A diagram of the network, and the table of its layers: output shapes, parameters, costs, and their sums."""
     rows = as_table(layers)
-    line, diagram, rights = 22, 170, (0, 0, 505, 575, 665, 765, 870)  # right edges of the columns of numbers
+    line, diagram = 22, 170
+    left, middle = (12 + round(max(text_width(row[column], 8) for row in rows)) for column in (0, 1))
+    left, middle = max(110, left), max(310, middle)
+    rights = [left + middle + right for right in (0, 0, 85, 155, 245, 345, 450)]  # edges of the columns of numbers
     width, height = 2 * MARGIN + rights[-1], HEAD + diagram + line * (len(rows) + 1) + MARGIN
     subtitle = (
         "shapes: channels x height x width; connections count biases, MAC (multiply-accumulates per image) do not"
@@ -304,7 +342,7 @@ def draw_architecture(layers: Sequence[LayerCost], title: str) -> Figure:
         y = top + line * (number + 0.5) + (6 if number == len(rows) - 1 else 0)
         weight = "bold" if number in (0, len(rows) - 1) else "normal"
         for column, text in enumerate(row):
-            x, side = (MARGIN + (0, 110)[column], "left") if column < 2 else (MARGIN + rights[column], "right")
+            x, side = (MARGIN + (0, left)[column], "left") if column < 2 else (MARGIN + rights[column], "right")
             axes.text(x, y, text, size=8, color=INK, weight=weight, ha=side, va="center")
     for y in (top, top + line, top + line * (len(rows) - 1) + 3):
         axes.plot([MARGIN, width - MARGIN], [y, y], color=GREY, linewidth=0.8)
@@ -367,7 +405,7 @@ def draw_prediction(
         warning: why the answer may be wrong; shown below the title.
     """
     best = max(range(len(probabilities)), key=probabilities.__getitem__)
-    title = f"{class_names[best]}, {probabilities[best]:.1%}"
+    title = fit(f"{class_names[best]}, {probabilities[best]:.1%}", 860, 11)
     has_frame = any(box)
     subtitle = "left the picture" + ", with the digit framed" * has_frame
     figure = new_figure(960, 360, title, f"warning: {warning}" if warning else subtitle)
@@ -385,13 +423,16 @@ def draw_prediction(
     network.set_title("what the network sees", size=9, color=GREY)
     for axes in (picture, network):
         axes.set(xticks=[], yticks=[])
-    rows = range(len(class_names))
-    bars.barh(rows, probabilities, color=[BLUE if row == best else PALE for row in rows])
-    for row, probability in enumerate(probabilities):
-        bars.text(probability + 0.02, row, f"{probability:.1%}", va="center", size=8, color=INK)
-    bars.set(xlim=(0, 1.3), xticks=[], yticks=rows)
-    bars.set_yticklabels(class_names)
+    shown = list(range(len(class_names)))
+    if len(class_names) > MOST_BARS:
+        shown = sorted(shown, key=lambda k: -probabilities[k])[:MOST_BARS]
+    bars.barh(range(len(shown)), [probabilities[k] for k in shown], color=[BLUE if k == best else PALE for k in shown])
+    for row, k in enumerate(shown):
+        bars.text(probabilities[k] + 0.02, row, f"{probabilities[k]:.1%}", va="center", size=8, color=INK)
+    bars.set(xlim=(0, 1.3), xticks=[], yticks=range(len(shown)))
+    bars.set_yticklabels([fit(class_names[k], 82, 8) for k in shown])
     bars.tick_params(length=0)  # a tick before a number looks like a minus sign
     bars.invert_yaxis()
-    bars.set_title("what it says", size=9, color=GREY)
+    said = "what it says" if len(shown) == len(class_names) else f"what it says: {len(shown)} of {len(class_names)}"
+    bars.set_title(said, size=9, color=GREY)
     return figure

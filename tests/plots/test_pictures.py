@@ -57,8 +57,11 @@ def texts(figure: Figure) -> list[str]:
 
 def overlapping_texts(figure: Figure) -> list[tuple[str, str]]:
     """Pairs of texts that are drawn over one another."""
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     artists = [text for axes in figure.axes for text in axes.texts] + list(figure.texts)
+    for axes in figure.axes:
+        artists += [*axes.get_xticklabels(), *axes.get_yticklabels(), axes.yaxis.label] if axes.axison else []
+    artists = [text for text in artists if text.get_rotation() in (0, 90)]  # the boxes of others are not their shape
     boxes = [(text.get_text(), text.get_window_extent()) for text in artists if text.get_text()]
     return [
         (one, other)
@@ -190,8 +193,92 @@ def test_filters_of_every_network(tmp_path: Path, name: str) -> None:
     figure = pictures.draw_filters(found, "title", "subtitle")
     pixels_of(figure, tmp_path / "filters.png")
     assert set(found) <= set(texts(figure))
-    assert ("first 64 shown" in texts(figure)) == name.startswith("mlp")
     assert overlapping_texts(figure) == []
+
+
+def test_the_first_64_of_many_filters_are_shown() -> None:
+    written = [texts(pictures.draw_filters(filters(mnist_model(n), shape_of(n)), "t", "s")) for n in ("mlp", "lenet5")]
+    assert ["first 64 shown" in found for found in written] == [True, False]
+
+
+def test_filters_of_a_first_layer_that_sees_colours_are_in_colour(tmp_path: Path) -> None:
+    weights = torch.zeros(4, 3, 3, 3)
+    weights[0, 0], weights[1, 1], weights[2, 2] = 1.0, 1.0, 1.0
+    weights[3] = -1.0
+    figure = pictures.draw_filters({"conv1": weights, "conv2": torch.randn(2, 3, 3, 3)}, "title", "subtitle")
+    path = pictures.save_picture(figure, tmp_path / "filters.png")
+    with Image.open(path) as image:
+        row = canvas.HEAD + canvas.TILE // 2
+        middles = [canvas.MARGIN + canvas.LABEL + k * canvas.PITCH + canvas.TILE // 2 for k in range(4)]
+        found = [image.convert("RGB").getpixel((x, row)) for x in middles]
+    assert found == [(255, 127, 127), (127, 255, 127), (127, 127, 255), (0, 0, 0)]
+    written = texts(figure)
+    assert {"4 filters, 3x3", "of red, green and blue", "2 filters (across)", "3 inputs (down)"} <= set(written)
+
+
+LONG = ("grüne Katze im Garten", "un très long nom de classe, avec espaces", "赤い円")
+LETTERS = tuple("0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabdefghnqrt")
+MANY_WORDS = tuple(f"class number {k}" for k in range(26))
+
+
+def written_outside(figure: Figure) -> list[str]:
+    """Texts that the edge of a figure cuts off."""
+    figure.draw_without_rendering()
+    width, height = figure.get_size_inches() * canvas.DPI
+    artists = [text for axes in figure.axes for text in axes.texts] + list(figure.texts)
+    for axes in figure.axes:
+        artists += [*axes.get_xticklabels(), *axes.get_yticklabels()] if axes.axison else []
+        artists += [axes.xaxis.label, axes.yaxis.label] if axes.axison else []
+    boxes = [(text.get_text(), text.get_window_extent()) for text in artists if text.get_text()]
+    return [text for text, box in boxes if box.x0 < 0 or box.y0 < 0 or box.x1 > width or box.y1 > height]
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")
+@pytest.mark.parametrize("names", [LONG, LETTERS, MANY_WORDS], ids=["long", "47", "26 words"])
+@pytest.mark.parametrize("picture", ["confusion", "features", "several", "samples", "mistakes", "prediction"])
+def test_names_of_classes_of_any_length_and_number_stay_apart_and_in_the_picture(
+    picture: str, names: tuple[str, ...]
+) -> None:
+    count = len(names)
+    images = torch.zeros(8, 3, 48, 40, dtype=torch.uint8)
+    labels, others = torch.arange(8) % count, torch.arange(1, 9) % count
+    outputs = {"input": torch.randn(1, 3, 28, 28), "linear": torch.linspace(-1, 1, count).unsqueeze(0)}
+    two = {layer: values.repeat(2, *[1] * (values.ndim - 1)) for layer, values in outputs.items()}
+    said = [f"test image {k}: true {names[0]}, predicted {names[1]}" for k in range(2)]
+    counts = (100 * torch.eye(count) + 3 * torch.eye(count).roll(1, dims=0)).int().tolist()
+    worst = Mistakes(8, 100, torch.arange(8), images, labels, others, torch.full((8,), 0.9))
+    grey, seen, chances = np.zeros((50, 50), np.uint8), np.zeros((3, 32, 32), np.uint8), [1 / count] * count
+    figure = {
+        "confusion": lambda: pictures.draw_confusion(counts, names, "title"),
+        "features": lambda: pictures.draw_features(outputs, names, "title", "subtitle", []),
+        "several": lambda: pictures.draw_features(two, names, "title", "subtitle", said),
+        "samples": lambda: pictures.draw_samples(images, labels, names, "title", "subtitle"),
+        "mistakes": lambda: pictures.draw_mistakes(worst, names, "title"),
+        "prediction": lambda: pictures.draw_prediction(grey, seen, chances, names, (0, 0, 0, 0)),
+    }[picture]()
+    assert written_outside(figure) == []
+    assert overlapping_texts(figure) == []
+
+
+def test_a_name_that_is_too_wide_is_cut_and_a_short_one_is_not() -> None:
+    assert canvas.fit("ankle boot", 100, 8) == "ankle boot"
+    assert canvas.fit("un très long nom", 80, 8) == "un très l…"
+    assert canvas.fit("赤い円赤い円", 60, 8) == "赤い円…"
+    assert canvas.fit("abc", 1, 8) == "…"
+
+
+@pytest.mark.parametrize("counts", [47, 10])
+def test_a_prediction_shows_at_most_the_ten_most_probable_classes(counts: int) -> None:
+    chances = torch.arange(float(counts)).softmax(0).tolist()
+    picture = np.zeros((50, 50), np.uint8)
+    figure = pictures.draw_prediction(picture, picture, chances, LETTERS[:counts], (0, 0, 0, 0))
+    shown = [label.get_text() for label in figure.axes[2].get_yticklabels()]
+    assert shown == (list(LETTERS[:36:-1]) if counts == 47 else list(LETTERS[:10]))
+
+
+def test_a_letter_that_no_font_has_is_drawn_without_a_warning(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    pictures.save_picture(pictures.draw_confusion([[1, 0], [0, 1]], ["赤い円", "b"], "title"), tmp_path / "a.png")
+    assert [str(warning.message) for warning in recwarn] == []
 
 
 @pytest.mark.parametrize("shape", [(64, 4, 3, 3), (42, 6, 3, 3), (16, 16, 3, 3), (2, 128, 1, 1)])
