@@ -83,6 +83,7 @@ Model = Literal[
 ]
 
 MNIST_MEAN, MNIST_STD = 0.1307, 0.3081  # of the training pixels, in [0, 1]
+MNIST_SIDE = 28  # pixels
 IMAGE_SIZES = {"lenet5": 32, "lenet5_classic": 32, "lenet5_1998": 32}  # of networks that take one size only
 
 Optimizer = Literal["sgd", "adam", "adamw", "adadelta"]
@@ -235,7 +236,7 @@ class DataConfig:
 class ImageConfig:
     """What happens to a batch of images before the network sees it."""
 
-    image_size: int = setting(28, "Images are resized to this many pixels a side.", "fixed", "[8, 256]")
+    image_size: int = setting(MNIST_SIDE, "Images are resized to this many pixels a side.", "fixed", "[8, 256]")
     mean: tuple[float, ...] = setting(
         (MNIST_MEAN,),
         f"Subtracted from pixels in [0, 1], one number or one per channel; {MNIST_MEAN} with --std {MNIST_STD} is "

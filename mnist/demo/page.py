@@ -19,6 +19,7 @@ import numpy.typing as npt
 from PIL import Image
 from torch import Tensor
 
+from mnist.config import MNIST_SIDE
 from mnist.demo.reader import Reading, read
 from mnist.plots.canvas import as_rgb, signed
 from mnist.plots.features import INPUT, describe_shape
@@ -91,7 +92,7 @@ def answers_html(reading: Reading) -> str:
 def _article(class_names: tuple[str, ...], answer: Answer | None, notice: str | None) -> str:
     name = "?" if answer is None else class_names[answer.digit]
     kind = " none" if answer is None else " word" if len(name) > 2 else ""
-    sees = _seen(np.zeros((28, 28), np.uint8) if answer is None else answer.seen.pixels)
+    sees = _seen(np.zeros((MNIST_SIDE, MNIST_SIDE), np.uint8) if answer is None else answer.seen.pixels)
     return f"""<article>
     <div class="top"><span class="digit{kind}">{escape(name)}</span>
     <figure>{sees}<figcaption>what the network sees</figcaption></figure></div>

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 INPUT, OUTPUT = "input", "output"
 CHUNK = 1000  # images per forward pass, as an evaluation has it
+NUM_MISTAKES = 4 * 7  # that are shown
 # What `repr` says of a layer although it is the default.
 _DEFAULTS = re.compile(
     r"(, |(?<=\())(stride=1|padding=0|dilation=1|ceil_mode=False|count_include_pad=True|bias=True|inplace=False|"
@@ -215,7 +216,7 @@ def filters(model: nn.Module, image_shape: tuple[int, int, int], most: int = 256
 
 
 def find_mistakes(
-    model: nn.Module, transform: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, most: int = 28
+    model: nn.Module, transform: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, most: int = NUM_MISTAKES
 ) -> Mistakes:
     """Predicts a whole split and returns its worst mistakes: the largest probabilities given to a wrong class.
 

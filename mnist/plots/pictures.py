@@ -59,7 +59,7 @@ MAPS_WIDTH = COLUMNS * PITCH - GAP  # in pixels
 MOST_BARS = 10  # classes of a prediction, the most probable ones
 # Where matplotlib's own font lacks a letter of a class name, the first of these that is installed has it.
 FONTS = ("Noto Sans CJK JP", "Noto Sans CJK SC", "Hiragino Sans", "Yu Gothic", "Microsoft YaHei", "Arial Unicode MS")
-SMALL_PITCH, LEAST_PITCH = 40, 28  # pixels from map to map of several images, and from filter to filter
+SMALL_PITCH, LEAST_PITCH = 40, MAPS_WIDTH // 40  # pixels from map to map of several images, and from filter to filter
 
 
 def save_picture(figure: Figure, path: Path) -> Path:
@@ -306,7 +306,7 @@ def _draw_table(
 
 def draw_mistakes(mistakes: Mistakes, class_names: Sequence[str], title: str) -> Figure:
     """Images that were taken for something else, with both classes, the confidence, and their place in the test set."""
-    columns, pitch = 7, (140, 146)
+    columns, pitch, line = 7, (140, 146), 14
     rows = max(1, math.ceil(len(mistakes.labels) / columns))
     rate = f"{mistakes.num_mistakes:,} mistakes among {mistakes.num_samples:,} test images"
     subtitle = f"{rate}; the most confident first" if mistakes.num_mistakes else f"{rate}: nothing to show"
@@ -318,9 +318,10 @@ def draw_mistakes(mistakes: Mistakes, class_names: Sequence[str], title: str) ->
     facts = (mistakes.indices, mistakes.labels, mistakes.predicted, mistakes.confidences)
     for (x, y), index, label, predicted, confidence in zip(places, *(fact.tolist() for fact in facts), strict=True):
         left = x - 43
-        axes.text(left, y + 14, fit(f"true {class_names[label]}", pitch[0] - 6, 8), size=8, color=INK)
-        axes.text(left, y + 28, fit(f"taken for {class_names[predicted]}", pitch[0] - 6, 8), size=8, color=LINES[1])
-        axes.text(left, y + 41, f"{confidence:.1%}  #{index}", size=7, color=GREY)
+        axes.text(left, y + line, fit(f"true {class_names[label]}", pitch[0] - 6, 8), size=8, color=INK)
+        taken_for = fit(f"taken for {class_names[predicted]}", pitch[0] - 6, 8)
+        axes.text(left, y + 2 * line, taken_for, size=8, color=LINES[1])
+        axes.text(left, y + 3 * line, f"{confidence:.1%}  #{index}", size=7, color=GREY)
     return figure
 
 

@@ -21,6 +21,7 @@ import numpy.typing as npt
 from PIL import Image, ImageFilter
 from scipy import ndimage
 
+from mnist.config import MNIST_SIDE
 from mnist.predict.picture_file import PictureError
 
 LOOK_SIDES = (224, 448, 896)  # the longer side of what is looked at, in pixels; the larger ones where nothing was found
@@ -65,7 +66,7 @@ def see_digits(picture: Image.Image) -> list[SeenDigit]:
     """
     pixels = _as_it_is(picture)
     if pixels is not None:
-        return [SeenDigit(pixels, (0, 0, 28, 28))]
+        return [SeenDigit(pixels, (0, 0, MNIST_SIDE, MNIST_SIDE))]
     longest = max(picture.size)
     for side in dict.fromkeys(min(side, max(longest, LOOK_SIDES[0])) for side in LOOK_SIDES):
         with contextlib.suppress(_BlankError):
@@ -122,9 +123,9 @@ def _as_it_is(picture: Image.Image) -> npt.NDArray[np.uint8] | None:
     That form is 28x28, grey, with a black border, and either larger than the 20 pixels of a digit (clothes are) or
     centred by mass.
     """
-    if picture.size != (28, 28):
+    if picture.size != (MNIST_SIDE, MNIST_SIDE):
         return None
-    channels: npt.NDArray[np.uint8] = np.asarray(picture).reshape(28, 28, -1)
+    channels: npt.NDArray[np.uint8] = np.asarray(picture).reshape(MNIST_SIDE, MNIST_SIDE, -1)
     pixels = channels[:, :, 0]
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     if (channels != channels[:, :, :1]).any() or np.median(border) > 32 or pixels.max() < 128:
@@ -364,6 +365,6 @@ def _centred(clean: Array) -> npt.NDArray[np.uint8]:
     margin = round(15 * zoom) + 1
     left, top = (centre + 0.5 - MASS_CENTRE * zoom + margin for centre in (centre_x, centre_y))
     padded = Image.fromarray(np.pad(clean, margin).astype(np.float32))
-    frame = (left, top, left + 28 * zoom, top + 28 * zoom)
-    small = np.asarray(padded.resize((28, 28), Image.Resampling.BOX, box=frame))
+    frame = (left, top, left + MNIST_SIDE * zoom, top + MNIST_SIDE * zoom)
+    small = np.asarray(padded.resize((MNIST_SIDE, MNIST_SIDE), Image.Resampling.BOX, box=frame))
     return (small.clip(0, 1) * 255).round().astype(np.uint8)

@@ -40,6 +40,7 @@ class Likeness:
 
 def _edge_directions(images: Images) -> Features:
     """(B, 28, 28) -> (B, 392): how much ink begins in each of eight directions, in blocks of 4x4 pixels, length 1."""
+    _, height, width = images.shape
     smooth = ndimage.gaussian_filter(images.astype(np.float32), (0, 1, 1))
     down, right = np.zeros_like(smooth), np.zeros_like(smooth)
     down[:, 1:-1], right[:, :, 1:-1] = smooth[:, 2:] - smooth[:, :-2], smooth[:, :, 2:] - smooth[:, :, :-2]
@@ -49,6 +50,6 @@ def _edge_directions(images: Images) -> Features:
     for k in range(NUM_DIRECTIONS):  # an edge between two directions counts for both
         apart = np.abs((direction - k + NUM_DIRECTIONS / 2) % NUM_DIRECTIONS - NUM_DIRECTIONS / 2)
         part = np.maximum(1 - apart, 0) * strength
-        sums.append(part.reshape(len(images), 28 // BLOCK, BLOCK, 28 // BLOCK, BLOCK).sum(axis=(2, 4)))
+        sums.append(part.reshape(len(images), height // BLOCK, BLOCK, width // BLOCK, BLOCK).sum(axis=(2, 4)))
     vectors = np.sqrt(np.stack(sums, axis=1).reshape(len(images), -1))
     return np.asarray(vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9), np.float32)

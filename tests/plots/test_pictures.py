@@ -263,7 +263,7 @@ def test_names_of_classes_of_any_length_and_number_stay_apart_and_in_the_picture
 def test_a_name_that_is_too_wide_is_cut_and_a_short_one_is_not() -> None:
     assert canvas.fit("ankle boot", 100, 8) == "ankle boot"
     assert canvas.fit("un très long nom", 80, 8) == "un très l…"
-    assert canvas.fit("赤い円赤い円", 60, 8) == "赤い円…"
+    assert canvas.fit("赤い円赤い円", 60, 8) == "赤い円赤…"
     assert canvas.fit("abc", 1, 8) == "…"
 
 
