@@ -28,7 +28,10 @@ from mnist.plots.__main__ import (
 )
 from mnist.plots.features import activations
 from mnist.runs.export import export_model, load_model
-from tests.processes import PYTHON, ROOT, finish, train
+from tests.processes import PYTHON, ROOT, finish
+from tests.ranks import run_ranks
+from tests.runs.test_run import SMALL
+from tests.runs.test_run import run as train_small
 
 REAL_DIR = os.environ.get("MNIST_DATA_DIR", "")
 needs_mnist = pytest.mark.skipif(not Path(REAL_DIR, "MNIST", "raw").is_dir(), reason="MNIST_DATA_DIR has no MNIST")
@@ -36,27 +39,9 @@ needs_mnist = pytest.mark.skipif(not Path(REAL_DIR, "MNIST", "raw").is_dir(), re
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A short run of `smoke`."""
+    """A short run of `smoke`, scored every 23 steps."""
     folder = tmp_path_factory.mktemp("trained")
-    arguments = (
-        "--recipe",
-        "smoke",
-        "--max-steps",
-        "69",
-        "--eval-every",
-        "23",
-        "--checkpoint-every",
-        "23",
-        "--log-every",
-        "5",
-        "--min-accuracy",
-        "0.1",
-        "--no-pictures",
-        "--run-dir",
-        "run",
-    )
-    finished = finish(train(*arguments), folder)
-    assert finished.code == 0, finished.err
+    assert run_ranks(train_small, 1, folder / "run", *SMALL, "--log-every", "5", "--min-accuracy", "0.1") == [0]
     return folder / "run"
 
 

@@ -28,7 +28,9 @@ from mnist.recipes import RECIPES
 from mnist.runs.export import export_model, load_model
 from mnist.runs.state_tensors import module_tensors
 from tests.networks import mnist_model
-from tests.processes import PYTHON, ROOT, finish, train
+from tests.processes import PYTHON, ROOT, finish
+from tests.ranks import run_ranks
+from tests.runs.test_run import run
 
 REAL_DIR = os.environ.get("MNIST_DATA_DIR", "")
 needs_mnist = pytest.mark.skipif(not Path(REAL_DIR, "MNIST", "raw").is_dir(), reason="MNIST_DATA_DIR has no MNIST")
@@ -46,9 +48,8 @@ def run_dir(smoke_run: Path) -> Path:
 def fast_run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of `fast` on MNIST."""
     folder = tmp_path_factory.mktemp("fast")
-    options = ["--dataset", "mnist", "--data-dir", REAL_DIR, "--num-threads", "1", "--run-dir", str(folder)]
-    finished = finish(train(*options, "--wandb", "disabled"), folder)
-    assert finished.code == 0, finished.err
+    options = ["--dataset", "mnist", "--data-dir", str(REAL_DIR), "--num-threads", "1", "--no-pictures"]
+    assert run_ranks(run, 1, folder, *options) == [0]
     return folder
 
 

@@ -134,30 +134,6 @@ def test_time_in_which_the_process_was_stopped_is_no_part_of_the_grace() -> None
         assert process.wait(timeout=25) == 1
 
 
-WATCHED = """
-import ctypes, sys, time
-from mnist.system.watchdog import Watchdog
-watchdog = Watchdog(4, at_stall=lambda reason: print(reason, flush=True))
-watchdog.heartbeat()
-print("ready", flush=True)
-ctypes.CDLL(None).sleep(60)
-"""
-
-
-def test_the_watchdog_does_not_count_time_in_which_the_process_was_stopped() -> None:
-    program = WATCHED.replace("Watchdog(4", "Watchdog(6")
-    program = program.replace("watchdog.heart", "sys.modules[Watchdog.__module__].LINGER_S = 0; watchdog.heart")
-    with start(program) as process:
-        stop_for(process, 8)
-        time.sleep(2)
-        assert process.poll() is None
-        assert process.wait(timeout=25) == 1
-        assert process.stdout is not None
-        assert process.stdout.read() == "no progress for 6 s\n"
-        assert process.stderr is not None
-        assert "in <module>" in process.stderr.read()
-
-
 def test_without_room_for_a_thread_signals_are_noted_and_nothing_is_watched() -> None:
     refuse = """
 import threading

@@ -10,16 +10,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from mnist.runs.tracking.tensorboard import TensorBoardRun
 from mnist.runs.tracking.tracker import Tracker
-from tests.processes import finish, train
+from tests.ranks import run_ranks
+from tests.runs.test_run import SMALL, run
 
-SMOKE = ["--recipe", "smoke", "--epochs", "1", "--min-accuracy", "0.1", "--num-threads", "1", "--run-dir", "run"]
 
-
-@pytest.mark.launch
-def test_tensorboard_shows_what_the_file_holds(tmp_path: Path) -> None:
-    done = finish(train(*SMOKE, "--tensorboard"), tmp_path)
-    assert done.code == 0, done.err
-    assert "tensorboard --logdir run/tensorboard" in done.out
+def test_tensorboard_shows_what_the_file_holds(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_ranks(run, 1, tmp_path / "run", *SMALL, "--pictures", "--tensorboard") == [0]
+    assert f"tensorboard --logdir {tmp_path / 'run' / 'tensorboard'}" in capfd.readouterr().out
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
