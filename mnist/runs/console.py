@@ -78,7 +78,8 @@ class Console:
         in_notebook = RichConsole().is_jupyter
         can_draw = err_is_terminal or (in_notebook and not is_one_of_several())  # forks of a kernel can print only
         self._has_bar = can_draw and is_main and not quiet
-        self._is_table = in_notebook or (self._has_bar and out_is_terminal)  # else each line can be read alone
+        # Else each line can be read alone.
+        self._is_table = not quiet and (in_notebook or (self._has_bar and out_is_terminal))
         self._has_header = False
         if self._is_table and not in_notebook:
             self._out = self._err  # one screen: rich prints the lines above the bar

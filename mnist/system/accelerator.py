@@ -123,6 +123,7 @@ def build_accelerator(config: RuntimeConfig, trackers: Sequence[str] = ()) -> Ac
     num_threads = 1 if os.getpid() != _IMPORTED_IN and torch.get_num_threads() > 1 else config.num_threads
     # NCCL's watchdog sleeps four times as long before it ends a process after an error: a minute by default.
     os.environ.setdefault("TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC", "500")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # or Accelerate sets threads, and warns; they are set below
     _restart_with_fresh_keys("gloo" if cpu else "nccl", config.timeout_s)
     try:
         accelerator = Accelerator(
