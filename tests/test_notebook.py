@@ -1,9 +1,11 @@
-"""`train(config)` in a real Jupyter kernel: what a cell shows, an interrupt, two processes."""
+"""`train(config)` in a real Jupyter kernel: what a cell shows, an interrupt, two processes; and the tutorial."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import re
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -126,3 +128,41 @@ print(result.status, result.record.world_size)
     assert printed.count("test loss") == 1
     assert len(printed.splitlines()) < 30
     assert json.loads((tmp_path / "result.json").read_text())["world_size"] == 2
+
+
+TUTORIAL = ROOT / "docs" / "tutorial.ipynb"
+
+
+@pytest.mark.timeout(900)
+def test_the_tutorial_runs_from_top_to_bottom_on_the_embedded_digits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MNIST_DATA_DIR", raising=False)
+    shutil.copytree(ROOT / "mnist", tmp_path / "mnist", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "train_ddp.py", tmp_path)
+    (tmp_path / "docs").mkdir()
+    shutil.copy(ROOT / "docs" / "digit.png", tmp_path / "docs")
+    notebook = nbformat.read(TUTORIAL, 4)
+    for cell in notebook.cells:
+        cell.source = cell.source.replace("num_processes=2)", f'num_processes=2, use_port="{free_port()}")')
+    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path / "docs")}}).execute()
+    values = [
+        output["data"]["text/plain"]
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
+        if output["output_type"] == "execute_result" and "image/png" not in output["data"]
+    ]
+    assert values[1:] == ["'preempted'", "'finished'", "True"]
+    assert sorted(path.name.partition("-digits-")[0] for path in (tmp_path / "runs").iterdir()) == ["fast"] * 3
+
+
+def test_the_outputs_of_the_tutorial_are_whole_small_and_of_no_machine() -> None:
+    text = TUTORIAL.read_text()
+    assert len(text) < 600_000
+    assert re.findall(r"/(?:work|root|home|tmp|opt|usr|Users)/", text) == []
+    cells = [cell for cell in nbformat.reads(text, 4).cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    kinds = [output["output_type"] for cell in cells for output in cell.outputs]
+    assert "error" not in kinds
+    pictures = [output for cell in cells for output in cell.outputs if "image/png" in output.get("data", {})]
+    assert len(pictures) == 7
