@@ -111,7 +111,7 @@ def test_a_run_ends_with_the_promised_files(tmp_path: Path, world_size: int) -> 
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000046", "step-00000069"]
     exported = {name: {path.name for path in (tmp_path / "export" / name).iterdir()} for name in ("last", "best")}
     assert exported["last"] == {"config.json", "model.safetensors"}
-    assert exported["best"] == exported["last"] | {"README.md", "curves.png", "mistakes.png"}
+    assert exported["best"] == exported["last"] | {"README.md"}
 
 
 def test_both_evaluation_modes_count_the_same(tmp_path: Path) -> None:
