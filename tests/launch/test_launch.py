@@ -207,16 +207,6 @@ def test_a_killed_launcher_leaves_no_orphan(tmp_path: Path) -> None:
     assert result(tmp_path / "run")["status"] == "preempted"
 
 
-def test_a_second_run_in_the_same_directory_is_refused_with_the_name_of_the_first(tmp_path: Path) -> None:
-    with started(train(*LONG, "--run-dir", "run"), tmp_path) as process:
-        wait_until(lambda: has_records(tmp_path / "run"))
-        second = finish(train(*LONG, "--run-dir", "run"), tmp_path)
-        assert second.code == 2
-        assert f"in use by pid {process.pid} on " in second.err
-        process.terminate()
-        process.wait(timeout=60)
-
-
 def test_a_reader_that_goes_away_does_not_end_a_run(tmp_path: Path) -> None:
     with started(train(*SMOKE, "--max-steps", "920", "--num-threads", "1", "--run-dir", "run"), tmp_path) as process:
         assert process.stdout is not None
@@ -252,10 +242,3 @@ def test_the_default_command_reaches_99_percent_on_mnist(tmp_path: Path) -> None
     done = finish(train("--dataset", "mnist", "--min-accuracy", "0.99", "--run-dir", "run"), tmp_path)
     assert done.code == 0, done.err
     assert result(tmp_path / "run")["test"]["num_samples"] == 10_000
-
-
-def test_the_accurate_recipe_takes_its_steps_on_a_cpu_too(tmp_path: Path) -> None:
-    arguments = ["--recipe", "accurate", "--dataset", "digits", "--max-steps", "3", "--global-batch-size", "32"]
-    done = finish(train(*arguments, "--run-dir", "run"), tmp_path)
-    assert done.code == 0, done.err
-    assert result(tmp_path / "run")["steps"] == 3

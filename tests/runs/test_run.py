@@ -114,6 +114,12 @@ def test_a_run_ends_with_the_promised_files(tmp_path: Path, world_size: int) -> 
     assert exported["best"] == exported["last"] | {"README.md"}
 
 
+def test_the_accurate_recipe_takes_its_steps_on_a_cpu_too(tmp_path: Path) -> None:
+    arguments = ["--recipe", "accurate", "--dataset", "digits", "--max-steps", "3", "--global-batch-size", "32"]
+    assert run_ranks(run, 1, tmp_path, *arguments, "--num-threads", "1", "--no-pictures") == [0]
+    assert result(tmp_path)["steps"] == 3
+
+
 def test_both_evaluation_modes_count_the_same(tmp_path: Path) -> None:
     for mode in ("rank0", "sharded"):
         run_ranks(run, 2, tmp_path / mode, *SMALL, "--evaluation", mode)
