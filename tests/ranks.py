@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
-import torch._dynamo  # torch.optim would import it in each fork, which takes a second
+import torch._dynamo  # DDP would import it in each fork, which takes a second
 from accelerate.state import AcceleratorState, PartialState
 
 TIMEOUT_S = 100

@@ -12,7 +12,9 @@ from safetensors.torch import load_file
 
 from mnist.config import RuntimeConfig
 from mnist.data.batches import TrainLoader
+from mnist.data.transforms import uniform
 from mnist.recipes import RECIPES
+from mnist.seeding import derive_seed
 from mnist.system.accelerator import build_accelerator
 from mnist.training.build import build_train_step
 from mnist.training.cuda_graph import choose_step_mode
@@ -34,6 +36,11 @@ def test_a_cuda_graph_gives_the_same_weights(optim: dict[str, Any]) -> None:
     assert choose_step_mode(replayed, "captured", 1, loader) == ("captured", None)
     assert train_steps(replayed, loader, 20) == train_steps(eager, loader, 20)
     assert torch.equal(weights(replayed), weights(eager))
+
+
+def test_augmentation_has_the_random_numbers_of_a_cpu() -> None:
+    key = torch.tensor(derive_seed(3, "augmentation", 7))
+    assert torch.equal(uniform(key.cuda(), slice(100, 356), 1574).cpu(), uniform(key, slice(100, 356), 1574))
 
 
 def test_where_recording_breaks_off_steps_are_eager_and_the_same() -> None:
