@@ -50,6 +50,7 @@ from torch import Tensor, nn
 
 from mnist.data import datasets
 from mnist.data.batches import Split
+from mnist.recipes import run_name
 from mnist.runs.console import Console, count
 from mnist.runs.export import ONNX, PT2, TrainedModel, find_export, load_model
 from mnist.runs.model_card import add_loading
@@ -150,7 +151,7 @@ def _metadata(trained: TrainedModel, name: str, test: Split, expected: Tensor) -
     facts = {
         "class_names": json.dumps(trained.info.class_names),
         "dataset": trained.config.data.dataset,
-        "recipe": trained.config.recipe,
+        "recipe": run_name(trained.config),
         "network": trained.config.optim.model,
         "weights_sha256": trained.sha256,
     }

@@ -275,11 +275,12 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
 def run_name(config: TrainConfig) -> str:
     """What a run calls itself: its recipe; or, where it does not train as the recipe does, "<recipe>-changed".
 
-    The seed, the data set, the machine's side and what is kept may be others. A recipe that is not in `RECIPES` is
-    known to its owner only, and keeps its name.
+    The seed, the data set with its mean and std, the machine's side and what is kept may be others. A recipe that is
+    not in `RECIPES` is known to its owner only, and keeps its name.
     """
+    not_ours = {"dataset", "channels", "mean", "std", "seed", "sync_bn"}
     length = ("epochs", "max_steps", "target_accuracy", "target_loss", "patience")
-    names = {*fields_on_resume("fixed"), *fields_on_resume("course"), *length} - {"dataset", "seed", "sync_bn"}
+    names = {*fields_on_resume("fixed"), *fields_on_resume("course"), *length} - not_ours
     ours, original = to_flat(config), to_flat(RECIPES.get(config.recipe, lambda: config)())
     return config.recipe + "-changed" * any(ours[name] != original[name] for name in names)
 

@@ -127,7 +127,8 @@ def test_every_network_of_ours_has_a_recipe():
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_that_runs_as_it_is_has_its_name_whatever_seed_and_machine(name: str) -> None:
-    config = evolve(RECIPES[name](), dataset="digits", seed=7, num_threads=3, run_dir="x", log_every=1, eval_every=5)
+    others = {"dataset": "digits", "mean": (0.3,), "seed": 7, "num_threads": 3, "run_dir": "x", "log_every": 1}
+    config = evolve(RECIPES[name](), **others, eval_every=5)
     assert run_name(config) == name
 
 

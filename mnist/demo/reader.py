@@ -20,6 +20,7 @@ from mnist.errors import UserError
 from mnist.plots.features import activations, main_activations
 from mnist.predict.answers import Answer, answer_digits, see, training_likeness
 from mnist.predict.not_a_digit import Likeness
+from mnist.recipes import run_name
 from mnist.runs.export import CONFIG, WEIGHTS, TrainedModel, find_export, load_model, runs_with
 from mnist.runs.records import read_config, read_run_record
 from mnist.system.files import RecordError
@@ -72,7 +73,7 @@ def _describe(folder: Path) -> str:
         result = read_run_record(run)
         score = f", {result.test['accuracy']:.2%}" if result is not None and result.test is not None else ""
     trained_on = "" if config.data.dataset == "mnist" else f" on {config.data.dataset}"
-    return f"{run.name} ({config.recipe}{trained_on}{score})"
+    return f"{run.name} ({run_name(config)}{trained_on}{score})"
 
 
 def read(content: bytes, folder: str, *, with_layers: bool) -> Reading:

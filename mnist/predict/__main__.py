@@ -59,6 +59,7 @@ from mnist.predict.answers import Answer, answer_digits, see, training_likeness
 from mnist.predict.digit_image import SeenDigit
 from mnist.predict.not_a_digit import Likeness
 from mnist.predict.picture_file import MAX_SIDE, read_content, read_picture
+from mnist.recipes import run_name
 from mnist.runs.console import Console
 from mnist.runs.export import TrainedModel, find_export, load_model
 
@@ -122,7 +123,7 @@ def main(options: Options) -> int:
     if not options.json:
         kind = "" if trained.config.data.dataset == "mnist" else f", NOT MNIST but {trained.config.data.dataset}"
         kind = kind if trained.info.has_digits else f", {len(class_names)} classes of {trained.config.data.dataset}"
-        Console().note(f"model: {trained.folder} ({trained.config.recipe}{kind})")
+        Console().note(f"model: {trained.folder} ({run_name(trained.config)}{kind})")
     if options.json:
         sys.stdout.write(json.dumps(printed, indent=1) + "\n")
     return 1 if num_errors else 0
