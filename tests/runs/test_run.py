@@ -530,7 +530,7 @@ def test_a_resume_that_cannot_be_is_one_line(
         (["--val-size", "1437"], "--val-size 1437: must be below"),
         (["--mixed-precision", "fp16"], "--mixed-precision fp16: needs a GPU"),
         (["--gradient-accumulation-steps", "65"], "--global-batch-size 64: too small"),
-        (["--model", "yannet", "--image-size", "32"], "--model yannet: needs --image-size 28, not 32"),
+        (["--model", "lenet5", "--image-size", "28"], "--model lenet5: needs --image-size 32, not 28"),
         (["--resume", "nowhere"], "--resume nowhere: no run there"),
         (["--run-dir", "/dev/null/x"], "--run-dir /dev/null/x: not writable"),
     ],
