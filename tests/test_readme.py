@@ -252,7 +252,14 @@ def test_the_map_of_layers_is_the_one_that_is_tested() -> None:
     assert [set(row) for row in rows] == LAYERS[::-1]
 
 
-OTHERS_SAY = ("IPv6 network addresses", "DeepSpeed is not", "torch_xla", "torchvision::nms", "were not passed")
+OTHERS_SAY = (
+    "IPv6 network addresses",
+    "DeepSpeed is not",
+    "torch_xla",
+    "torchvision::nms",
+    "were not passed",
+    "already in use",
+)
 MESSAGES = [
     message
     for row in re.findall(r"^\| (.*?) \|", (ROOT / "docs/troubleshooting.md").read_text(), flags=re.MULTILINE)
