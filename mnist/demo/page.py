@@ -50,7 +50,7 @@ def build_page(models: Callable[[], Mapping[str, str]]) -> gr.Blocks:
     Args:
         models: folders of models, each with the text of its choice; called whenever the page is loaded.
     """
-    with gr.Blocks(title="Draw a digit", analytics_enabled=False) as page:
+    with gr.Blocks(title="Draw a digit") as page:
         picture, is_open = gr.Textbox(visible=False), gr.State(True)
         with gr.Row(elem_id="head"):
             gr.HTML("<h1>Draw a digit</h1>", elem_id="title")

@@ -3,7 +3,7 @@
 const paper = element.querySelector('canvas'), pen = paper.getContext('2d');
 const file = element.querySelector('input[type=file]'), hint = element.querySelector('.hint');
 const PAUSE_MS = 60;  // between two looks at a drawing that goes on
-let timer = null, photograph = null;
+let timer = null, photograph = null, last = null;
 
 function clear() {
     pen.fillStyle = 'white';
@@ -21,33 +21,38 @@ function place(event) {
 }
 
 function draw(event) {
-    for (const part of event.getCoalescedEvents?.() ?? [event]) pen.lineTo(...place(part));
+    pen.beginPath();
+    pen.moveTo(...last);
+    for (const part of event.getCoalescedEvents?.() ?? []) pen.lineTo(...place(part));
+    last = place(event);
+    pen.lineTo(...last);
     pen.stroke();
     timer ??= setTimeout(() => { timer = null; trigger('input'); }, PAUSE_MS);
 }
 
 paper.addEventListener('pointerdown', event => {
     event.preventDefault();
+    if (!event.isPrimary || event.button !== 0) return;
     if (photograph) clear();
     hint.hidden = true;
     paper.setPointerCapture(event.pointerId);
     Object.assign(pen, {lineWidth: 30, lineCap: 'round', lineJoin: 'round', strokeStyle: 'black'});
-    pen.beginPath();
-    pen.moveTo(...place(event));
+    last = place(event);
     draw(event);
 });
 paper.addEventListener('pointermove', event => { if (paper.hasPointerCapture(event.pointerId)) draw(event); });
 
 async function show(chosen) {
     if (!chosen) return;
-    clear();
-    hint.hidden = true;
-    paper.classList.remove('ink');
-    photograph = await new Promise(resolve => {
+    const content = await new Promise(resolve => {
         const reader = new FileReader();
         reader.onload = () => resolve(reader.result);
         reader.readAsDataURL(chosen);
     });
+    clear();
+    hint.hidden = true;
+    paper.classList.remove('ink');
+    photograph = content;
     trigger('input');
     try {
         const image = await createImageBitmap(chosen);

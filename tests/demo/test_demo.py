@@ -134,11 +134,12 @@ class Served:
     process: subprocess.Popen[str]
     address: str
     folder: str
+    proxy: socket.socket  # where the command would go to ask another machine anything
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory, smoke_run: Path) -> Iterator[Served]:
-    """The page with a run of `fast` on MNIST where that is at hand, and one of `smoke`; behind a proxy that is dead."""
+    """The page with a run of `fast` on MNIST where that is at hand, and one of `smoke`; the proxy never answers."""
     pytest.importorskip("gradio", reason="gradio is not installed")
     folder = tmp_path_factory.mktemp("demo")
     shutil.copytree(smoke_run, folder / "runs" / "smoke")
@@ -147,15 +148,17 @@ def served(tmp_path_factory: pytest.TempPathFactory, smoke_run: Path) -> Iterato
         name = "fast"
         done = finish(train("--num-threads", "1", "--no-pictures", "--run-dir", "runs/fast"), folder)
         assert done.code == 0, done.err
-    proxies = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), "http://127.0.0.1:9")
+    proxy = socket.create_server(("127.0.0.1", 0))
+    names = ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy")
+    proxies = dict.fromkeys(names, f"http://127.0.0.1:{proxy.getsockname()[1]}")
     start = time.monotonic()
-    with started([*DEMO, "--port", "0", "--run", f"runs/{name}"], folder, **proxies) as process:
+    with proxy, started([*DEMO, "--port", "0", "--run", f"runs/{name}"], folder, **proxies) as process:
         assert process.stdout is not None
         lines = [process.stdout.readline(), process.stdout.readline()]
         address = re.search(r"http://127\.0\.0\.1:\d+/", lines[1])
         assert address is not None, lines
         print(f"\nthe page is there {time.monotonic() - start:.1f} s after the command was started")
-        yield Served(process, address[0], str(folder / "runs" / name / "export" / "best"))
+        yield Served(process, address[0], str(folder / "runs" / name / "export" / "best"), proxy)
 
 
 @pytest.fixture(scope="module")
@@ -366,6 +369,13 @@ def test_other_machines_cannot_open_the_page_unless_host_says_so(served: Served)
         pytest.skip("this machine has no network")
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection((address, port))
+
+
+@pytest.mark.launch
+def test_the_command_sends_nothing_to_other_machines(served: Served) -> None:
+    served.proxy.setblocking(False)
+    with pytest.raises(BlockingIOError):  # nobody is waiting to be answered
+        served.proxy.accept()
 
 
 @pytest.mark.launch
