@@ -224,7 +224,9 @@ def load(config: DataConfig, accelerator: Accelerator, size: int, show: folder.S
     """
     choice = ranks.together(accelerator, lambda: choose(config))
     ranks.together(accelerator, lambda: _fetch_or_decode(choice.name, config, size, show), on="local_main")
-    dataset = ranks.together(accelerator, lambda: read(choice.name, config, choice.fallback_reason, size), on="all")
+    dataset = ranks.together(
+        accelerator, lambda: read(choice.name, config, choice.fallback_reason, size, show), on="all"
+    )
     ranks.require_agreement(accelerator, data_files=dataset.fingerprint)
     return dataset.to(accelerator.device)
 
@@ -343,7 +345,13 @@ def _find_file(source: Source, data_dir: str, name: str) -> Path | None:
     return next((path for path in paths if path.exists() and not path.is_dir()), None)
 
 
-def read(name: str, config: DataConfig, fallback_reason: str | None = None, size: int | None = None) -> Dataset:
+def read(
+    name: str,
+    config: DataConfig,
+    fallback_reason: str | None = None,
+    size: int | None = None,
+    show: folder.Show | None = None,
+) -> Dataset:
     """Reads and checks the splits; every rank calls it, once the files are there.
 
     The validation split is the end of the training set: writers come in blocks, so that a contiguous piece keeps a
@@ -354,6 +362,7 @@ def read(name: str, config: DataConfig, fallback_reason: str | None = None, size
         config: folder and size of the validation split.
         fallback_reason: why `auto` came to the embedded digits, or None.
         size: side of the network's input, which people's own pictures are brought to; not needed for other data sets.
+        show: is told on a terminal how far decoding them is.
 
     Raises:
         UserError: a file that is broken, or of another kind, or does not fit its partner; or `val_size` too large.
@@ -362,7 +371,7 @@ def read(name: str, config: DataConfig, fallback_reason: str | None = None, size
     class_names, warnings = source.class_names, list[str]()
     if name == "folder":
         assert size is not None
-        pictures = folder.read(config.data_dir, config.channels or folder.CHANNELS, size)
+        pictures = folder.read(config.data_dir, config.channels or folder.CHANNELS, size, show)
         train, test, hashes, class_names = pictures.train, pictures.test, [pictures.sha256], pictures.class_names
         warnings = folder.warnings_of(pictures)
     else:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import stat
 import sys
@@ -22,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
 import safetensors
 import safetensors.torch
 import torch
@@ -156,7 +158,11 @@ class Listing:
             temporary.unlink(missing_ok=True)
 
     def decode(self, show: Show | None) -> Decoded:
-        """Decodes all files, on all cores."""
+        """Decodes all files, on all cores; a UserError where the images would not fit into memory."""
+        num_bytes, available = len(self.files) * math.prod(self.shape), psutil.virtual_memory().available
+        if num_bytes > available:
+            need = f"{len(self.files):,} pictures of --image-size {self.shape[1]} take {num_bytes / 1e9:.1f} GB"
+            raise UserError(f"--data-dir {self.folder}: {need}, but {available / 1e9:.1f} GB of memory are free")
         images = torch.empty(len(self.files), *self.shape, dtype=torch.uint8)
         pixels, unreadable = images.numpy(), dict[int, str]()
 
@@ -333,8 +339,7 @@ def _with_progress(
     parts: Iterator[list[tuple[int, str]]], total: int, show: Show | None
 ) -> Iterator[list[tuple[int, str]]]:
     """`parts`, of `total` pictures; rank 0 shows how far it is: a bar on a terminal, else a line every five seconds."""
-    is_terminal = sys.stderr.isatty()
-    shown_s = time.monotonic()
+    is_terminal, shown_s, text = sys.stderr.isatty(), time.monotonic(), ""
     for number, part in enumerate(parts, start=1):
         yield part
         done = min(number * PICTURES_PER_TASK, total)
@@ -348,3 +353,5 @@ def _with_progress(
             show(text)
         else:
             sys.stderr.write(f"\r{text}" if is_terminal else f"{text}\n")
+    if text and is_terminal and show is None:
+        sys.stderr.write("\r\033[K")

@@ -3,6 +3,7 @@ import os
 import re
 import shutil
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -385,6 +386,12 @@ def test_how_far_decoding_is_shown_on_a_terminal_and_else_in_lines(shapes, monke
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     folder.read(str(shapes), 3, 20, shown.append)
     assert shown[3] == f"decoding pictures  [{'#' * 9:20}]  16 of 33"
+
+
+def test_pictures_that_do_not_fit_into_memory_are_refused_before_they_are_decoded(shapes, monkeypatch):
+    monkeypatch.setattr(folder.psutil, "virtual_memory", lambda: SimpleNamespace(available=30_000))
+    with pytest.raises(UserError, match=r"33 pictures of --image-size 20 take 0\.0 GB, but 0\.0 GB of memory are free"):
+        read(shapes)
 
 
 def test_mean_and_std_are_those_of_the_training_pictures_per_channel(shapes):
