@@ -42,7 +42,7 @@ from mnist.system.files import (
     write_json,
 )
 from mnist.training.loop import TrainState
-from mnist.training.metrics import TRAIN_METRICS
+from mnist.training.metrics import METRICS
 from mnist.training.plan import Plan
 
 FORMAT_VERSION = 4
@@ -94,8 +94,8 @@ class Checkpoint:
         if not 0 <= self.step == self.loop.step:
             raise ValueError(f"step must be that of the loop, {self.loop.step}, not {self.step}")
         all_sums = (self.loop.interval_sums, self.loop.epoch_sums, self.loop.run_sums)
-        if any(sums.totals.keys() != TRAIN_METRICS.keys() for sums in all_sums):
-            raise ValueError(f"loop: the totals of its sums must be those of {', '.join(TRAIN_METRICS)}")
+        if any(sums.totals.keys() != METRICS.keys() for sums in all_sums):
+            raise ValueError(f"loop: the totals of its sums must be those of {', '.join(METRICS)}")
         if self.loop.best is not None and not {"step", "accuracy"} <= self.loop.best.keys():
             raise ValueError("loop.best must have a step and an accuracy")
 

@@ -30,7 +30,7 @@ from mnist.runs.result import Result
 from mnist.runs.resume import how_to_continue
 from mnist.runs.setup import RunSetup
 from mnist.runs.tracking.tensorboard import TensorBoardRun
-from mnist.runs.tracking.tracker import Hint, Tracker
+from mnist.runs.tracking.tracker import SINKS, Hint, Tracker
 from mnist.runs.tracking.wandb import WandbRun
 from mnist.runs.validation import Validation
 from mnist.system import process, ranks, signals
@@ -92,6 +92,8 @@ def _open_tracker(setup: RunSetup, facts: dict[str, Any], environment: dict[str,
     tracker.start_wandb(config.output, start, console.say)
     if config.output.tensorboard:
         tracker.attach("TensorBoard", partial(TensorBoardRun, path, tracker.next_step))
+    for sink, start_sink in SINKS.items():
+        tracker.attach(sink, partial(start_sink, path, run_config))
     return tracker
 
 

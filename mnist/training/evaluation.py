@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from mnist.data.batches import Split
-from mnist.training.metrics import Scores, add_to_confusion
+from mnist.training.metrics import METRICS, Scores, add_to_confusion
 from mnist.training.step import sum_dtype
 
 EVAL_CHUNK = 1000  # images; fixed, so that every mode and world size shows a kernel the same batches
@@ -51,7 +51,8 @@ def evaluate(
     rank, world_size = accelerator.process_index, accelerator.num_processes
     mine = range(rank, num_chunks, world_size) if sharded else range(num_chunks if rank == 0 else 0)
     device = split.images.device
-    losses = torch.zeros(num_chunks, dtype=sum_dtype(device), device=device)
+    others = [name for name in METRICS if name not in ("loss", "accuracy")]  # the confusion counts hold the accuracy
+    totals = torch.zeros(1 + len(others), num_chunks, dtype=sum_dtype(device), device=device)
     confusion = torch.zeros(num_classes**2, dtype=sum_dtype(device), device=device)
     if sharded and world_size > 1:
         _broadcast_buffers(model)
@@ -60,14 +61,17 @@ def evaluate(
     for chunk in mine:
         batch = split[chunk * EVAL_CHUNK : (chunk + 1) * EVAL_CHUNK]
         logits = model(transform(batch.images))
-        losses[chunk] = loss_fn(logits, batch.labels).sum()
+        totals[0, chunk] = loss_sum = loss_fn(logits, batch.labels).sum()
+        for row, name in enumerate(others, start=1):
+            totals[row, chunk] = METRICS[name](loss_sum, logits, batch.labels)
         add_to_confusion(confusion, logits, batch.labels)
         if after_chunk is not None:
             after_chunk(confusion)
     model.train(was_training)
-    sums = accelerator.reduce(torch.cat([losses, confusion]), reduction="sum").cpu().double()
-    counts = sums[num_chunks:].round().long().view(num_classes, num_classes)
-    scores = Scores.from_sums(math.fsum(sums[:num_chunks].tolist()), counts)
+    sums = accelerator.reduce(torch.cat([totals.flatten(), confusion]), reduction="sum").cpu().double()
+    loss_sum_of_all, *sums_of_others = (math.fsum(row) for row in sums[: totals.numel()].view_as(totals).tolist())
+    counts = sums[totals.numel() :].round().long().view(num_classes, num_classes)
+    scores = Scores.from_sums(loss_sum_of_all, counts, dict(zip(others, sums_of_others, strict=True)))
     if scores.num_samples != len(split):
         raise RuntimeError(f"scored {scores.num_samples} of {len(split)} samples")
     return scores

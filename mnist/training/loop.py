@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from mnist.data.batches import MicroBatch
-from mnist.training.metrics import TRAIN_METRICS, TrainSums
+from mnist.training.metrics import METRICS, TrainSums
 from mnist.training.step import DivergedError, TrainStep, wait_for_device
 
 EXCHANGE_S = 1.0  # about how often ranks exchange their sums
@@ -138,12 +138,12 @@ def _gather_sums(
     time_s = time.perf_counter() - started
     own = train_step.sums.new_tensor([train_step.num_samples, stop, time_s])
     rows = train_step.accelerator.gather(torch.cat([train_step.sums, own]))
-    names = (*TRAIN_METRICS, "finite_steps", "num_samples", "stop", "time_s")
+    names = (*METRICS, "finite_steps", "num_samples", "stop", "time_s")
     by_name = dict(zip(names, rows.view(-1, len(names)).T.tolist(), strict=True))  # name -> a number of each rank
     train_step.reset_sums()
     finite_steps = by_name["finite_steps"]
     if min(finite_steps) < num_steps:
         rank = finite_steps.index(min(finite_steps))
         raise DivergedError(step - num_steps + int(finite_steps[rank]) + 1, rank)
-    totals = {name: sum(by_name[name]) for name in TRAIN_METRICS}
+    totals = {name: sum(by_name[name]) for name in METRICS}
     return TrainSums(totals, int(sum(by_name["num_samples"])), max(by_name["time_s"])), any(by_name["stop"])

@@ -1,7 +1,7 @@
 """Metrics: sums are added up over batches and ranks, divided once, and the number of samples is checked.
 
-In: logits and labels of a batch. Out: sums on the device, and from them plain numbers: `TrainSums` in training, where a
-new metric is one line in `TRAIN_METRICS`, and `Scores` in evaluation. Letters: B images, K classes.
+In: logits and labels of a batch. Out: sums on the device, and from them plain numbers: `TrainSums` in training and
+`Scores` in evaluation. A new metric is one line in `METRICS`, for both. Letters: B images, K classes.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 # Metric -> its sum over a batch, a tensor (): from the batch's summed loss (), logits (B, K) and labels (B,).
-# Each is added up on the device, summed over ranks, kept in checkpoints, and logged as a mean per image.
-TRAIN_METRICS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+# Each is added up on the device, summed over ranks, kept in checkpoints, and logged as a mean per image: of the images
+# trained on, and of each split that is scored.
+METRICS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "loss": lambda loss_sum, _logits, _labels: loss_sum,
     "accuracy": lambda _loss_sum, logits, labels: (logits.argmax(dim=1) == labels).sum(),
 }
@@ -32,13 +33,13 @@ class TrainSums:
         time_s: seconds in training steps.
     """
 
-    totals: Mapping[str, float] = field(default_factory=lambda: dict.fromkeys(TRAIN_METRICS, 0.0))
+    totals: Mapping[str, float] = field(default_factory=lambda: dict.fromkeys(METRICS, 0.0))
     num_samples: int = 0
     time_s: float = 0.0
 
     def __add__(self, other: TrainSums) -> TrainSums:
         return TrainSums(
-            {name: self.totals[name] + other.totals[name] for name in TRAIN_METRICS},
+            {name: self.totals[name] + other.totals[name] for name in METRICS},
             self.num_samples + other.num_samples,
             self.time_s + other.time_s,
         )
@@ -62,12 +63,14 @@ class Scores:
         num_correct: samples whose largest logit is the label's.
         num_samples: samples scored.
         confusion: confusion[i][j] = samples of class i taken for class j.
+        others: means of the other metrics per sample, by name.
     """
 
     loss: float
     num_correct: int
     num_samples: int
     confusion: tuple[tuple[int, ...], ...]
+    others: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def accuracy(self) -> float:
@@ -80,23 +83,25 @@ class Scores:
         return [row[k] / sum(row) if sum(row) else None for k, row in enumerate(self.confusion)]
 
     def as_dict(self) -> dict[str, Any]:
-        """The four numbers that records and result.json hold."""
+        """The numbers that records and result.json hold."""
         return {
             "loss": self.loss,
             "accuracy": self.accuracy,
             "num_correct": self.num_correct,
             "num_samples": self.num_samples,
+            **self.others,
         }
 
     @classmethod
-    def from_sums(cls, loss_sum: float, confusion: Tensor) -> Scores:
-        """From the sum of all losses and the confusion counts (K, K), int64."""
+    def from_sums(cls, loss_sum: float, confusion: Tensor, others: Mapping[str, float] | None = None) -> Scores:
+        """From the sum of all losses, the confusion counts (K, K), int64, and sums of other metrics by name."""
         num_samples = int(confusion.sum())
         return cls(
             loss=loss_sum / num_samples,
             num_correct=int(confusion.diagonal().sum()),
             num_samples=num_samples,
             confusion=tuple(tuple(row) for row in confusion.tolist()),
+            others={name: total / num_samples for name, total in (others or {}).items()},
         )
 
 

@@ -40,27 +40,7 @@ def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig, *, 
     parameters = list(parameters)
     fused = all(p.device.type in ("cpu", "cuda") for p in parameters)
     lr = torch.tensor(config.lr, device=parameters[0].device) if capturable else config.lr
-    betas, decay = (config.beta1, config.beta2), config.weight_decay
-    match config.optimizer:
-        case "sgd":
-            return _without_compiler(torch.optim.SGD)(
-                parameters,
-                lr=lr,
-                momentum=config.momentum,
-                nesterov=config.nesterov,
-                weight_decay=decay,
-                fused=fused,
-            )
-        case "adam":
-            return _without_compiler(torch.optim.Adam)(
-                parameters, lr=lr, betas=betas, weight_decay=decay, fused=fused, capturable=capturable
-            )
-        case "adamw":
-            return _without_compiler(torch.optim.AdamW)(
-                parameters, lr=lr, betas=betas, weight_decay=decay, fused=fused, capturable=capturable
-            )
-        case "adadelta":
-            return _without_compiler(torch.optim.Adadelta)(parameters, lr=lr, weight_decay=decay, capturable=capturable)
+    return OPTIMIZERS[config.optimizer](parameters, lr, config, fused=fused, capturable=capturable)
 
 
 def _without_compiler(kind: type[T]) -> type[T]:
@@ -71,6 +51,29 @@ def _without_compiler(kind: type[T]) -> type[T]:
     names = ("add_param_group", "zero_grad", "state_dict", "load_state_dict", "step")
     methods = {name: inspect.unwrap(getattr(kind, name)) for name in names}
     return cast("type[T]", type(kind.__name__, (kind,), {**methods, "step": torch.no_grad()(methods["step"])}))
+
+
+# Name -> an optimizer, from parameters, learning rate, the `optim` section, and whether there is a fused kernel and
+# whether the step will be captured.
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
+    "sgd": lambda parameters, lr, config, *, fused, **_: _without_compiler(torch.optim.SGD)(
+        parameters,
+        lr=lr,
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+        weight_decay=config.weight_decay,
+        fused=fused,
+    ),
+    "adam": lambda parameters, lr, config, **kernel: _without_compiler(torch.optim.Adam)(
+        parameters, lr=lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay, **kernel
+    ),
+    "adamw": lambda parameters, lr, config, **kernel: _without_compiler(torch.optim.AdamW)(
+        parameters, lr=lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay, **kernel
+    ),
+    "adadelta": lambda parameters, lr, config, *, capturable, **_: _without_compiler(torch.optim.Adadelta)(
+        parameters, lr=lr, weight_decay=config.weight_decay, capturable=capturable
+    ),
+}
 
 
 def lr_factor(config: OptimConfig, num_steps: int, epoch_steps: int) -> Callable[[int], float]:

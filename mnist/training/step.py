@@ -21,7 +21,7 @@ from mnist.data.batches import MicroBatch
 from mnist.data.transforms import Augmentation
 from mnist.errors import RunError
 from mnist.seeding import derive_seed
-from mnist.training.metrics import TRAIN_METRICS
+from mnist.training.metrics import METRICS
 from mnist.training.optim import LearningRate, WeightAverage
 
 
@@ -80,9 +80,9 @@ class TrainStep:
         self.grad_norm: float | Tensor = math.nan
         self.num_samples = 0
         device = accelerator.device
-        self.sums = torch.zeros(len(TRAIN_METRICS) + 1, dtype=sum_dtype(device), device=device)
+        self.sums = torch.zeros(len(METRICS) + 1, dtype=sum_dtype(device), device=device)
         *totals, self._finite_steps = self.sums.unbind()
-        self._totals = dict(zip(TRAIN_METRICS, totals, strict=True))
+        self._totals = dict(zip(METRICS, totals, strict=True))
         self._seed_dropout = _dropout_seeder(device)
         # accelerator.backward is needed for the scaler of fp16 only. It also divides by its accumulation count, which
         # is 1 here: two operations for nothing, 2 % of LeNet-5's step on a CPU.
@@ -124,7 +124,7 @@ class TrainStep:
         loss_sum = self.loss_fn(logits, labels).sum()
         if batch.num_samples:
             for name, total in self._totals.items():
-                total.add_(TRAIN_METRICS[name](loss_sum.detach(), logits.detach(), labels))
+                total.add_(METRICS[name](loss_sum.detach(), logits.detach(), labels))
         # DDP averages gradients over the P ranks: P / G turns that into the mean over the G images of the global batch,
         # however unevenly they are spread. The placeholder of a rank without images has weight 0.
         weight = self.accelerator.num_processes / batch.global_batch_size if batch.num_samples else 0.0

@@ -2,7 +2,14 @@ import pytest
 import torch
 from sklearn.metrics import accuracy_score, confusion_matrix, recall_score
 
-from mnist.training.metrics import Scores, add_to_confusion
+from mnist.config import DataConfig, ImageConfig, RuntimeConfig
+from mnist.data.datasets import read
+from mnist.data.transforms import BatchTransform
+from mnist.system.accelerator import build_accelerator
+from mnist.training.evaluation import evaluate
+from mnist.training.losses import build_loss
+from mnist.training.metrics import METRICS, Scores, add_to_confusion
+from tests.networks import mnist_model
 
 
 def random_batch(seed, size=200):
@@ -54,3 +61,26 @@ def test_a_class_without_samples_has_no_accuracy():
     per_class = Scores.from_sums(2.0, confusion).accuracy_per_class
     assert per_class[3] == 0.75
     assert [accuracy is None for accuracy in per_class] == [k != 3 for k in range(10)]
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_new_metric_is_a_mean_over_each_split_that_is_scored(monkeypatch, sharded):
+    monkeypatch.setitem(METRICS, "ones", lambda _loss_sum, _logits, labels: (labels == 1).sum())
+    test = read("digits", DataConfig()).train[:2300]
+    scores = evaluate(
+        mnist_model("tinynet"),
+        test,
+        num_classes=10,
+        accelerator=build_accelerator(RuntimeConfig(cpu=True)),
+        loss_fn=build_loss("cross_entropy"),
+        transform=BatchTransform(ImageConfig()),
+        sharded=sharded,
+    )
+    assert scores.as_dict()["ones"] == pytest.approx(float((test.labels == 1).float().mean()), rel=1e-6)
+    assert scores.num_samples == 2300
+
+
+def test_47_classes_are_counted_in_a_matrix_of_47_rows():
+    counts, labels = torch.zeros(47 * 47, dtype=torch.int64), torch.arange(47)
+    add_to_confusion(counts, torch.eye(47).roll(1, dims=0), labels)
+    assert counts.view(47, 47).equal(torch.eye(47).roll(1, dims=0).long())

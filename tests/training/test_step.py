@@ -23,7 +23,7 @@ from mnist.training.build import build_train_step
 from mnist.training.evaluation import evaluate
 from mnist.training.loop import TrainState, train_one_epoch
 from mnist.training.losses import build_loss
-from mnist.training.metrics import TRAIN_METRICS, TrainSums
+from mnist.training.metrics import METRICS, TrainSums
 from mnist.training.optim import LearningRate, WeightAverage, build_optimizer
 from mnist.training.step import DivergedError, TrainStep, warm_up
 from tests.networks import INFO, mnist_model
@@ -223,7 +223,7 @@ def test_a_record_after_a_resume_has_the_sums_of_the_whole_interval(world_size: 
 
 
 def test_a_new_metric_is_one_line_in_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(TRAIN_METRICS, "ones", lambda _loss_sum, _logits, labels: (labels == 1).sum())
+    monkeypatch.setitem(METRICS, "ones", lambda _loss_sum, _logits, labels: (labels == 1).sum())
     done = train(23, pauses_at=lambda s: s in (10, 23), batch=64)
     means = [record.sums.means() for record in done["records"]]
     assert [list(mean) for mean in means] == [["loss", "accuracy", "ones"]] * 2

@@ -13,16 +13,34 @@ import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from mnist.config import OutputConfig, check_choice
 from mnist.errors import RunError, UserError
 from mnist.runs.tracking.jsonl import RECORDS, JsonlFile
-from mnist.runs.tracking.tensorboard import TensorBoardRun
-from mnist.runs.tracking.wandb import NO_KEY, WandbRun, choose_mode
+from mnist.runs.tracking.wandb import NO_KEY, choose_mode
 
 Hint = tuple[str, str]  # a word, and a command to type
-Sink = WandbRun | TensorBoardRun
+
+
+class Sink(Protocol):
+    """What a tracker of one's own must do; rank 0 alone calls it, and an error in it is a warning."""
+
+    def log(self, step: int, values: dict[str, Any]) -> None:
+        """Takes numbers by name ("train/loss"), files of pictures (Path), and tables (lists of rows)."""
+
+    def model(self, folder: Path, aliases: Sequence[str], metadata: dict[str, Any]) -> None:
+        """Takes an exported model: model.safetensors and config.json."""
+
+    def finish(self, status: str, summary: dict[str, Any]) -> None:
+        """Ends the run: finished, preempted, failed or diverged."""
+
+    def hints(self) -> list[Hint]:
+        """Says what to type next."""
+
+
+# Name -> a sink of every run, from the run directory and the flat configuration. Here is the place for one's own.
+SINKS: dict[str, Callable[[Path, dict[str, Any]], Sink]] = {}
 
 
 def tracker_names(config: OutputConfig) -> list[str]:
