@@ -160,8 +160,9 @@ def command(config: TrainConfig, num_processes: int) -> str:
     Fields that change nothing, such as folders and trackers, are left out.
     """
     kinds = fields_on_resume("fixed") + fields_on_resume("course") + fields_on_resume("noted")
-    as_in_recipe = _settled(RECIPES[config.recipe]())
-    words = ["--recipe", config.recipe]
+    known = RECIPES.get(config.recipe, RECIPES["fast"])()  # one that its owner made in Python has no name here
+    as_in_recipe = {**_settled(known), "recipe": config.recipe}
+    words = ["--recipe", known.recipe]
     for name, value in _settled(config).items():
         if name in kinds and value != as_in_recipe[name]:
             flag = name.replace("_", "-")

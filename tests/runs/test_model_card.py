@@ -160,6 +160,14 @@ def test_the_command_of_the_card_trains_with_the_same_configuration(recipe: str,
     }
 
 
+def test_the_command_of_a_recipe_made_in_python_names_all_that_differs_from_fast() -> None:
+    config = evolve(RECIPES["yannet"](), recipe="mine", mixed_precision="no", gradient_accumulation_steps=1)
+    words = shlex.split(command(config, 1))
+    assert words[:6] == ["python", "train_ddp.py", "--recipe", "fast", "--mean", "0.0"]
+    again = evolve(parse_command_line(words[2:]), recipe="mine", mixed_precision="no", gradient_accumulation_steps=1)
+    assert again == config
+
+
 def test_the_command_for_own_pictures_asks_for_their_folder() -> None:
     config = evolve(RECIPES["fast"](), dataset="folder", data_dir="/home/me/pictures", channels=1)
     line = command(config, 1)
