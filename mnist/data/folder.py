@@ -348,7 +348,8 @@ def _with_progress(
         shown_s = time.monotonic()
         text = f"decoding pictures  {done:,} of {total:,}"
         if is_terminal:
-            text = f"decoding pictures  [{'#' * (20 * done // total):20}]  {done:,} of {total:,}"
+            bar = "#" * (20 * done // total)  # in bars: rich takes [# ] for markup
+            text = f"decoding pictures  |{bar:20}|  {done:,} of {total:,}"
         if is_terminal and show is not None:
             show(text)
         else:

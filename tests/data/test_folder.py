@@ -385,7 +385,7 @@ def test_how_far_decoding_is_shown_on_a_terminal_and_else_in_lines(shapes, monke
     shown = []
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     folder.read(str(shapes), 3, 20, shown.append)
-    assert shown[3] == f"decoding pictures  [{'#' * 9:20}]  16 of 33"
+    assert shown[3] == f"decoding pictures  |{'#' * 9:20}|  16 of 33"
 
 
 def test_pictures_that_do_not_fit_into_memory_are_refused_before_they_are_decoded(shapes, monkeypatch):
