@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -98,7 +99,7 @@ def read(content: bytes, folder: str, *, with_layers: bool) -> Reading:
     outputs = {}
     if with_layers:
         largest = max(answers, key=lambda answer: answer.seen.box[3] - answer.seen.box[1])
-        images = trained.transform(torch.from_numpy(largest.seen.pixels)[None])
+        images = trained.transform(torch.from_numpy(np.stack([largest.seen.pixels])))
         outputs = main_activations(activations(trained.model, images))
     return Reading(class_names, answers, outputs=outputs)
 

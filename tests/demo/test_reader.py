@@ -88,14 +88,18 @@ def test_a_model_that_was_trained_again_is_read_again_and_one_that_is_gone_is_na
     )
 
 
-def test_a_model_of_47_other_classes_is_shown_the_whole_coloured_picture_as_predict_shows_it(tmp_path: Path) -> None:
-    info = DatasetInfo((3, 28, 28), tuple(f"kind {k}" for k in range(47)), has_digits=False)
-    config = evolve(RECIPES["smoke"](), mean=(0.1, 0.2, 0.3), std=(1.0, 1.0, 1.0))
+@pytest.mark.filterwarnings("error::UserWarning")  # of arrays that torch may not write to
+@pytest.mark.parametrize("num_channels", [1, 3])
+def test_a_model_of_47_other_classes_is_shown_the_whole_picture_as_predict_shows_it(
+    num_channels: int, tmp_path: Path
+) -> None:
+    info = DatasetInfo((num_channels, 28, 28), tuple(f"kind {k}" for k in range(47)), has_digits=False)
+    config = evolve(RECIPES["smoke"](), mean=(0.1,) * num_channels, std=(1.0,) * num_channels)
     export_model(tmp_path, module_tensors(build_network(config, info)), {**to_flat(config), **asdict(info)})
     assert read(b"", str(tmp_path), with_layers=True) == Reading(info.class_names)
     reading = read(PICTURE.read_bytes(), str(tmp_path), with_layers=True)
     (prediction,) = predict(load_model(tmp_path), [str(PICTURE)])
     assert [answer.as_dict() for answer in reading.answers] == [answer.as_dict() for answer in prediction.answers]
-    assert reading.answers[0].seen.pixels.shape == (3, 28, 28)
+    assert reading.answers[0].seen.pixels.shape == (num_channels, 28, 28)
     assert reading.class_names == info.class_names
     assert list(reading.outputs.values())[-1].shape == (1, 47)
