@@ -30,7 +30,7 @@ from accelerate import Accelerator
 from mnist.config import TrainConfig
 from mnist.data import datasets
 from mnist.errors import RunError, UserError, print_error
-from mnist.plots.gallery import write_run_pictures
+from mnist.plots.run_pictures import write_run_pictures
 from mnist.runs import resume
 from mnist.runs.checkpointing import Checkpointing, resume_run
 from mnist.runs.console import Console

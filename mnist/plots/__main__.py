@@ -140,7 +140,7 @@ from torch import nn
 from mnist.data import datasets
 from mnist.data.transforms import Augmentation, BatchTransform
 from mnist.models import seed_initial_weights
-from mnist.plots import gallery, pictures
+from mnist.plots import pictures, run_pictures
 from mnist.plots.features import as_table, layer_costs
 from mnist.plots.history import read_history
 from mnist.runs.console import Console
@@ -174,7 +174,9 @@ def _samples(options: Samples) -> Path:
     if options.augmented and augment.is_identity:
         raise UserError(f"--augmented: {config.recipe} trains on its images as they are; another recipe may not")
     dataset = _read_data(config, options.data_dir)
-    return pictures.save_picture(gallery.sample_figure(config, dataset, augment if options.augmented else None), path)
+    return pictures.save_picture(
+        run_pictures.sample_figure(config, dataset, augment if options.augmented else None), path
+    )
 
 
 def _pixels(options: Pixels) -> Path:
@@ -200,7 +202,7 @@ def _check_images(indices: Sequence[int], dataset: datasets.Dataset) -> None:
 def _curves(options: Curves) -> Path:
     runs = list(dict.fromkeys(Path(run) for group in options.run for run in group)) or _newest_run()
     path = _picture_path(options.out, runs[0] / "pictures", "curves" if len(runs) == 1 else "comparison")
-    return pictures.save_picture(gallery.curve_figure([read_history(run) for run in runs]), path)
+    return pictures.save_picture(run_pictures.curve_figure([read_history(run) for run in runs]), path)
 
 
 def _newest_run() -> list[Path]:
@@ -218,7 +220,7 @@ def _features(options: Features) -> Path:
     path = subject.path(f"{name}-untrained" if untrained else name, options.place.out)
     dataset = _read_data(subject.config, options.data_dir)
     _check_images(options.image, dataset)
-    figure = gallery.feature_figure(
+    figure = run_pictures.feature_figure(
         dataset,
         _build(subject, untrained),
         BatchTransform(datasets.settle(subject.config, dataset).image),
@@ -234,7 +236,9 @@ def _filters(options: Filters) -> Path:
     untrained = options.untrained or subject.folder is None
     path = subject.path("filters-untrained" if untrained else "filters", options.place.out)
     title = subject.title(None, untrained)
-    return pictures.save_picture(gallery.filter_figure(_build(subject, untrained), subject.image_shape, title), path)
+    return pictures.save_picture(
+        run_pictures.filter_figure(_build(subject, untrained), subject.image_shape, title), path
+    )
 
 
 def _confusion(options: Confusion) -> Path:
@@ -260,7 +264,7 @@ def _mistakes(options: Mistakes) -> Path:
     dataset = _read_data(subject.config, options.data_dir)
     transform = BatchTransform(datasets.settle(subject.config, dataset).image)
     title = subject.title(dataset.name)
-    return pictures.save_picture(gallery.mistake_figure(dataset, model, transform, title), path)
+    return pictures.save_picture(run_pictures.mistake_figure(dataset, model, transform, title), path)
 
 
 def _architecture(options: Architecture) -> Path:
@@ -323,7 +327,7 @@ class Subject:
         best = result and result.best
         step = (result and result.steps) if self.export == "last" else (best and best["step"])
         when = ["before training"] if untrained else [] if step is None else [f"step {step:,}"]
-        return gallery.title_of(self.config, dataset, *when)
+        return run_pictures.title_of(self.config, dataset, *when)
 
     def path(self, name: str, out: str | None) -> Path:
         """Where a picture goes: as asked for, or to the run, or, of a recipe, to the working directory."""

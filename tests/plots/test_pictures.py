@@ -343,7 +343,7 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
         pictures.save_picture(pictures.draw_architecture([], "empty"), tmp_path / "file" / "table.png")
 
 
-@pytest.mark.parametrize("module", ["canvas", "curves", "pictures", "gallery", "__main__"])
+@pytest.mark.parametrize("module", ["canvas", "curves", "pictures", "run_pictures", "__main__"])
 def test_matplotlib_waits_for_the_first_figure_and_its_global_state_is_left_alone(module: str) -> None:
     spec = importlib.util.find_spec(f"mnist.plots.{module}")
     assert spec is not None

@@ -13,7 +13,7 @@ from PIL import Image
 from mnist.config import to_flat
 from mnist.errors import RunError, UserError
 from mnist.plots import __main__ as plots
-from mnist.plots import gallery
+from mnist.plots import run_pictures
 from mnist.plots.__main__ import (
     Architecture,
     Confusion,
@@ -136,7 +136,7 @@ def test_a_recipe_needs_no_run(
 
 def test_untrained_means_the_weights_that_the_run_began_with(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[torch.nn.Sequential] = []
-    monkeypatch.setattr(gallery, "filter_figure", lambda model, *rest: drawn.append(model))
+    monkeypatch.setattr(run_pictures, "filter_figure", lambda model, *rest: drawn.append(model))
     monkeypatch.setattr(plots.pictures, "save_picture", lambda figure, path: path)
     for untrained in (True, True, False):
         plots.main(Options(Filters(untrained=untrained)))
@@ -155,7 +155,7 @@ def test_features_are_those_of_the_image_that_was_asked_for(run: str, monkeypatc
     def remember(outputs: dict[str, torch.Tensor], names: Any, title: str, subtitle: str, said: Any) -> None:
         drawn.update(outputs=outputs, title=title, subtitle=subtitle)
 
-    monkeypatch.setattr(gallery.pictures, "draw_features", remember)
+    monkeypatch.setattr(run_pictures.pictures, "draw_features", remember)
     monkeypatch.setattr(plots.pictures, "save_picture", lambda figure, path: path)
     plots.main(Options(Features(image=(11,), every_layer=True)))
     trained = load_model(Path(run, "export", "best"))
@@ -168,7 +168,7 @@ def test_features_are_those_of_the_image_that_was_asked_for(run: str, monkeypatc
 
 def test_the_mistakes_of_a_run_are_as_many_as_it_counted(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[Any] = []
-    monkeypatch.setattr(gallery.pictures, "draw_mistakes", lambda mistakes, *rest: found.append(mistakes))
+    monkeypatch.setattr(run_pictures.pictures, "draw_mistakes", lambda mistakes, *rest: found.append(mistakes))
     monkeypatch.setattr(plots.pictures, "save_picture", lambda figure, path: path)
     plots.main(Options(Mistakes()))
     scores = json.loads(Path(run, "result.json").read_text())["test"]

@@ -14,7 +14,7 @@ from mnist.config import TrainConfig, evolve, to_flat
 from mnist.data import datasets
 from mnist.data.batches import TrainLoader
 from mnist.data.transforms import Augmentation, BatchTransform
-from mnist.plots import gallery, pictures
+from mnist.plots import pictures, run_pictures
 from mnist.plots.history import Curve, History, read_history
 from mnist.recipes import RECIPES
 from mnist.runs.records import RunRecord, ScoreRecord
@@ -40,7 +40,7 @@ def write_all(
     facts = {"step": 20, "epoch": 0.5, "split": "train", "dataset": "digits", "loss": 1.0, "accuracy": 0.5}
     run_dir.mkdir(exist_ok=True)
     (run_dir / "metrics.jsonl").write_text(json.dumps(facts) + "\n")
-    return gallery.write_run_pictures(
+    return run_pictures.write_run_pictures(
         run_dir,
         config=config,
         dataset=digits(config),
@@ -84,7 +84,7 @@ def test_a_picture_that_fails_leaves_the_five_others(tmp_path: Path, monkeypatch
     def fail(*_: Any) -> Figure:
         raise ValueError("no\nroom")
 
-    monkeypatch.setattr(gallery, "feature_figure", fail)
+    monkeypatch.setattr(run_pictures, "feature_figure", fail)
     warnings: list[str] = []
     paths = write_all(tmp_path / "run", RECIPES["smoke"](), mnist_model("tinynet"), warnings.append)
     assert list(paths) == [name for name in NAMES if name != "features"]
@@ -121,7 +121,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 @pytest.mark.parametrize("batch", [64, 256])
 def test_samples_are_what_the_first_steps_see(drawn: dict[str, Any], batch: int) -> None:
     config = evolve(RECIPES["smoke"](), global_batch_size=batch, seed=3)
-    gallery.sample_figure(config, digits(config), None)
+    run_pictures.sample_figure(config, digits(config), None)
     loader = TrainLoader(digits(config).train, global_batch_size=batch, seed=3)
     steps = [step for (step,) in loader.steps(0, 2)]
     assert torch.equal(drawn["images"], torch.cat([step.images for step in steps])[:100])
@@ -131,7 +131,7 @@ def test_samples_are_what_the_first_steps_see(drawn: dict[str, Any], batch: int)
 
 def test_augmented_samples_are_what_training_makes_of_them(drawn: dict[str, Any]) -> None:
     config = evolve(RECIPES["accurate"](), global_batch_size=32)
-    gallery.sample_figure(config, digits(config), augmentation(config))
+    run_pictures.sample_figure(config, digits(config), augmentation(config))
     loader = TrainLoader(digits(config).train, global_batch_size=32, seed=0)
     augment = augmentation(config)
     expected = [augment(step.images, number, slice(0, 32)) for number, (step,) in enumerate(loader.steps(0, 2))]
@@ -144,7 +144,7 @@ def test_curves_speak_of_label_smoothing_where_there_is_some(tmp_path: Path, rec
     record = {"step": 20, "epoch": 0.5, "split": "train", "dataset": "digits", "loss": 1.0, "accuracy": 0.5}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(record) + "\n")
     (tmp_path / "config.json").write_text(json.dumps(to_flat(RECIPES[recipe]())))
-    texts = [text.get_text() for text in gallery.curve_figure([read_history(tmp_path)]).texts]
+    texts = [text.get_text() for text in run_pictures.curve_figure([read_history(tmp_path)]).texts]
     assert any("includes label smoothing" in text for text in texts) is is_smoothed
 
 
@@ -160,4 +160,4 @@ def test_curves_tell_of_a_bad_ending(status: str, title: str) -> None:
     test = ScoreRecord(loss=1.0, accuracy=0.5, num_correct=1, num_samples=2)
     result = RunRecord(status, "smoke", "digits", 0, 10, 1, "fp32", "", "host", 1, None, test=test)  # type: ignore[arg-type]
     history = History("run", "digits", result, {"train": Curve([20], [1.0], [0.5])}, 40.0)
-    assert title in [text.get_text() for text in gallery.curve_figure([history]).texts]
+    assert title in [text.get_text() for text in run_pictures.curve_figure([history]).texts]
