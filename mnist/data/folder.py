@@ -67,6 +67,7 @@ class Pictures(NamedTuple):
         class_names: sorted, as the folders are called.
         sha256: of images, labels and names.
         unreadable: path and reason of each file that was left out.
+        remark: that test pictures were looked for and not found, or None.
     """
 
     train: Split
@@ -74,6 +75,7 @@ class Pictures(NamedTuple):
     class_names: tuple[str, ...]
     sha256: str
     unreadable: tuple[tuple[str, str], ...]
+    remark: str | None
 
 
 def prepare(data_dir: str, num_channels: int, size: int, show: Show | None = None) -> None:
@@ -123,7 +125,7 @@ class Listing:
     def __init__(self, data_dir: str, num_channels: int, size: int) -> None:
         self.folder = Path(data_dir)
         self.shape = (num_channels, size, size)
-        self.class_names, self.files = find_files(self.folder)
+        self.class_names, self.files, self.remark = find_files(self.folder)
         facts = [CACHE_VERSION, self.shape, self.class_names, self.files]
         self.key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
         self.cache = self.folder / ".cache" / f"pictures-{num_channels}x{size}x{size}.safetensors"
@@ -206,6 +208,7 @@ class Listing:
             class_names=self.class_names,
             sha256=hashlib.sha256(digest.encode()).hexdigest(),
             unreadable=decoded.unreadable,
+            remark=self.remark,
         )
 
 
@@ -216,8 +219,8 @@ def _sha256(*tensors: Tensor) -> str:
     return digest.hexdigest()
 
 
-def find_files(folder: Path) -> tuple[tuple[str, ...], list[File]]:
-    """The names of the classes, and all picture files: those to train on first, in an order that mixes the classes.
+def find_files(folder: Path) -> tuple[tuple[str, ...], list[File], str | None]:
+    """The names of the classes; all picture files, first those to train on, in mixed order; and a remark, or None.
 
     Hidden files and files that have no picture's suffix are passed over. Links are followed, but no folder is entered
     twice.
@@ -245,12 +248,14 @@ def find_files(folder: Path) -> tuple[tuple[str, ...], list[File]]:
     ]
     if not files:
         raise UserError(f"--data-dir {folder}: no pictures in folders below it; {LAYOUT}")
+    remark = None
     if test is None:
         files = _hold_out(folder, names, files)
+        if train != folder:
+            remark = f"{folder} has train/ but no test/<class>/ or val/<class>/: a fifth of train/ is the test set"
     _check_classes(folder, names, files)
-    return names, sorted(
-        files, key=lambda file: (True, natural_order(file.path)) if file.is_test else (False, [(0, _hash(file))])
-    )
+    files.sort(key=lambda file: (file.is_test, natural_order(file.path) if file.is_test else [(0, _hash(file))]))
+    return names, files, remark
 
 
 def _name_of(path: Path) -> str:
@@ -326,13 +331,17 @@ def _check_classes(folder: Path, names: Sequence[str], files: Sequence[File]) ->
 
 
 def warnings_of(pictures: Pictures) -> list[str]:
-    """That files were left out: how many, and the first ones by name."""
+    """That there are no test pictures, or that files were left out: how many, and the first ones by name."""
+    remarks = [pictures.remark] if pictures.remark else []
     if not pictures.unreadable:
-        return []
+        return remarks
     named = ", ".join(f"{path} ({reason})" for path, reason in pictures.unreadable[:NUM_NAMED])
     more = ", ..." if len(pictures.unreadable) > NUM_NAMED else ""
     total = len(pictures.train) + len(pictures.test) + len(pictures.unreadable)
-    return [f"{len(pictures.unreadable):,} of {total:,} pictures cannot be read and are left out: {named}{more}"]
+    return [
+        *remarks,
+        f"{len(pictures.unreadable):,} of {total:,} pictures cannot be read and are left out: {named}{more}",
+    ]
 
 
 def _with_progress(

@@ -70,6 +70,19 @@ def test_of_one_level_a_fifth_of_each_class_is_held_out_and_stays_so_when_pictur
     assert after.class_names == ("circle", "disc", "square", "triangle")
 
 
+def test_test_pictures_without_folders_of_classes_are_missed_in_a_warning(shapes):
+    for number, picture in enumerate(list((shapes / "test").rglob("*.png"))):
+        picture.rename(shapes / "test" / f"{number}.png")
+    for kind in CLASSES:
+        (shapes / "test" / kind).rmdir()
+    config = DataConfig(dataset="folder", data_dir=str(shapes))
+    dataset = datasets.read("folder", config, size=28)
+    assert (len(dataset.train), len(dataset.test)) == (18, 6)
+    assert "has train/ but no test/<class>/" in dataset.warnings[0]
+    write_shapes(shapes / "flat", 5)
+    assert datasets.read("folder", DataConfig(dataset="folder", data_dir=str(shapes / "flat")), size=28).warnings == ()
+
+
 def test_a_class_may_be_called_train(tmp_path):
     write_shapes(tmp_path, 5)
     (tmp_path / "circle").rename(tmp_path / "train")
