@@ -188,7 +188,8 @@ class Listing:
         finally:
             pool.shutdown(cancel_futures=True)  # at Ctrl-C
         left_out = tuple((self.files[place].path, reason) for place, reason in sorted(unreadable.items()))
-        places = torch.tensor([place for place in range(len(self.files)) if place not in unreadable])
+        readable = [place for place in range(len(self.files)) if place not in unreadable]
+        places = torch.tensor(readable, dtype=torch.int64)  # also where there are none
         return Decoded(images[places] if unreadable else images, places, left_out)
 
     def pictures(self, decoded: Decoded) -> Pictures:

@@ -12,7 +12,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterable
-from typing import TypeVar, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,6 @@ from mnist.config import OptimConfig
 
 ONE_CYCLE_START = 1 / 25  # of the peak, as torch's OneCycleLR has it
 ONE_CYCLE_END = ONE_CYCLE_START / 1e4
-
-T = TypeVar("T", bound=Optimizer)
 
 
 def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig, *, capturable: bool = False) -> Optimizer:
@@ -38,41 +36,40 @@ def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig, *, 
     if capturable:  # torch warns at each eager step, and a captured run has a few of them
         warnings.filterwarnings("ignore", message="This instance was constructed with capturable=True")
     parameters = list(parameters)
-    fused = all(p.device.type in ("cpu", "cuda") for p in parameters)
     lr = torch.tensor(config.lr, device=parameters[0].device) if capturable else config.lr
-    return OPTIMIZERS[config.optimizer](parameters, lr, config, fused=fused, capturable=capturable)
+    kind, arguments = OPTIMIZERS[config.optimizer]
+    kernel = {"fused": all(p.device.type in ("cpu", "cuda") for p in parameters), "capturable": capturable}
+    accepted = {name: value for name, value in kernel.items() if name in inspect.signature(kind).parameters}
+    return _without_compiler(kind)(parameters, lr=lr, **arguments(config), **accepted)
 
 
-def _without_compiler(kind: type[T]) -> type[T]:
-    """`kind`, an optimizer class of torch, without the wrappers that keep torch.compile out of its methods.
+def _without_compiler(kind: type[Optimizer]) -> Callable[..., Optimizer]:
+    """`kind` without the wrappers that keep torch.compile out of its methods.
 
     They import torch.compile, which takes most of a second, although nothing here compiles an optimizer.
     """
     names = ("add_param_group", "zero_grad", "state_dict", "load_state_dict", "step")
     methods = {name: inspect.unwrap(getattr(kind, name)) for name in names}
-    return cast("type[T]", type(kind.__name__, (kind,), {**methods, "step": torch.no_grad()(methods["step"])}))
+    return type(kind.__name__, (kind,), {**methods, "step": torch.no_grad()(methods["step"])})
 
 
-# Name -> an optimizer, from parameters, learning rate, the `optim` section, and whether there is a fused kernel and
-# whether the step will be captured.
-OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
-    "sgd": lambda parameters, lr, config, *, fused, **_: _without_compiler(torch.optim.SGD)(
-        parameters,
-        lr=lr,
-        momentum=config.momentum,
-        nesterov=config.nesterov,
-        weight_decay=config.weight_decay,
-        fused=fused,
+def _adam_arguments(config: OptimConfig) -> dict[str, Any]:
+    return {"betas": (config.beta1, config.beta2), "weight_decay": config.weight_decay}
+
+
+# Name -> a class, and its arguments besides `params` and `lr`, from the `optim` section.
+OPTIMIZERS: dict[str, tuple[type[Optimizer], Callable[[OptimConfig], dict[str, Any]]]] = {
+    "sgd": (
+        torch.optim.SGD,
+        lambda config: {
+            "momentum": config.momentum,
+            "nesterov": config.nesterov,
+            "weight_decay": config.weight_decay,
+        },
     ),
-    "adam": lambda parameters, lr, config, **kernel: _without_compiler(torch.optim.Adam)(
-        parameters, lr=lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay, **kernel
-    ),
-    "adamw": lambda parameters, lr, config, **kernel: _without_compiler(torch.optim.AdamW)(
-        parameters, lr=lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay, **kernel
-    ),
-    "adadelta": lambda parameters, lr, config, *, capturable, **_: _without_compiler(torch.optim.Adadelta)(
-        parameters, lr=lr, weight_decay=config.weight_decay, capturable=capturable
-    ),
+    "adam": (torch.optim.Adam, _adam_arguments),
+    "adamw": (torch.optim.AdamW, _adam_arguments),
+    "adadelta": (torch.optim.Adadelta, lambda config: {"weight_decay": config.weight_decay}),
 }
 
 

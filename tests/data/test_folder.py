@@ -258,6 +258,11 @@ def damage_most(path):
         picture.write_bytes(b"text")
 
 
+def damage_all(path):
+    for picture in path.rglob("*.png"):
+        picture.write_bytes(b"text")
+
+
 def put_all_in_one_folder(path):
     for number, picture in enumerate(list(path.rglob("*.png"))):
         picture.rename(path / f"{number}.png")
@@ -279,6 +284,7 @@ BAD = [
     (damage_a_class, "class square has no test pictures that can be read"),
     (misspell_a_class, "test/Circle is no class of train/"),
     (damage_most, "of 33 pictures cannot be read; the first: "),
+    (damage_all, "33 of 33 pictures cannot be read; the first: "),
     (put_all_in_one_folder, "no pictures in folders below it"),
     (leave_one_picture, "class circle has one picture; without test/ it needs two or more"),
 ]

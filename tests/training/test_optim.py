@@ -8,6 +8,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from mnist.config import OptimConfig
+from mnist.training import optim
 from mnist.training.optim import LearningRate, WeightAverage, build_optimizer, lr_factor
 from tests.processes import PYTHON, finish
 
@@ -90,6 +91,18 @@ for name in ("sgd", "adam", "adamw", "adadelta"):
 """
     done = finish([*PYTHON, "-c", program], tmp_path)
     assert done.code == 0, done.err
+
+
+def test_a_class_is_given_the_kernel_options_that_it_knows(monkeypatch):
+    arguments = {"momentum": 0.5}
+    monkeypatch.setitem(optim.OPTIMIZERS, "sgd", (torch.optim.RMSprop, lambda _config: arguments))
+    optimizer = build_optimizer([nn.Parameter(torch.ones(2))], OptimConfig(optimizer="sgd", lr=0.1))
+    assert isinstance(optimizer, torch.optim.RMSprop)
+    assert {name: optimizer.defaults[name] for name in ("lr", "momentum", "capturable")} == {
+        "lr": 0.1,
+        "momentum": 0.5,
+        "capturable": False,
+    }
 
 
 @pytest.mark.parametrize(("config", "reference"), OPTIMIZERS)
