@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import os
@@ -11,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,21 @@ def test_without_a_run_there_is_no_result(tmp_path: Path) -> None:
         load_result(tmp_path)
 
 
+def call_with_launcher(folder: Path, call: Callable[[], None]) -> None:
+    """Runs `call`, which uses `notebook_launcher`, in a process group of its own, of which nothing is left behind."""
+
+    def lead() -> None:
+        os.setpgid(0, 0)
+        (folder / "group").write_text(str(os.getpid()))
+        call()
+
+    try:
+        run_ranks(lead, 1)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(int((folder / "group").read_text()), signal.SIGKILL)
+
+
 def interrupt_at(step: int, times: int = 1) -> None:
     """Ctrl-C when this step is about to be taken."""
     original = TrainLoader.steps
@@ -218,11 +234,11 @@ def test_notebook_launcher_trains_on_two_forked_processes_although_the_caller_ha
     def call() -> None:
         torch.set_num_threads(2)
         torch.nn.Conv2d(1, 32, 3)(torch.randn(64, 1, 28, 28)).sum().backward()
-        config = small(tmp_path, num_threads=2)
+        config = small(tmp_path / "run", num_threads=2)
         notebook_launcher(train, (config,), num_processes=2, use_port=str(free_port()))
 
-    run_ranks(call, 1)
-    result = load_result(tmp_path)
+    call_with_launcher(tmp_path, call)
+    result = load_result(tmp_path / "run")
     assert (result.status, result.record.world_size) == ("finished", 2)
     assert "--num-threads 2: a forked process can have one thread only" in capfd.readouterr().err
 
@@ -231,12 +247,9 @@ def test_notebook_launcher_trains_on_two_forked_processes_although_the_caller_ha
 def test_an_interrupt_of_two_forked_processes_saves_and_the_next_call_continues(tmp_path: Path) -> None:
     """As a notebook's kernel sends it: to the process group."""
 
-    def call(stop: bool) -> None:
-        os.setpgid(0, 0)
-        config = small(tmp_path, log_every=5)
-        if not stop:
-            notebook_launcher(train, (config,), num_processes=2, use_port=str(free_port()))
-            return
+    config = small(tmp_path / "run", log_every=5)
+
+    def stop() -> None:
         original = TrainLoader.steps
 
         def steps(self: TrainLoader, first: int, stop: int) -> Iterator[Any]:
@@ -249,10 +262,13 @@ def test_an_interrupt_of_two_forked_processes_saves_and_the_next_call_continues(
         with pytest.raises(SignalException):
             notebook_launcher(train, (config,), num_processes=2, use_port=str(free_port()))
 
-    run_ranks(call, 1, True)
-    stopped = load_result(tmp_path).record
+    call_with_launcher(tmp_path, stop)
+    stopped = load_result(tmp_path / "run").record
     assert (stopped.status, stopped.world_size) == ("preempted", 2)
     assert 17 < stopped.steps < 30
-    run_ranks(call, 1, False)
-    assert load_result(tmp_path).status == "finished"
-    assert [row["step"] for row in load_result(tmp_path).history if row["split"] == "train"] == [5, 10, 15, 20, 25, 30]
+    call_with_launcher(
+        tmp_path, lambda: notebook_launcher(train, (config,), num_processes=2, use_port=str(free_port()))
+    )
+    result = load_result(tmp_path / "run")
+    assert result.status == "finished"
+    assert [row["step"] for row in result.history if row["split"] == "train"] == [5, 10, 15, 20, 25, 30]
