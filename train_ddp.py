@@ -76,7 +76,7 @@ def run_training(config: TrainConfig, accelerator: Accelerator, console: Console
     """The run between the start and the end of the process group."""
     console.show("reading the data")
     dataset = datasets.load(config.data, accelerator, config.image.image_size, console.show)
-    config = datasets.settle(config, dataset)
+    config = datasets.resolve(config, dataset)
     plan = build_plan(config, len(dataset.train), accelerator.num_processes)
 
     directory = open_run_directory(config, dataset.name, accelerator)

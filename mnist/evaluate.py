@@ -75,6 +75,7 @@ from torch import Tensor
 
 from mnist.data import datasets
 from mnist.data.batches import Split
+from mnist.data.sources import DatasetInfo
 from mnist.runs.console import Console
 from mnist.runs.export import TrainedModel, find_export, load_model
 from mnist.runs.records import ScoreRecord, read_run_record
@@ -91,7 +92,7 @@ def main(options: Options) -> int:
     config = datasets.relocate(trained.config.data, options.dataset, options.data_dir)
     if config.dataset == "folder":
         config = replace(config, channels=trained.info.in_channels)
-    with open_accelerator(_settle_runtime(trained.config.runtime, options)) as accelerator:
+    with open_accelerator(_runtime_here(trained.config.runtime, options)) as accelerator:
         console = Console(accelerator.is_main_process)
         dataset = datasets.load(config, accelerator, trained.config.image.image_size)
         split = {"test": dataset.test, "val": dataset.val, "train": dataset.train}[options.split]
@@ -150,7 +151,7 @@ def _score(
     return scores, batches, is_correct
 
 
-def check_fits(info: datasets.DatasetInfo, dataset: datasets.Dataset) -> None:
+def check_fits(info: DatasetInfo, dataset: datasets.Dataset) -> None:
     """Checks that a network can be scored on a data set.
 
     Raises:
@@ -166,7 +167,7 @@ def check_fits(info: datasets.DatasetInfo, dataset: datasets.Dataset) -> None:
         raise UserError(f"--dataset folder: has the classes {names}, but the model was trained for {known}")
 
 
-def _settle_runtime(trained: RuntimeConfig, options: Options) -> RuntimeConfig:
+def _runtime_here(trained: RuntimeConfig, options: Options) -> RuntimeConfig:
     """The settings of the training, as far as this machine has what they need."""
     precision = options.mixed_precision or trained.mixed_precision
     if options.mixed_precision is None and precision == "fp16" and (options.cpu or not torch.cuda.is_available()):

@@ -50,6 +50,7 @@ from torch import Tensor, nn
 
 from mnist.data import datasets
 from mnist.data.batches import Split
+from mnist.data.sources import is_present
 from mnist.recipes import run_name
 from mnist.runs.console import Console, count
 from mnist.runs.export import ONNX, PT2, TrainedModel, find_export, load_model
@@ -126,7 +127,7 @@ def _test_images(trained: TrainedModel, data_dir: str | None) -> tuple[str, Spli
     config, info = replace(datasets.relocate(trained.config.data, None, data_dir), val_size=0), trained.info
     own = config.dataset
     try:
-        if datasets.is_present(own, config.data_dir):
+        if is_present(own, config.data_dir):
             found = datasets.read(own, config, size=info.image_shape[-1])
             if (found.image_shape, found.class_names) == (info.image_shape, info.class_names):
                 return own, found.test

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from mnist.config import IMAGE_SIZES
-from mnist.data.datasets import DatasetInfo
+from mnist.data.sources import DatasetInfo
 from mnist.models import build_model
 
 INFO = DatasetInfo((1, 28, 28), tuple("0123456789"), has_digits=True)

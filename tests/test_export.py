@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mnist import export
 from mnist.config import IMAGE_SIZES, TrainConfig, evolve, to_flat
-from mnist.data.datasets import DatasetInfo
+from mnist.data.sources import DatasetInfo, is_present
 from mnist.data.transforms import BatchTransform
 from mnist.errors import RunError, UserError
 from mnist.export import Options, WholeModel, main
@@ -139,7 +139,7 @@ def test_the_card_says_how_both_files_are_loaded_and_its_python_runs_without_thi
         assert re.match(r"\d \S*0\.\d+", done.out)
 
 
-@pytest.mark.skipif(not export.datasets.is_present("mnist", TrainConfig().data.data_dir), reason="MNIST is not here")
+@pytest.mark.skipif(not is_present("mnist", TrainConfig().data.data_dir), reason="MNIST is not here")
 def test_all_10000_test_images_of_mnist_are_compared(copied_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = copied_run / "export" / "best" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"dataset": "mnist"}))

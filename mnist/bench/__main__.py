@@ -118,7 +118,7 @@ def bench_loops(options: Options) -> Report:
     """All loops on each recipe, in turns."""
     rows = []
     for recipe in options.recipe:
-        config = settle(recipe, options)
+        config = comparable_config(recipe, options)
         results = measure_loops(loops(options), config, options.images, options.repeats)
         check_losses(results)
         rows += compare(recipe, results)
@@ -163,8 +163,8 @@ def bench_front(options: Options) -> Report:
     )
 
 
-def settle(recipe: str, options: Options) -> TrainConfig:
-    """The recipe with its data set and threads settled, and without what the other loops do not have.
+def comparable_config(recipe: str, options: Options) -> TrainConfig:
+    """The recipe with its data set and threads resolved, and without what the other loops do not have.
 
     Raises:
         UserError: its augmentation cannot be left out without changing its work.
@@ -183,7 +183,7 @@ def settle(recipe: str, options: Options) -> TrainConfig:
     )
     if not Augmentation(config.image, 0, torch.device("cpu")).is_identity:
         raise UserError(f"--recipe {recipe}: has augmentation, which the other loops lack; choose another recipe")
-    return datasets.settle(config, datasets.read(choice.name, config.data, size=config.image.image_size))
+    return datasets.resolve(config, datasets.read(choice.name, config.data, size=config.image.image_size))
 
 
 def loops(options: Options) -> list[Loop]:
@@ -213,7 +213,7 @@ def device_used(options: Options) -> str:
 def launch_ranks(options: Options) -> int:
     """Starts this command again in `processes` processes, once their work is known to be possible."""
     for recipe in options.recipe:
-        settle(recipe, options)
+        comparable_config(recipe, options)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={options.processes}"]
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return subprocess.run(  # noqa: S603
@@ -226,7 +226,7 @@ def launch_ranks(options: Options) -> int:
 def bench_scaling(options: Options) -> Report:
     """DDP, and one number a step, against no communication. Every rank must call this."""
     rows = []
-    configs = {name: evolve(settle(name, options), num_threads=1) for name in options.recipe}
+    configs = {name: evolve(comparable_config(name, options), num_threads=1) for name in options.recipe}
     with open_accelerator(next(iter(configs.values())).runtime) as accelerator:
         for recipe, config in configs.items():
             dataset = datasets.read(config.data.dataset, config.data, size=config.image.image_size).to(

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from mnist.config import OptimConfig, TrainConfig
 from mnist.data.batches import Split, TrainLoader
-from mnist.data.datasets import SOURCES, DatasetInfo
+from mnist.data.sources import SOURCES, DatasetInfo
 from mnist.data.transforms import BatchTransform
 from mnist.errors import RunError
 from mnist.models import seed_initial_weights
@@ -45,7 +45,7 @@ class Job:
     """What each loop trains on.
 
     Attributes:
-        config: data set, threads and precision settled; no augmentation, averaging, clipping or schedule.
+        config: data set, threads and precision resolved; no augmentation, averaging, clipping or schedule.
         split: the N images of a pass, on the CPU.
         info: of the data set.
         num_workers: processes that load data; for loops with a DataLoader.

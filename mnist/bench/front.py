@@ -30,7 +30,7 @@ from mnist.bench.baselines import Job, find_device, usual_loader
 from mnist.bench.report import Row, environment
 from mnist.config import TrainConfig, evolve
 from mnist.data.batches import Split
-from mnist.data.datasets import info_of
+from mnist.data.sources import info_of
 from mnist.data.transforms import BatchTransform
 from mnist.plots.canvas import DPI, GREY, INK, LINES, PALE, add_axes, new_figure
 from mnist.system.files import read_json, write_atomically, write_json

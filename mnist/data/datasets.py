@@ -1,4 +1,4 @@
-"""From files to splits in memory: find, download, verify and read; and the digits embedded in the package.
+"""From files to splits in memory: verify and read; and the digits embedded in the package.
 
 In: the `data` section. Out: `Dataset`, three splits of uint8 images and int64 labels. Deciding (`choose`) is for rank
 0, fetching (`fetch`) for one process per node, reading (`read`) for everyone; `load` does all three.
@@ -9,8 +9,6 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from string import ascii_lowercase, ascii_uppercase, digits
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,112 +19,14 @@ from torch import Tensor
 from mnist.config import MNIST_MEAN, MNIST_STD, DataConfig, DatasetName, TrainConfig, evolve
 from mnist.data import folder
 from mnist.data.batches import Split
-from mnist.data.download import Transfer, download
+from mnist.data.download import fetch
 from mnist.data.idx import read_images, read_labels
+from mnist.data.sources import SOURCES, DatasetInfo, Source, find_file
 from mnist.errors import UserError
 from mnist.system import ranks
-from mnist.system.torchvision_compat import import_torchvision
 
-_MNIST_FILES = (
-    *("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
-    *("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
-)
 DIGITS_FILE = Path(__file__).parent / "assets" / "digits.npz"
 NUM_TRAIN_DIGITS = 1437  # of 1,797: in the order of the source, where one writer's digits lie together
-
-_DIGIT_NAMES = tuple(digits)
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a data set comes from, and what its images and classes are."""
-
-    torchvision_class: str | None  # also the name of its folder
-    class_names: tuple[str, ...] = _DIGIT_NAMES
-    image_shape: tuple[int, int, int] = (1, 28, 28)  # channels, height, width
-    files: tuple[str, ...] = _MNIST_FILES  # images and labels to train on, images and labels of the test set
-    max_bytes: int = 0  # of the largest packed file as published
-    sha256: tuple[str, ...] = ()  # of `files`, unpacked; empty = not pinned
-    train_copies: int = 1  # how often each training image is stored, and so seen in one epoch
-    is_transposed: bool = False  # in the files; here all images are upright
-    first_label: int = 0  # in the files; here it is 0
-    has_digits: bool = False  # in MNIST's form: `predict` looks for them in a picture, and MNIST's mean and std fit
-
-
-@dataclass(frozen=True)
-class DatasetInfo:
-    """What the images and classes of a data set are; a trained model is exported with it.
-
-    Attributes:
-        image_shape: channels, height and width.
-        class_names: in the order of the labels.
-        has_digits: the images are digits in MNIST's form, which `predict` looks for in a picture.
-    """
-
-    image_shape: tuple[int, int, int]
-    class_names: tuple[str, ...]
-    has_digits: bool = False
-
-    @property
-    def in_channels(self) -> int:
-        """Channels of an image."""
-        return self.image_shape[0]
-
-    @property
-    def num_classes(self) -> int:
-        """Classes, and so logits of a network."""
-        return len(self.class_names)
-
-
-def _emnist(split: str, class_names: str, *, first_label: int = 0, has_digits: bool = False) -> Source:
-    """One of the data sets that NIST publishes in a single archive (Cohen, Afshar, Tapson, van Schaik 2017)."""
-    parts = [f"emnist-{split}-{part}" for part in ("train", "test")]
-    return Source(
-        "EMNIST",
-        tuple(class_names),
-        files=tuple(f"{part}-{file}" for part in parts for file in ("images-idx3-ubyte", "labels-idx1-ubyte")),
-        max_bytes=570_000_000,
-        is_transposed=True,
-        first_label=first_label,
-        has_digits=has_digits,
-    )
-
-
-SOURCES = {
-    "mnist": Source(
-        "MNIST",
-        max_bytes=9_912_422,
-        sha256=(
-            "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
-            "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
-            "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
-            "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
-        ),
-        has_digits=True,
-    ),
-    "fashion_mnist": Source(
-        "FashionMNIST",
-        ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"),
-        max_bytes=26_421_880,
-    ),
-    "kmnist": Source("KMNIST", ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo"), max_bytes=18_165_135),
-    "qmnist": Source(  # MNIST made anew from its sources, with all 60,000 test images
-        "QMNIST",
-        files=(
-            *("qmnist-train-images-idx3-ubyte", "qmnist-train-labels-idx2-int"),
-            *("qmnist-test-images-idx3-ubyte", "qmnist-test-labels-idx2-int"),
-        ),
-        max_bytes=10_000_000,
-        has_digits=True,
-    ),
-    "emnist_letters": _emnist("letters", ascii_lowercase, first_label=1),  # capital and small letters are one class
-    "emnist_balanced": _emnist("balanced", digits + ascii_uppercase + "abdefghnqrt"),  # other small letters likewise
-    "emnist_digits": _emnist("digits", digits, has_digits=True),
-    "digits": Source(  # 1,437 images: recipes made for MNIST's 60,000 keep their length
-        None, files=(), train_copies=42, has_digits=True
-    ),
-    "folder": Source(None, (), files=()),  # people's own pictures: what they are is known when they are read
-}
 
 
 @dataclass(frozen=True)
@@ -174,27 +74,6 @@ class Dataset:
         return replace(self, train=self.train.to(device), val=val, test=self.test.to(device))
 
 
-def info_of(name: str) -> DatasetInfo:
-    """What the table says of a data set before it is read; of `auto`, what it says of MNIST."""
-    source = SOURCES.get(name, SOURCES["mnist"])
-    return DatasetInfo(source.image_shape, source.class_names, source.has_digits)
-
-
-def take_info(flat: dict[str, Any]) -> DatasetInfo:
-    """Removes the fields of a `DatasetInfo` from an exported configuration; older exports have none: the table knows.
-
-    Raises:
-        UserError: the fields are damaged.
-    """
-    shape, names, has_digits = (flat.pop(name, None) for name in ("image_shape", "class_names", "has_digits"))
-    if shape is None:
-        return info_of(str(flat.get("dataset")))
-    is_whole = isinstance(shape, list) and len(shape) == 3 and all(isinstance(n, int) and n > 0 for n in shape)
-    if not (is_whole and isinstance(names, list) and names and all(isinstance(name, str) for name in names)):
-        raise UserError("image_shape or class_names is damaged")
-    return DatasetInfo((shape[0], shape[1], shape[2]), tuple(names), bool(has_digits))
-
-
 def relocate(config: DataConfig, dataset: DatasetName | None, data_dir: str | None) -> DataConfig:
     """The `data` section of a trained model for this machine: another folder or data set where one is given."""
     name, is_same = dataset or config.dataset, dataset in (None, config.dataset)
@@ -231,7 +110,7 @@ def load(config: DataConfig, accelerator: Accelerator, size: int, show: folder.S
     return dataset.to(accelerator.device)
 
 
-def settle(config: TrainConfig, dataset: Dataset) -> TrainConfig:
+def resolve(config: TrainConfig, dataset: Dataset) -> TrainConfig:
     """`config` with the name of the data set that was read, and its own mean and std in the place of MNIST's.
 
     Raises:
@@ -285,64 +164,6 @@ def choose(config: DataConfig) -> Choice:
     except UserError as error:
         return Choice("digits", fallback_reason=str(error).partition("; ")[0].removeprefix("--dataset mnist: "))
     return Choice("mnist")
-
-
-def fetch(name: str, data_dir: str) -> None:
-    """Downloads the data set unless all its files are there; then nothing is written and no lock is taken.
-
-    Raises:
-        UserError: it could not be downloaded. Says what was tried, and what to do.
-    """
-    source = SOURCES[name]
-    if source.torchvision_class is None or is_present(name, data_dir):
-        return
-    folder = Path(data_dir, source.torchvision_class, "raw")
-    try:
-        download(_transfer(source), Path(data_dir), folder, lambda: is_present(name, data_dir))
-    except (OSError, ImportError, AttributeError) as error:  # torchvision may have no class of that name
-        raise UserError(
-            f"--dataset {name}: not in {folder} and the download failed ({error}); either name the folder that holds "
-            f"{source.torchvision_class}/raw with --data-dir or $MNIST_DATA_DIR, or copy the four files "
-            f"({source.files[0]}[.gz] ...) to {folder}, or train on the embedded digits with --dataset digits"
-        ) from error
-
-
-def _transfer(source: Source) -> Transfer:
-    """Addresses and checksums as torchvision has them; raises an ImportError or AttributeError where it has none."""
-    published = getattr(import_torchvision("datasets"), str(source.torchvision_class))
-    addresses = [(published.url, published.md5)] if hasattr(published, "url") else []  # EMNIST's archive
-    if isinstance(published.resources, dict):  # QMNIST's are whole addresses, by split
-        addresses = [address for split in ("train", "test") for address in published.resources[split]]
-    mirrors, files = list(published.mirrors), published.resources
-    if addresses:
-        mirrors = [addresses[0][0].rpartition("/")[0]]
-        files = [(url.rpartition("/")[2], md5) for url, md5 in addresses]
-    same_archive = (other for other in SOURCES.values() if other.torchvision_class == source.torchvision_class)
-    return Transfer(mirrors, files, source.max_bytes, {file for other in same_archive for file in other.files})
-
-
-def is_present(name: str, data_dir: str) -> bool:
-    """Whether all files of the data set are in `data_dir`; the digits always are, people's own pictures may be."""
-    source = SOURCES[name]
-    if name == "folder":
-        return Path(data_dir).is_dir()
-    return all(_find_file(source, data_dir, file) is not None for file in source.files)
-
-
-def _find_file(source: Source, data_dir: str, name: str) -> Path | None:
-    """The file `name`, packed or not, also as mirrors spell it (train-images.idx3-ubyte) or in a folder of its name.
-
-    `data_dir` may be the folder of the files itself, unless it is the one of another data set: their files have the
-    same names.
-    """
-    own = source.torchvision_class
-    assert own is not None
-    folders = [Path(data_dir, own, "raw")]
-    if Path(data_dir).resolve().parent.name not in {other.torchvision_class for other in SOURCES.values()} - {own}:
-        folders.append(Path(data_dir))
-    spellings = [spelling + packed for spelling in (name, name.replace("-idx", ".idx")) for packed in ("", ".gz")]
-    paths = (path for folder in folders for file in spellings for path in (folder / file, folder / file / file))
-    return next((path for path in paths if path.exists() and not path.is_dir()), None)
 
 
 def read(
@@ -399,7 +220,7 @@ def read(
 def _read_files(source: Source, data_dir: str) -> tuple[Split, Split, list[str]]:
     splits, hashes = [], []
     for images_name, labels_name in (source.files[:2], source.files[2:]):
-        images_path, labels_path = (_find_file(source, data_dir, name) for name in (images_name, labels_name))
+        images_path, labels_path = (find_file(source, data_dir, name) for name in (images_name, labels_name))
         if images_path is None or labels_path is None:
             raise UserError(f"--data-dir {data_dir}: {images_name} or {labels_name} is missing on this node")
         images, images_hash = read_images(images_path)

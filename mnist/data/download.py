@@ -1,7 +1,7 @@
 """Downloads the files of a data set: one process, bounded in time and size, all or nothing.
 
-In: mirrors, file names and checksums, and the folder for the files. Out: that folder with all files unpacked, or an
-`OSError` and nothing. Other processes see the files only once they are whole. Mirrors and checksums are torchvision's;
+In: the name of a data set, and the folder for its files. Out: that folder with all files unpacked, or an error and
+nothing. Other processes see the files only once they are whole. Mirrors and checksums are torchvision's;
 its own download function has no time-out and no limit of size, and some errors end its list of mirrors.
 """
 
@@ -24,6 +24,10 @@ from urllib.request import urlopen
 from zipfile import BadZipFile, ZipFile
 
 from filelock import FileLock, Timeout
+
+from mnist.data.sources import SOURCES, Source, is_present
+from mnist.errors import UserError
+from mnist.system.torchvision_compat import import_torchvision
 
 MIRROR_VARIABLE = "MNIST_MIRROR"  # a base URL to try first, for clusters with a mirror of their own
 SOCKET_TIMEOUT_S = 8.0
@@ -53,6 +57,40 @@ class Transfer:
     error: Exception | None = None
 
 
+def fetch(name: str, data_dir: str) -> None:
+    """Downloads the data set unless all its files are there; then nothing is written and no lock is taken.
+
+    Raises:
+        UserError: it could not be downloaded. Says what was tried, and what to do.
+    """
+    source = SOURCES[name]
+    if source.torchvision_class is None or is_present(name, data_dir):
+        return
+    folder = Path(data_dir, source.torchvision_class, "raw")
+    try:
+        download(_transfer(source), Path(data_dir), folder, lambda: is_present(name, data_dir))
+    except (OSError, ImportError, AttributeError) as error:  # torchvision may have no class of that name
+        raise UserError(
+            f"--dataset {name}: not in {folder} and the download failed ({error}); either name the folder that holds "
+            f"{source.torchvision_class}/raw with --data-dir or $MNIST_DATA_DIR, or copy the four files "
+            f"({source.files[0]}[.gz] ...) to {folder}, or train on the embedded digits with --dataset digits"
+        ) from error
+
+
+def _transfer(source: Source) -> Transfer:
+    """Addresses and checksums as torchvision has them; raises an ImportError or AttributeError where it has none."""
+    published = getattr(import_torchvision("datasets"), str(source.torchvision_class))
+    addresses = [(published.url, published.md5)] if hasattr(published, "url") else []  # EMNIST's archive
+    if isinstance(published.resources, dict):  # QMNIST's are whole addresses, by split
+        addresses = [address for split in ("train", "test") for address in published.resources[split]]
+    mirrors, files = list(published.mirrors), published.resources
+    if addresses:
+        mirrors = [addresses[0][0].rpartition("/")[0]]
+        files = [(url.rpartition("/")[2], md5) for url, md5 in addresses]
+    same_archive = (other for other in SOURCES.values() if other.torchvision_class == source.torchvision_class)
+    return Transfer(mirrors, files, source.max_bytes, {file for other in same_archive for file in other.files})
+
+
 def download(transfer: Transfer, data_dir: Path, raw: Path, is_complete: Callable[[], bool]) -> None:
     """Fetches all files into `raw`, a folder below `data_dir`; one process per node calls this.
 
@@ -63,19 +101,14 @@ def download(transfer: Transfer, data_dir: Path, raw: Path, is_complete: Callabl
         OSError: no network, no answer in time, wrong checksums, or `data_dir` not writable. New folders are removed.
     """
     new_folders = [folder for folder in (raw, *raw.parents) if not folder.exists()]
-    lock, staging = data_dir / ".download.lock", data_dir / f".download-{os.getpid()}"
+    lock = data_dir / ".download.lock"
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
         with FileLock(lock, timeout=LOCK_TIMEOUT_S):
             try:
                 if not is_complete():  # or else another job was faster
-                    staging.mkdir(exist_ok=True)
-                    _download_within_time(transfer, staging)
-                    raw.mkdir(parents=True, exist_ok=True)
-                    for path in staging.iterdir():
-                        path.replace(raw / path.name)
+                    _download_by_way_of(data_dir / f".download-{os.getpid()}", transfer, raw)
             finally:
-                shutil.rmtree(staging, ignore_errors=True)
                 with contextlib.suppress(OSError):  # Windows does not remove an open file
                     lock.unlink()
     except Timeout as error:
@@ -84,6 +117,18 @@ def download(transfer: Transfer, data_dir: Path, raw: Path, is_complete: Callabl
         for folder in new_folders:
             with contextlib.suppress(OSError):  # only an empty one goes
                 folder.rmdir()
+
+
+def _download_by_way_of(staging: Path, transfer: Transfer, raw: Path) -> None:
+    """Fetches all files into `staging`, which is removed in any case, and moves them to `raw` when all are there."""
+    try:
+        staging.mkdir(exist_ok=True)
+        _download_within_time(transfer, staging)
+        raw.mkdir(parents=True, exist_ok=True)
+        for path in staging.iterdir():
+            path.replace(raw / path.name)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _download_within_time(transfer: Transfer, staging: Path) -> None:
@@ -144,16 +189,21 @@ def _fetch(transfer: Transfer, url: str, path: Path, md5: str) -> None:
     if digest.hexdigest() != md5:
         raise OSError(f"{num_bytes:,} bytes that are not the published file (md5)")
     if path.suffix == ".zip":
-        with ZipFile(path) as archive:
-            for member in archive.namelist():
-                name = Path(member).stem
-                if name in transfer.members and member.endswith(".gz"):
-                    with archive.open(member) as packed:
-                        _unpack(packed, path.with_name(name))
+        _unpack_members(path, transfer.members)
     else:
         with path.open("rb") as packed:
             _unpack(packed, path.with_suffix(""))
     path.unlink()
+
+
+def _unpack_members(path: Path, members: Collection[str]) -> None:
+    """Unpacks those files of a zip archive, each packed with gzip, to its folder."""
+    with ZipFile(path) as archive:
+        for member in archive.namelist():
+            name = Path(member).stem
+            if name in members and member.endswith(".gz"):
+                with archive.open(member) as packed:
+                    _unpack(packed, path.with_name(name))
 
 
 def _unpack(packed: IO[bytes], path: Path) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mnist.data.batches import MicroBatch, Split
-from mnist.data.datasets import DatasetInfo, info_of
+from mnist.data.sources import DatasetInfo, info_of
 from mnist.data.transforms import BatchTransform
 from mnist.doctor.checkup import Check, Fact, Judgement, Probe, judge_equal, short_hash
 from mnist.models import seed_initial_weights

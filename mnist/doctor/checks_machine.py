@@ -26,6 +26,7 @@ import torch.distributed as dist
 
 from mnist.config import RUNS, to_flat
 from mnist.data import datasets
+from mnist.data.sources import SOURCES, is_present
 from mnist.doctor.checkup import Check, Fact, Judgement, Probe, by_host, judge_equal, short_hash
 from mnist.runs.console import count
 from mnist.runs.tracking.wandb import choose_mode
@@ -69,10 +70,10 @@ def measure_data(probe: Probe) -> dict[str, str]:
     """Hashes of the data files as this rank finds them; nothing where they are missing."""
     config = probe.config.data
     name = "mnist" if config.dataset == "auto" else config.dataset
-    if not datasets.is_present(name, config.data_dir):
+    if not is_present(name, config.data_dir):
         return {}
     dataset = datasets.read(name, config)
-    files = datasets.SOURCES[name].files or ("digits",)
+    files = SOURCES[name].files or ("digits",)
     found = dict(zip(files, dataset.fingerprint.split(","), strict=True))
     return {**found, "warnings": "; ".join(dataset.warnings)}
 

@@ -138,6 +138,7 @@ import torch
 from torch import nn
 
 from mnist.data import datasets
+from mnist.data.sources import DatasetInfo, info_of
 from mnist.data.transforms import Augmentation, BatchTransform
 from mnist.models import seed_initial_weights
 from mnist.plots import pictures, run_pictures
@@ -223,7 +224,7 @@ def _features(options: Features) -> Path:
     figure = run_pictures.feature_figure(
         dataset,
         _build(subject, untrained),
-        BatchTransform(datasets.settle(subject.config, dataset).image),
+        BatchTransform(datasets.resolve(subject.config, dataset).image),
         subject.title(dataset.name, untrained),
         options.image,
         every_layer=options.every_layer,
@@ -262,7 +263,7 @@ def _mistakes(options: Mistakes) -> Path:
     path = subject.path("mistakes", options.place.out)
     model = _build(subject)
     dataset = _read_data(subject.config, options.data_dir)
-    transform = BatchTransform(datasets.settle(subject.config, dataset).image)
+    transform = BatchTransform(datasets.resolve(subject.config, dataset).image)
     title = subject.title(dataset.name)
     return pictures.save_picture(run_pictures.mistake_figure(dataset, model, transform, title), path)
 
@@ -308,12 +309,12 @@ class Subject:
     export: str = "best"
 
     @property
-    def info(self) -> datasets.DatasetInfo:
+    def info(self) -> DatasetInfo:
         """Of the data set: from the exported model, else from the table of data sets."""
         exported = None if self.folder is None else self.folder / "export" / self.export
         if exported is not None and exported.is_dir():
             return read_info(exported)
-        return datasets.info_of(self.config.data.dataset)
+        return info_of(self.config.data.dataset)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

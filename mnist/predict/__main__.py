@@ -52,8 +52,8 @@ import numpy as np
 from rich.console import Console as RichConsole
 from rich.markup import escape
 
-from mnist.data.datasets import DatasetInfo
 from mnist.data.picture_file import IGNORED, PictureError, decode, is_picture_name, natural_order
+from mnist.data.sources import DatasetInfo
 from mnist.plots.pictures import SUFFIXES, draw_prediction, save_picture
 from mnist.predict.answers import Answer, answer_digits, see, training_likeness
 from mnist.predict.digit_image import SeenDigit

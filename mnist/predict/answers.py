@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from mnist.data.datasets import DatasetInfo, is_present, read, relocate
+from mnist.data.datasets import read, relocate
 from mnist.data.picture_file import to_image
+from mnist.data.sources import DatasetInfo, is_present
 from mnist.errors import UserError
 from mnist.predict.digit_image import NO_BOX, SeenDigit, see_digits
 from mnist.predict.not_a_digit import Likeness

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from mnist.config import RUNS, OutputConfig, TrainConfig, from_flat, to_flat
-from mnist.data.datasets import DatasetInfo, take_info
+from mnist.data.sources import DatasetInfo, take_info
 from mnist.data.transforms import BatchTransform
 from mnist.errors import RunError, UserError
 from mnist.runs.records import WEIGHTS_CHECKSUM

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from mnist.config import TrainConfig, fields_on_resume, to_flat
-from mnist.data.datasets import DatasetInfo
+from mnist.data.sources import DatasetInfo
 from mnist.recipes import RECIPES
 from mnist.runs.console import count
 from mnist.runs.export import CARD, ONNX, PT2
@@ -161,9 +161,9 @@ def command(config: TrainConfig, num_processes: int) -> str:
     """
     kinds = fields_on_resume("fixed") + fields_on_resume("course") + fields_on_resume("noted")
     known = RECIPES.get(config.recipe, RECIPES["fast"])()  # one that its owner made in Python has no name here
-    as_in_recipe = {**_settled(known), "recipe": config.recipe}
+    as_in_recipe = {**_resolved(known), "recipe": config.recipe}
     words = ["--recipe", known.recipe]
-    for name, value in _settled(config).items():
+    for name, value in _resolved(config).items():
         if name in kinds and value != as_in_recipe[name]:
             flag = name.replace("_", "-")
             if isinstance(value, bool):
@@ -178,7 +178,7 @@ def command(config: TrainConfig, num_processes: int) -> str:
     return f"{start} {shlex.join(words)}"
 
 
-def _settled(config: TrainConfig) -> dict[str, Any]:
+def _resolved(config: TrainConfig) -> dict[str, Any]:
     """The fields of a configuration, with what a launcher that says nothing fills in."""
     flat = to_flat(config)
     defaults = {"mixed_precision": "no", "gradient_accumulation_steps": 1}

@@ -5,19 +5,19 @@ In: a JSON file, and a dataclass. Out: an object of that class, or one line that
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, TypedDict, TypeVar
 
 import msgspec
 
 from mnist.config import TrainConfig, from_flat
+from mnist.data.sources import DatasetInfo
 from mnist.errors import UserError
 from mnist.system.files import RecordError, read_json
 
 WEIGHTS_CHECKSUM = "weights_sha256"  # in the config.json of an exported model, beside the configuration
-# What else an exported config.json holds: `DatasetInfo`, which cannot be imported here, because it needs torch.
-EXPORT_FIELDS = (WEIGHTS_CHECKSUM, "image_shape", "class_names", "has_digits")
+EXPORT_FIELDS = (WEIGHTS_CHECKSUM, *(field.name for field in fields(DatasetInfo)))  # what else is in that file
 MANIFEST = "manifest.json"  # what makes a folder a checkpoint
 
 Status = Literal["running", "finished", "preempted", "failed", "diverged"]

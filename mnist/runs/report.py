@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 
 from mnist.config import TrainConfig
-from mnist.data.datasets import info_of
+from mnist.data.sources import info_of
 from mnist.models import count_parameters
 from mnist.recipes import run_name
 from mnist.runs.console import count

@@ -10,7 +10,7 @@ from torch import nn
 
 from mnist.config import TrainConfig
 from mnist.data.batches import Split, TrainLoader
-from mnist.data.datasets import DatasetInfo
+from mnist.data.sources import DatasetInfo
 from mnist.data.transforms import Augmentation, BatchTransform
 from mnist.models import build_model, seed_initial_weights
 from mnist.system.accelerator import prepare_optimizer

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mnist.bench import baselines
-from mnist.bench.__main__ import Options, compare_turns, loops, main, settle
+from mnist.bench.__main__ import Options, comparable_config, compare_turns, loops, main
 from mnist.bench.baselines import LOOPS, Job, PILImages, has_torchvision_files, usual_loader
 from mnist.bench.comparison import Loop, LoopResult, check_losses, compare, measure_loops, paired_ratio
 from mnist.bench.report import Report, print_report
@@ -186,7 +186,7 @@ def test_one_process_measures_all_but_scaling(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("recipe", ["accurate", "lenet5_original"])
 def test_a_recipe_with_augmentation_is_refused(recipe: str) -> None:
     with pytest.raises(UserError, match=f"--recipe {recipe}: has augmentation"):
-        settle(recipe, Options(dataset="digits"))
+        comparable_config(recipe, Options(dataset="digits"))
 
 
 REPORT = Report("loops", {"torch": "2"}, [{"loop": "a", "images/s": 1234.5, "over bare": None, "loss": 1}], ["so"])

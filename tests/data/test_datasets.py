@@ -12,11 +12,12 @@ from sklearn.datasets import load_digits
 
 from mnist.config import DataConfig, ImageConfig, TrainConfig, evolve
 from mnist.data import datasets
+from mnist.data.sources import SOURCES, find_file, is_present
 from mnist.errors import UserError
 from mnist.system.torchvision_compat import import_torchvision
 from tests.processes import finish, train
 
-TRAIN_IMAGES, TRAIN_LABELS, TEST_IMAGES, TEST_LABELS = datasets.SOURCES["mnist"].files
+TRAIN_IMAGES, TRAIN_LABELS, TEST_IMAGES, TEST_LABELS = SOURCES["mnist"].files
 REAL_DIR = os.environ.get("MNIST_DATA_DIR", "")
 
 needs_mnist = pytest.mark.skipif(not Path(REAL_DIR, "MNIST", "raw").is_dir(), reason="MNIST_DATA_DIR has no MNIST")
@@ -113,8 +114,8 @@ def test_files_are_found_as_mirrors_name_and_unpack_them(tmp_path, no_network, a
 
 def test_the_raw_folder_of_mnist_is_not_taken_for_kmnist(tmp_path):
     write_files(tmp_path)
-    assert datasets.is_present("mnist", str(tmp_path / "MNIST" / "raw"))
-    assert not datasets.is_present("kmnist", str(tmp_path / "MNIST" / "raw"))
+    assert is_present("mnist", str(tmp_path / "MNIST" / "raw"))
+    assert not is_present("kmnist", str(tmp_path / "MNIST" / "raw"))
 
 
 @pytest.mark.timeout(20)
@@ -350,7 +351,7 @@ def test_the_published_files_raise_no_warning_and_one_changed_byte_does(tmp_path
     raw = tmp_path / "MNIST" / "raw"
     raw.mkdir(parents=True)
     for name in (TRAIN_IMAGES, TRAIN_LABELS, TEST_IMAGES, TEST_LABELS):
-        source = datasets._find_file(datasets.SOURCES["mnist"], REAL_DIR, name)
+        source = find_file(SOURCES["mnist"], REAL_DIR, name)
         shutil.copy(source, raw / source.name)
     labels = next(raw.glob(f"{TEST_LABELS}*"))
     content = bytearray(gzip.decompress(labels.read_bytes()) if labels.suffix == ".gz" else labels.read_bytes())
@@ -366,12 +367,12 @@ def test_digits_are_normalised_by_the_constants_of_mnist_and_others_by_their_own
     write_files(tmp_path, "KMNIST")
     kmnist = datasets.read("kmnist", DataConfig(data_dir=str(tmp_path)))
     pixels = kmnist.train.images / 255
-    settled = datasets.settle(TrainConfig(), kmnist)
-    assert settled.data.dataset == "kmnist"
-    assert settled.image.mean == (pytest.approx(float(pixels.mean()), abs=6e-5),)
-    assert settled.image.std == (pytest.approx(float(pixels.std(correction=0)), abs=6e-5),)
+    resolved = datasets.resolve(TrainConfig(), kmnist)
+    assert resolved.data.dataset == "kmnist"
+    assert resolved.image.mean == (pytest.approx(float(pixels.mean()), abs=6e-5),)
+    assert resolved.image.std == (pytest.approx(float(pixels.std(correction=0)), abs=6e-5),)
     digits = datasets.read("digits", DataConfig())
-    assert datasets.settle(TrainConfig(), digits).image == ImageConfig(mean=(0.1307,), std=(0.3081,))
+    assert datasets.resolve(TrainConfig(), digits).image == ImageConfig(mean=(0.1307,), std=(0.3081,))
 
 
 @needs_mnist
@@ -384,7 +385,7 @@ def test_a_recipes_own_mean_and_std_hold_on_every_data_set(tmp_path):
     write_files(tmp_path, "KMNIST")
     kmnist = datasets.read("kmnist", DataConfig(data_dir=str(tmp_path)))
     plain = evolve(TrainConfig(), mean=(0.0,), std=(1.0,))
-    assert datasets.settle(plain, kmnist).image == plain.image
+    assert datasets.resolve(plain, kmnist).image == plain.image
 
 
 def test_mean_and_std_are_of_each_channel_and_never_zero():
@@ -396,7 +397,7 @@ def test_mean_and_std_are_of_each_channel_and_never_zero():
 def test_numbers_for_other_channels_than_the_images_have_are_refused():
     digits = datasets.read("digits", DataConfig())
     with pytest.raises(UserError, match=r"^--std: 3 numbers, but the images of digits have 1 channel"):
-        datasets.settle(evolve(TrainConfig(), std=(0.2, 0.2, 0.3)), digits)
+        datasets.resolve(evolve(TrainConfig(), std=(0.2, 0.2, 0.3)), digits)
 
 
 def write_emnist(data_dir, split, labels_seen):

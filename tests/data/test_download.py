@@ -17,7 +17,7 @@ import pytest
 
 from mnist.data import datasets
 from mnist.data import download as module
-from mnist.data.datasets import is_present
+from mnist.data.sources import SOURCES, is_present
 from mnist.errors import UserError
 from mnist.system.torchvision_compat import import_torchvision
 from tests.ranks import run_ranks
@@ -146,7 +146,7 @@ def test_another_data_set_goes_to_its_own_folder(tmp_path, mnist, monkeypatch):
 
 
 def test_qmnist_comes_from_its_addresses_or_from_ones_own_mirror(tmp_path, server, monkeypatch):
-    names = datasets.SOURCES["qmnist"].files
+    names = SOURCES["qmnist"].files
     server.files = {f"/{new}.gz": server.files[f"/{old}.gz"] for new, old in zip(names, NAMES, strict=True)}
     served = [(server.url + path[1:], hashlib.md5(content).hexdigest()) for path, content in server.files.items()]
     published = {"train": served[:2], "test": served[2:], "nist": []}

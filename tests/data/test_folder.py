@@ -14,6 +14,7 @@ from PIL import Image
 from mnist.config import DataConfig, TrainConfig
 from mnist.data import datasets, folder
 from mnist.data.picture_file import to_image
+from mnist.data.sources import DatasetInfo
 from mnist.errors import UserError
 from tests.processes import finish, train
 from tests.ranks import run_ranks
@@ -50,7 +51,7 @@ def test_training_pictures_of_all_classes_are_mixed_so_that_a_validation_split_h
     dataset = datasets.read("folder", DataConfig(dataset="folder", data_dir=str(shapes), val_size=12), size=28)
     assert sorted(dataset.val.labels.unique().tolist()) == [0, 1, 2]
     assert sorted(dataset.train.labels.unique().tolist()) == [0, 1, 2]
-    assert dataset.info == datasets.DatasetInfo((3, 28, 28), CLASSES, has_digits=False)
+    assert dataset.info == DatasetInfo((3, 28, 28), CLASSES, has_digits=False)
 
 
 @pytest.mark.parametrize("name", ["val", "test"])
@@ -415,7 +416,7 @@ def test_pictures_that_do_not_fit_into_memory_are_refused_before_they_are_decode
 
 def test_mean_and_std_are_those_of_the_training_pictures_per_channel(shapes):
     dataset = datasets.read("folder", DataConfig(dataset="folder", data_dir=str(shapes)), size=28)
-    image = datasets.settle(TrainConfig(), dataset).image
+    image = datasets.resolve(TrainConfig(), dataset).image
     pixels = dataset.train.images / 255
     assert image.mean == pytest.approx(pixels.mean(dim=(0, 2, 3)).tolist(), abs=6e-5)
     assert image.std == pytest.approx(pixels.std(dim=(0, 2, 3), correction=0).tolist(), abs=6e-5)

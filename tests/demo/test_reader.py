@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mnist.config import evolve, to_flat
-from mnist.data.datasets import DatasetInfo
+from mnist.data.sources import DatasetInfo
 from mnist.demo.reader import Reading, find_models, load, read
 from mnist.errors import UserError
 from mnist.predict.__main__ import predict

@@ -159,7 +159,7 @@ def test_a_rank_that_hangs_ends_the_doctor_and_says_where(tmp_path: Path, capfd:
     def wait() -> int:
         only("processes", "data")
         if os.environ["RANK"] == "1":
-            checks_machine.datasets.is_present = lambda *_: time.sleep(600)
+            checks_machine.is_present = lambda *_: time.sleep(600)
         return examine(tmp_path, timeout_s=6)
 
     with pytest.raises(RuntimeError, match="a rank died"):

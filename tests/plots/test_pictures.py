@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from mnist.config import IMAGE_SIZES
-from mnist.data.datasets import SOURCES
+from mnist.data.sources import SOURCES
 from mnist.errors import RunError
 from mnist.models import MODELS
 from mnist.plots import canvas, pictures

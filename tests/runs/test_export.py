@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mnist.config import DataConfig, evolve, to_flat
-from mnist.data.datasets import DatasetInfo
+from mnist.data.sources import DatasetInfo
 from mnist.errors import RunError, UserError
 from mnist.recipes import RECIPES
 from mnist.runs.export import export_model, find_export, load_model

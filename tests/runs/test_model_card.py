@@ -18,7 +18,7 @@ from markdown_it import MarkdownIt
 
 from mnist.cli import parse_command_line
 from mnist.config import TrainConfig, evolve, fields_on_resume, to_flat
-from mnist.data.datasets import DatasetInfo
+from mnist.data.sources import DatasetInfo
 from mnist.recipes import RECIPES
 from mnist.runs.model_card import command, escape, render, write_card
 from mnist.runs.records import read_config, read_run_record
