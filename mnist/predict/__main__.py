@@ -217,7 +217,7 @@ def show(console: RichConsole, prediction: Prediction, class_names: Sequence[str
         place = "" if len(prediction.answers) == 1 else f"  digit {number} of {len(prediction.answers)}"
         line = f"{name}{place}  [bold]{class_names[answer.digit]}[/bold]  {answer.probabilities[answer.digit]:.1%}"
         if answer.warning is not None:
-            line += f"  [bold yellow]warning[/bold yellow]  {escape(answer.warning)}"
+            line += f"  [bold magenta]warning[/bold magenta]  {escape(answer.warning)}"
         console.print(line)
         if with_bars:
             _print_bars(console, answer, class_names)
