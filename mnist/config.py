@@ -77,6 +77,8 @@ Model = Literal[
     "yannet",
     "fastnet",
     "poolnet",
+    "poolnet_deep",
+    "committee",
     "deepnet",
     "tinynet",
     "resnet",

@@ -232,6 +232,17 @@ def balanced() -> TrainConfig:
     )
 
 
+def thorough() -> TrainConfig:
+    """At least 99.6 % in 40 seconds of training on two CPU cores: two networks in one, whose logits are averaged.
+
+    Source: own, as `balanced`; committees after Ciresan, Meier, Gambardella, Schmidhuber 2011 (arXiv:1102.0183).
+    Differs: from `balanced`: two wider and deeper networks, each trained on half of every batch, which is twice as
+        large, and so about five times on each image; averaged weights. The accuracy in training is of single networks.
+    Expect: 99.6 %.
+    """
+    return evolve(balanced(), recipe="thorough", model="committee", epochs=10, global_batch_size=768, ema=0.99)
+
+
 def smoke() -> TrainConfig:
     """A few seconds on one core, without network or accounts: for CI. Exit code 1 below 92 %.
 
@@ -256,6 +267,7 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
     for recipe in (
         fast,
         balanced,
+        thorough,
         accurate,
         resnet,
         smoke,
