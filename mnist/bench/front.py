@@ -131,7 +131,7 @@ def measure(script: Script, config: TrainConfig, train: Split, test: Split, seed
         Seconds of training, evaluation not included; the last weights' accuracy on `test`.
     """
     torch.manual_seed(seed)
-    pixels = {"mean": 0.0, "std": 1.0} if script.in_memory else {}
+    pixels = {"mean": (0.0,), "std": (1.0,)} if script.in_memory else {}
     images = train[: script.num_train]
     job = Job(evolve(config, global_batch_size=script.batch_size, **pixels), images, info_of("mnist"))
     device = find_device(config)
