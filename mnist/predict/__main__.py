@@ -52,13 +52,13 @@ import numpy as np
 from rich.console import Console as RichConsole
 from rich.markup import escape
 
-from mnist.data.picture_file import IGNORED, PictureError, decode, is_picture_name, natural_order
+from mnist.data.picture_file import IGNORED, MAX_BYTES, PictureError, decode, is_picture_name, natural_order, read_file
 from mnist.data.sources import DatasetInfo
 from mnist.plots.pictures import SUFFIXES, draw_prediction, save_picture
-from mnist.predict.answers import Answer, answer_digits, see, training_likeness
+from mnist.predict.answers import Answer, answer_digits, largest_of, see, training_likeness
 from mnist.predict.digit_image import SeenDigit
+from mnist.predict.ink import MAX_SIDE, read_picture
 from mnist.predict.not_a_digit import Likeness
-from mnist.predict.picture_file import MAX_SIDE, read_content, read_picture
 from mnist.recipes import run_name
 from mnist.runs.console import Console
 from mnist.runs.export import TrainedModel, find_export, load_model
@@ -89,7 +89,7 @@ class Prediction:
             return {"file": self.file, "error": self.error}
         if class_names is not None:
             return {"file": self.file, **self.answers[0].as_dict(class_names)}
-        largest = max(self.answers, key=lambda answer: answer.seen.box[3] - answer.seen.box[1])
+        largest = largest_of(self.answers)
         if len(self.answers) == 1:
             return {"file": self.file, **largest.as_dict()}
         number = "".join(str(answer.digit) for answer in self.answers)
@@ -200,12 +200,16 @@ def _look(file: str, info: DatasetInfo) -> list[SeenDigit] | str:
 
 
 def _content(file: str) -> bytes:
-    return _standard_input() if file == "-" else read_content(file)
+    """The bytes of a file, or with - of standard input; raises a PictureError or an OSError."""
+    return _standard_input() if file == "-" else read_file(Path(file))
 
 
 @functools.cache
 def _standard_input() -> bytes:
-    return read_content("-")
+    content = sys.stdin.buffer.read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        raise PictureError(f"too large: more than {MAX_BYTES:,} bytes")
+    return content
 
 
 def show(console: RichConsole, prediction: Prediction, class_names: Sequence[str], with_bars: bool) -> None:

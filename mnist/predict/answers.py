@@ -18,8 +18,8 @@ from mnist.data.picture_file import to_image
 from mnist.data.sources import DatasetInfo, is_present
 from mnist.errors import UserError
 from mnist.predict.digit_image import NO_BOX, SeenDigit, see_digits
+from mnist.predict.ink import read_picture
 from mnist.predict.not_a_digit import Likeness
-from mnist.predict.picture_file import read_picture
 from mnist.runs.console import Console
 from mnist.runs.export import TrainedModel
 
@@ -99,3 +99,8 @@ def _answer(seen: SeenDigit, probabilities: list[float], unsure: str, is_unlike:
     best = max(range(len(probabilities)), key=probabilities.__getitem__)
     doubt = UNLIKE_WARNING if is_unlike else unsure if probabilities[best] < UNSURE else None
     return Answer(best, tuple(probabilities), seen.warning or doubt, seen)
+
+
+def largest_of(answers: Sequence[Answer]) -> Answer:
+    """The answer on the tallest digit of a picture."""
+    return max(answers, key=lambda answer: answer.seen.box[3] - answer.seen.box[1])

@@ -22,7 +22,7 @@ from PIL import Image, ImageFilter
 from scipy import ndimage
 
 from mnist.config import MNIST_SIDE
-from mnist.predict.picture_file import PictureError
+from mnist.data.picture_file import PictureError
 
 LOOK_SIDES = (224, 448, 896)  # the longer side of what is looked at, in pixels; the larger ones where nothing was found
 STROKE_SHARE = 0.3  # strokes are thinner than this share of the frame's shorter side, shadows are wider

@@ -14,8 +14,9 @@ from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
 from mnist.config import DataConfig
 from mnist.data.datasets import read
+from mnist.data.picture_file import PictureError
 from mnist.predict.digit_image import SeenDigit, see_digits
-from mnist.predict.picture_file import PictureError, read_picture
+from mnist.predict.ink import read_picture
 
 REAL_DIR = os.environ.get("MNIST_DATA_DIR", "")
 needs_mnist = pytest.mark.skipif(not Path(REAL_DIR, "MNIST", "raw").is_dir(), reason="MNIST_DATA_DIR has no MNIST")

@@ -1,35 +1,18 @@
 """Picture files of digits -> pictures for `see_digits`, upright and of working size.
 
-In: a file, or standard input. Out: a picture in mode L or RGB, or one line that says why there is none.
+In: the bytes of a file. Out: a picture in mode L or RGB, or one line that says why there is none.
 """
 
 from __future__ import annotations
 
-import sys
 import warnings
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from mnist.data.picture_file import MAX_BYTES, PictureError, decode, on_plain_ground, read_file
+from mnist.data.picture_file import decode, on_plain_ground
 
 MAX_SIDE = 1600  # larger pictures are reduced to it at once
-
-
-def read_content(file: str) -> bytes:
-    """The bytes of a file, or with - of standard input.
-
-    Raises:
-        PictureError: no regular file, or larger than 256 MiB, also where it has no end.
-        OSError: missing, or not readable.
-    """
-    if file != "-":
-        return read_file(Path(file))
-    content = sys.stdin.buffer.read(MAX_BYTES + 1)
-    if len(content) > MAX_BYTES:
-        raise PictureError(f"too large: more than {MAX_BYTES:,} bytes")
-    return content
 
 
 def read_picture(content: bytes, suffix: str = "") -> Image.Image:

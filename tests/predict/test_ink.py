@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageDraw
 
-from mnist.data import picture_file as data_picture_file
-from mnist.predict import picture_file
-from mnist.predict.picture_file import PictureError, read_content, read_picture
+from mnist.data import picture_file
+from mnist.data.picture_file import PictureError, read_file
+from mnist.predict import __main__ as command
+from mnist.predict.ink import read_picture
 
 
 def drawing() -> Image.Image:
@@ -46,7 +47,7 @@ def test_files_that_are_no_pictures_are_one_line(content: bytes, message: str) -
 @pytest.mark.parametrize("side", [9_000, 20_000])
 def test_a_huge_picture_is_refused_before_it_is_decoded(side: int, monkeypatch: pytest.MonkeyPatch) -> None:
     content = saved(Image.new("1", (side, side)), "PNG")
-    monkeypatch.setattr(data_picture_file.ImageOps, "exif_transpose", lambda image: pytest.fail("decoded"))
+    monkeypatch.setattr(picture_file.ImageOps, "exif_transpose", lambda image: pytest.fail("decoded"))
     with warnings.catch_warnings(action="error"), pytest.raises(PictureError, match="too large"):
         read_picture(content)
 
@@ -85,17 +86,17 @@ def test_foreign_kinds_are_named_with_what_converts_them(suffix: str, tool: str)
 
 
 def test_endless_standard_input_is_given_up_at_256_mib(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(picture_file, "MAX_BYTES", 1 << 20)
+    monkeypatch.setattr(command, "MAX_BYTES", 1 << 20)
     with Path("/dev/zero").open(encoding="latin-1") as endless:
         monkeypatch.setattr(sys, "stdin", endless)
         with pytest.raises(PictureError, match="too large: more than 1,048,576 bytes"):
-            read_content("-")
+            command._standard_input()
 
 
 def test_a_device_and_a_huge_file_are_not_read(tmp_path: Path) -> None:
     with pytest.raises(PictureError, match=r"^not a regular file$"):
-        read_content("/dev/zero")
+        read_file(Path("/dev/zero"))
     with (tmp_path / "huge.png").open("wb") as file:
         file.truncate(1 << 40)
     with pytest.raises(PictureError, match="1,099,511,627,776 bytes, expected at most 268,435,456"):
-        read_content(str(tmp_path / "huge.png"))
+        read_file(tmp_path / "huge.png")
