@@ -77,7 +77,7 @@ def start_run(
         run.record_failure(error)
         raise
     finally:
-        run.stop_watching()
+        run.close()
 
 
 def _open_tracker(setup: RunSetup, facts: dict[str, Any], environment: dict[str, Any], console: Console) -> Tracker:
@@ -314,10 +314,12 @@ class Run:
         if self._setup.accelerator.is_main_process:
             self._write_result("failed", None, reason=reason)
 
-    def stop_watching(self) -> None:
-        """Takes the bar away and ends the watchdog: the run is over."""
+    def close(self) -> None:
+        """Takes the bar away, ends the watchdog and frees the run directory, for the next call in this process."""
         self._console.stop_progress()
         self._watchdog.stop()
+        if self._setup.directory.lock is not None:
+            self._setup.directory.lock.release()
 
     def _together(self, work: Callable[[], T]) -> T:
         return ranks.together(self._setup.accelerator, work)
