@@ -33,6 +33,7 @@ from torch import Tensor
 from mnist.data.batches import Split
 from mnist.data.picture_file import IGNORED, PictureError, is_picture_name, natural_order, read_file, to_image
 from mnist.errors import UserError, is_first_rank
+from mnist.system import signals
 from mnist.system.files import temporary_path
 from mnist.system.process import num_usable_cores
 
@@ -185,6 +186,8 @@ class Listing:
             with warnings.catch_warnings(action="ignore"):  # Pillow's, of odd files
                 for failed in _with_progress(pool.map(decode_part, parts), len(self.files), show):
                     unreadable.update(failed)
+                    if signals.stop_requested() and not signals.are_installed():  # they would end the process
+                        raise KeyboardInterrupt
         finally:
             pool.shutdown(cancel_futures=True)  # at Ctrl-C
         left_out = tuple((self.files[place].path, reason) for place, reason in sorted(unreadable.items()))
@@ -235,7 +238,10 @@ def find_files(folder: Path) -> tuple[tuple[str, ...], list[File], str | None]:
     if _subfolders(folder / "train"):
         train = folder / "train"
         test = next((folder / name for name in TEST_FOLDERS if _subfolders(folder / name)), None)
-    classes = {(split, _name_of(path)): path for split in (train, test) if split for path in _subfolders(split)}
+    classes = dict[tuple[Path, str], Path]()
+    for split, path in ((top, path) for top in (train, test) if top for path in _subfolders(top)):
+        if (other := classes.setdefault((split, _name_of(path)), path)) != path:
+            raise UserError(f"--data-dir {folder}: two folders are called {_name_of(path)}: {other!a} and {path!a}")
     names = tuple(sorted({name for split, name in classes if split == train}, key=natural_order))
     for split, name in classes:
         if name not in names:
@@ -260,7 +266,9 @@ def find_files(folder: Path) -> tuple[tuple[str, ...], list[File], str | None]:
 
 
 def _name_of(path: Path) -> str:
+    """What a folder is called, in one line that every terminal can show."""
     name = os.fsencode(path.name).decode(errors="replace")
+    name = "".join("\ufffd" if unicodedata.category(letter) in ("Cc", "Zl", "Zp") else letter for letter in name)
     return unicodedata.normalize("NFC", name)  # some file systems take letters and accents apart
 
 

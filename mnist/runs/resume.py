@@ -40,6 +40,8 @@ def check_directory(directory: RunDirectory, config: TrainConfig) -> None:
             "choose another --run-dir, or none"
         )
     changes = _differences(before, config, (*fields_on_resume("fixed"), *fields_on_resume("course")))
+    if config.data.dataset == "folder" and "--mean was" in changes:
+        changes += " (where not given, these are of the training pictures: the data files have changed)"
     if changes:
         raise UserError(
             f"{place}: the run there (recipe {before.recipe}) has another configuration: {changes}; choose another "

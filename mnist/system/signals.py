@@ -138,10 +138,12 @@ def _watch(reader: int) -> None:
         if has_come and os.read(reader, 1)[0] == signal.SIGINT and time.monotonic() - first >= FORCE_AFTER_S:
             _say("ended without saving")
             os._exit(EXIT_FORCED)
+    if not is_training:
+        os._exit(EXIT_PREEMPTED)
     _say("the signal was not obeyed in time; this process was here:")
     with contextlib.suppress(OSError):
         faulthandler.dump_traceback(file=2)
-    os._exit(1 if is_training else EXIT_PREEMPTED)
+    os._exit(1)
 
 
 def _reset_in_child() -> None:
@@ -176,7 +178,8 @@ def _note(number: int, _frame: FrameType | None) -> None:
 
 def _announce(number: int) -> None:
     if is_first_rank():
-        _say(f"\n{signal.Signals(number).name}: saving and ending at the next step")
+        what = "saving and ending at the next step" if _training.is_set() else "ending before training, nothing is lost"
+        _say(f"\n{signal.Signals(number).name}: {what}")
 
 
 def _say(line: str) -> None:

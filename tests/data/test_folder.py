@@ -98,6 +98,26 @@ def test_names_with_spaces_accents_and_numbers_are_sorted_as_people_sort(tmp_pat
     assert read(tmp_path).class_names == ("class 2", "class 10", "gr\u00fcne Katze", "\u5b57")
 
 
+@pytest.mark.parametrize("names", [("é", "e\u0301"), (b"bad\xff", b"bad\xfe")])
+def test_two_folders_of_one_name_are_refused_and_none_is_dropped(shapes, names):
+    for name in map(os.fsdecode, names):
+        shutil.copytree(shapes / "train" / "circle", shapes / "train" / name)
+    with pytest.raises(UserError, match=r"two folders are called .*: PosixPath\('[ -~]+'\) and PosixPath\('[ -~]+'\)$"):
+        read(shapes)
+
+
+def test_names_of_classes_are_one_line_and_cannot_command_a_terminal(shapes):
+    for split in ("train", "test"):
+        (shapes / split / "circle").rename(shapes / split / "a\nb\u2028c\x1b[31md")
+    assert read(shapes).class_names[0] == "a\ufffdb\ufffdc\ufffd[31md"
+
+
+def test_an_interrupt_in_a_notebook_ends_decoding(shapes, monkeypatch):
+    monkeypatch.setattr(folder.signals, "stop_requested", lambda: True)
+    with pytest.raises(KeyboardInterrupt):
+        read(shapes)
+
+
 def test_the_order_depends_on_names_only_and_not_on_the_file_system(shapes, tmp_path):
     paths = sorted(path for path in shapes.rglob("*.png"))
     for path in reversed(paths):
