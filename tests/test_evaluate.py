@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -11,7 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mnist.cli import parse_options, run_command
-from mnist.evaluate import Options, main, mcnemar
+from mnist.config import DataConfig
+from mnist.data.datasets import DatasetInfo, info_of, read
+from mnist.errors import UserError
+from mnist.evaluate import Options, check_fits, main, mcnemar
 from tests.processes import PYTHON, TORCHRUN, finish
 from tests.ranks import run_ranks
 from tests.runs.test_run import SMALL, result, run
@@ -189,3 +193,16 @@ def test_help_answers_without_torch(tmp_path: Path) -> None:
     assert done.code == 0
     assert "Run directory" in done.out
     assert "torch" not in done.err
+
+
+@pytest.mark.parametrize(
+    ("info", "what"),
+    [
+        (info_of("emnist_letters"), "26 classes, but the model was trained for 10"),
+        (DatasetInfo((3, 28, 28), tuple("0123456789")), "3 channels, but the model was trained for 1"),
+    ],
+)
+def test_a_data_set_of_other_classes_or_channels_is_refused(info: DatasetInfo, what: str) -> None:
+    other = dataclasses.replace(read("digits", DataConfig()), name="other", info=info)
+    with pytest.raises(UserError, match=f"--dataset other: has {what}"):
+        check_fits(info_of("mnist"), other)
