@@ -94,7 +94,7 @@ def run_training(config: TrainConfig, accelerator: Accelerator, console: Console
         checkpointing = Checkpointing(setup, run.tracker, validation)
         run.warm_up(train_loader)
         while not run.is_over():
-            steps = run.with_drills(train_loader.steps(state.step, plan.next_epoch_end(state.step)))
+            steps = run.with_injected_faults(train_loader.steps(state.step, plan.next_epoch_end(state.step)))
             steps = run.with_profile(steps)
             for record in train_one_epoch(train_step, steps, state, pauses_at=plan.pauses_at, heartbeat=run.heartbeat):
                 run.log(record)

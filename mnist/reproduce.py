@@ -175,7 +175,7 @@ def _sides(recipe: str, versus: str) -> Iterator[tuple[Side, Side]]:
         return
     try:
         here, there = (_git("rev-parse", "--short=12", "--verify", f"{name}^{{commit}}") for name in ("HEAD", versus))
-    except (OSError, subprocess.CalledProcessError) as error:
+    except (OSError, RunError) as error:
         raise UserError(f"--versus {versus}: neither a recipe ({', '.join(RECIPES)}) nor a commit") from error
     if _git("status", "--porcelain", "--untracked-files=no"):
         raise UserError(f"--versus {versus}: compares commits; commit or stash your changes first")
@@ -189,8 +189,10 @@ def _sides(recipe: str, versus: str) -> Iterator[tuple[Side, Side]]:
 
 
 def _git(*arguments: str) -> str:
-    """What git prints in this repository."""
-    done = subprocess.run(["git", "-C", str(ROOT), *arguments], check=True, capture_output=True, text=True)  # noqa: S603
+    """What git prints in this repository; raises a RunError with its last line where it fails."""
+    done = subprocess.run(["git", "-C", str(ROOT), *arguments], check=False, capture_output=True, text=True)  # noqa: S603
+    if done.returncode:
+        raise RunError(f"git {arguments[0]}: {(done.stderr.splitlines() or ['failed'])[-1]}")
     return done.stdout.strip()
 
 

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from mnist import reproduce
-from mnist.errors import UserError
+from mnist.errors import RunError, UserError
 from mnist.reproduce import Options, Side, describe, main, paired_difference, render, summarise
 from tests.processes import ROOT
 
@@ -209,6 +209,11 @@ def test_a_commit_is_compared_in_a_checkout_of_its_own_and_its_weights_are_the_s
         main(options)
     with pytest.raises(UserError, match=r"--versus nothing: neither a recipe .* nor a commit"):
         main(dataclasses.replace(options, versus="nothing"))
+
+
+def test_an_error_of_git_is_one_line_that_names_its_command() -> None:
+    with pytest.raises(RunError, match=r"^git rev-parse: fatal: .+$"):
+        reproduce._git("rev-parse", "--verify", "no-such-commit")
 
 
 def test_other_weights_are_not_the_same(smoke_run: Path, tmp_path: Path) -> None:

@@ -311,10 +311,10 @@ class Subject:
     @property
     def info(self) -> DatasetInfo:
         """Of the data set: from the exported model, else from the table of data sets."""
-        exported = None if self.folder is None else self.folder / "export" / self.export
-        if exported is not None and exported.is_dir():
-            return read_info(exported)
-        return info_of(self.config.data.dataset)
+        if self.folder is None:
+            return info_of(self.config.data.dataset)
+        exported = self.folder / "export" / self.export
+        return read_info(exported if exported.is_dir() else self.folder)  # which may be a copy of an exported model
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

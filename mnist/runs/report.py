@@ -81,7 +81,7 @@ def warnings(setup: RunSetup, *, has_resumed: bool) -> list[str]:
         found.append(f"--num-threads {setup.config.runtime.num_threads}: a forked process can have one thread only")
     if setup.directory.lock is None:  # as on all ranks but 0, which print nothing
         found.append(f"--run-dir {path}: no locks on this file system; start no second run there")
-    return [*found, *drill_warnings(setup.config, has_resumed=has_resumed)]
+    return [*found, *injection_warnings(setup.config, has_resumed=has_resumed)]
 
 
 def command_to_continue(run_dir: Path) -> str:
@@ -95,7 +95,7 @@ def command_to_continue(run_dir: Path) -> str:
     return f"{start} --resume {shlex.quote(str(run_dir))}"
 
 
-def drill_warnings(config: TrainConfig, *, has_resumed: bool) -> list[str]:
+def injection_warnings(config: TrainConfig, *, has_resumed: bool) -> list[str]:
     """A warning where --inject is used."""
     if not config.output.inject:
         return []

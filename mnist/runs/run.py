@@ -198,7 +198,7 @@ class Run:
         if not self._plan.evaluates_at(record.step):  # an evaluation prints a row of its own
             self._console.progress(record.step, means["loss"], means["accuracy"], speed)
 
-    def with_drills(self, steps: Iterator[Sequence[MicroBatch]]) -> Iterator[Sequence[MicroBatch]]:
+    def with_injected_faults(self, steps: Iterator[Sequence[MicroBatch]]) -> Iterator[Sequence[MicroBatch]]:
         """`steps` with the faults that --inject asks for; a resumed run is spared."""
         texts = () if self._has_resumed else self._setup.config.output.inject
         rank, weights = self._setup.accelerator.process_index, self._setup.train_step.model.parameters()

@@ -1,4 +1,4 @@
-"""Faults on demand, for drills.
+"""Faults on demand, to try what a run does about them.
 
 In: what `--inject` asks for. Out: the fault asked for, at the step asked for. Standard library only.
 """
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 def inject(steps: Iterator[T], texts: Sequence[str], rank: int, steps_done: int, weights: Iterable[Any]) -> Iterator[T]:
-    """`steps`, with what shall go wrong on this rank before the steps that the faults name.
+    """`steps`; before those that the faults name, the fault happens on this rank.
 
     Args:
         steps: what this rank is about to work on.
@@ -31,11 +31,11 @@ def inject(steps: Iterator[T], texts: Sequence[str], rank: int, steps_done: int,
     for number, step in enumerate(steps, start=steps_done + 1):
         for fault in faults:
             if fault.step in (0, number):
-                _happen(fault, weights)
+                _cause(fault, weights)
         yield step
 
 
-def _happen(fault: Fault, weights: Iterable[Any]) -> None:
+def _cause(fault: Fault, weights: Iterable[Any]) -> None:
     match fault.kind:
         case "nan":
             next(iter(weights)).data.fill_(math.nan)

@@ -11,6 +11,7 @@ import os
 import random
 import sys
 import threading
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -36,7 +37,8 @@ _SETTINGS: tuple[tuple[Any, str], ...] = (
 
 @contextmanager
 def restored_afterwards() -> Iterator[None]:
-    """Afterwards the caller has its threads, random state, settings, hooks, environment and signal handlers back.
+    """Afterwards the caller has its threads, random state, settings, hooks, filters of warnings, environment and signal
+    handlers back.
 
     In the block new tensors are float32, whatever the caller's default is, and `signals.interrupts_noted` holds.
     """
@@ -51,6 +53,7 @@ def restored_afterwards() -> Iterator[None]:
             stack.callback(setattr, owner, name, getattr(owner, name))
         stack.callback(random.setstate, random.getstate())
         stack.callback(np.random.set_state, np.random.get_state())  # noqa: NPY002 - the caller's code may draw from it
+        stack.enter_context(warnings.catch_warnings())
         stack.enter_context(torch.random.fork_rng(devices))
         stack.enter_context(signals.interrupts_noted())
         torch.set_default_dtype(torch.float32)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -10,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from mnist.config import to_flat
+from mnist.config import evolve, to_flat
+from mnist.data.sources import DatasetInfo
 from mnist.errors import RunError, UserError
 from mnist.plots import __main__ as plots
 from mnist.plots import run_pictures
@@ -27,7 +29,9 @@ from mnist.plots.__main__ import (
     Samples,
 )
 from mnist.plots.features import activations
+from mnist.recipes import RECIPES
 from mnist.runs.export import export_model, load_model
+from mnist.training.build import build_network
 from tests.processes import PYTHON, ROOT, finish
 from tests.ranks import run_ranks
 from tests.runs.test_run import SMALL
@@ -287,3 +291,12 @@ def test_help_needs_no_torch(tmp_path: Path) -> None:
         assert done.code == 0
         assert "--run" in done.out or "curves" in done.out
     assert finish([*PYTHON, "-m", "mnist.plots", "curvs"], tmp_path, PYTHONPATH=path).code == 2
+
+
+def test_a_copied_export_has_its_own_classes_and_channels(tmp_path):
+    info = DatasetInfo((3, 28, 28), ("cat", "dog"))
+    config = evolve(RECIPES["smoke"](), dataset="folder")
+    weights = build_network(config, info).state_dict()
+    export_model(tmp_path / "copy", weights, {**to_flat(config), **dataclasses.asdict(info)})
+    subject = plots._find_subject(str(tmp_path / "copy"))
+    assert (subject.info, subject.image_shape) == (info, (3, 28, 28))
