@@ -332,12 +332,15 @@ def draw_architecture(layers: Sequence[LayerCost], title: str) -> Figure:
     left, middle = (12 + round(max(text_width(row[column], 8) for row in rows)) for column in (0, 1))
     left, middle = max(110, left), max(310, middle)
     rights = [left + middle + right for right in (0, 0, 85, 155, 245, 345, 450)]  # edges of the columns of numbers
-    width, height = 2 * MARGIN + rights[-1], HEAD + diagram + line * (len(rows) + 1) + MARGIN
+    boxes = [layer for number, layer in enumerate(layers) if number == 0 or layer.shape != layers[number - 1].shape]
+    widest_label = max(text_width(text, 7) for layer in boxes for text in (layer.name, describe_shape(layer.shape)))
+    width = 2 * MARGIN + max(rights[-1], round(len(boxes) * (widest_label + 6)))
+    height = HEAD + diagram + line * (len(rows) + 1) + MARGIN
     subtitle = (
         "shapes: channels x height x width; connections count biases, MAC (multiply-accumulates per image) do not"
     )
     figure, axes = new_canvas(width, height, title, subtitle)
-    _draw_diagram(axes, layers, width, diagram - 20)
+    _draw_diagram(axes, boxes, width, diagram - 20)
     top = HEAD + diagram
     for number, row in enumerate(rows):
         y = top + line * (number + 0.5) + (6 if number == len(rows) - 1 else 0)
@@ -350,9 +353,8 @@ def draw_architecture(layers: Sequence[LayerCost], title: str) -> Figure:
     return figure
 
 
-def _draw_diagram(axes: Axes, layers: Sequence[LayerCost], width: int, height: int) -> None:
+def _draw_diagram(axes: Axes, boxes: Sequence[LayerCost], width: int, height: int) -> None:
     """A box per layer that changes the shape: as high as its maps (or its units), as wide as it has channels."""
-    boxes = [layer for number, layer in enumerate(layers) if number == 0 or layer.shape != layers[number - 1].shape]
     step, middle = (width - 2 * MARGIN) / max(len(boxes), 1), HEAD + (height - 34) / 2
     sides = [layer.shape[-1] if len(layer.shape) > 1 else math.sqrt(layer.shape[0]) for layer in boxes]
     depths = [layer.shape[0] if len(layer.shape) > 1 else 0 for layer in boxes]
