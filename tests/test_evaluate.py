@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from mnist.cli import parse_options, run_command
 from mnist.config import DataConfig
-from mnist.data.datasets import DatasetInfo, info_of, read
+from mnist.data.datasets import read
+from mnist.data.sources import DatasetInfo, info_of
 from mnist.errors import UserError
 from mnist.evaluate import Options, check_fits, main, mcnemar
 from tests.processes import PYTHON, TORCHRUN, finish
