@@ -228,10 +228,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         _require(self.channels in (None, 1, 3), f"--channels {self.channels}: must be 1 or 3")
-        _require(
-            self.channels is None or self.dataset == "folder",
-            f"--channels {self.channels}: needs --dataset folder; the images of {self.dataset} are what they are",
-        )
+        is_folder = self.dataset == "folder"
+        _require(self.channels is None or is_folder, f"--channels {self.channels}: needs --dataset folder")
 
 
 @dataclass(frozen=True)

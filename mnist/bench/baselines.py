@@ -68,15 +68,17 @@ class PILImages(Dataset[tuple[Any, int]]):
         return len(self.split)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image = Image.fromarray(self.split.images[index].numpy(), mode="L")
-        return self.transform(image), int(self.split.labels[index])
+        pixels = self.split.images[index]
+        if pixels.ndim == 3:
+            pixels = pixels.permute(1, 2, 0).squeeze(2)  # (H, W), or (H, W, 3)
+        return self.transform(Image.fromarray(pixels.numpy())), int(self.split.labels[index])
 
 
 def has_torchvision_files(name: str, data_dir: str) -> bool:
-    """Whether torchvision's own class can read the data set: its files are there, and not packed."""
+    """Whether torchvision's own class gives the same images: the files are there, not packed, and upright."""
     source = SOURCES[name]
     raw = Path(data_dir, source.torchvision_class or "", "raw")
-    return bool(source.files) and all((raw / file).is_file() for file in source.files)
+    return bool(source.files) and not source.is_transposed and all((raw / file).is_file() for file in source.files)
 
 
 def usual_loader(job: Job) -> DataLoader[Any]:

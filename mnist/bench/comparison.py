@@ -152,7 +152,7 @@ def _train_passes(loop: Loop, config: TrainConfig, num_images: int, pipe: Connec
     device = find_device(config)
     mode = {"mixed_precision": loop.precision, "step_mode": loop.step_mode}
     config = evolve(config, **mode, cpu=device.type == "cpu")
-    dataset = read(config.data.dataset, config.data)
+    dataset = read(config.data.dataset, config.data, size=config.image.image_size)
     split, info = dataset.train[:num_images], dataset.info
     split = Split(split.images.clone(), split.labels.clone())
     del dataset  # else each loop's memory would contain the whole data set

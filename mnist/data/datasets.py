@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor
 
-from mnist.config import MNIST_MEAN, MNIST_STD, DataConfig, DatasetName, TrainConfig, evolve
+from mnist.config import MNIST_MEAN, MNIST_SIDE, MNIST_STD, DataConfig, DatasetName, TrainConfig, evolve
 from mnist.data import folder
 from mnist.data.batches import Split
 from mnist.data.download import fetch
@@ -170,7 +170,7 @@ def read(
     name: str,
     config: DataConfig,
     fallback_reason: str | None = None,
-    size: int | None = None,
+    size: int = MNIST_SIDE,
     show: folder.Show | None = None,
 ) -> Dataset:
     """Reads and checks the splits; every rank calls it, once the files are there.
@@ -182,7 +182,7 @@ def read(
         name: of the data set, not `auto`.
         config: folder and size of the validation split.
         fallback_reason: why `auto` came to the embedded digits, or None.
-        size: side of the network's input, which people's own pictures are brought to; not needed for other data sets.
+        size: side of the network's input, which people's own pictures are brought to.
         show: is told on a terminal how far decoding them is.
 
     Raises:
@@ -191,7 +191,6 @@ def read(
     source = SOURCES[name]
     class_names, warnings = source.class_names, list[str]()
     if name == "folder":
-        assert size is not None
         pictures = folder.read(config.data_dir, config.channels or folder.CHANNELS, size, show)
         train, test, hashes, class_names = pictures.train, pictures.test, [pictures.sha256], pictures.class_names
         warnings = folder.warnings_of(pictures)

@@ -17,7 +17,9 @@ from mnist.bench.comparison import Loop, LoopResult, check_losses, compare, meas
 from mnist.bench.report import Report, print_report
 from mnist.bench.scaling import ALONE, WAYS, Turn, measure_scaling
 from mnist.config import DataConfig, TrainConfig, evolve
+from mnist.data.batches import Split
 from mnist.data.datasets import read
+from mnist.data.sources import SOURCES
 from mnist.data.transforms import BatchTransform
 from mnist.errors import RunError, UserError
 from mnist.recipes import RECIPES
@@ -111,6 +113,18 @@ def test_the_stand_in_hands_out_what_torchvision_would(tmp_path: Path) -> None:
     image, label = PILImages(DIGITS.train, import_torchvision("transforms").ToTensor())[7]
     assert label == int(DIGITS.train.labels[7])
     torch.testing.assert_close(image, DIGITS.train.images[7:8].float() / 255)
+
+
+def test_the_usual_pipeline_shows_letters_upright_and_pictures_in_colour(tmp_path: Path) -> None:
+    for file in SOURCES["emnist_letters"].files:
+        (tmp_path / "EMNIST" / "raw").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "EMNIST" / "raw" / file).touch()
+    assert not has_torchvision_files("emnist_letters", str(tmp_path))  # torchvision's class shows them transposed
+    to_tensor = import_torchvision("transforms").ToTensor()
+    for channels in (1, 3):
+        pixels = torch.randint(0, 256, (2, channels, 8, 8), dtype=torch.uint8)
+        image, _ = PILImages(Split(pixels, torch.zeros(2, dtype=torch.int64)), to_tensor)[1]
+        assert torch.equal(image, pixels[1] / 255)
 
 
 def result(loop: str, rates: list[float], loss: float = 2.0, **mode: Any) -> LoopResult:
