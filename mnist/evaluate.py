@@ -203,8 +203,8 @@ class Comparison:
 
     def as_text(self) -> str:
         """Two lines."""
-        line = f"versus {self.trained.folder}: accuracy {self.scores.accuracy:.2%}\nright in one model alone: "
-        line += f"{self.only_first} images in the first, {self.only_second} in the other; "
+        line = f"versus {self.trained.folder}: accuracy {self.scores.accuracy:.2%}\nimages that one model alone gets "
+        line += f"right: {self.only_first} the first, {self.only_second} the other; "
         verdict = "they differ" if self.p_value < 0.05 else "no difference shown"
         return f"{line}McNemar's exact test p = {self.p_value:.3g}: {verdict}\n"
 

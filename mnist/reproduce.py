@@ -138,10 +138,11 @@ def compare(options: Options, versus: str) -> int:
     with _sides(options.recipe[0], versus) as sides:
         for seed in range(options.seeds):
             pairs.append([_run(side, seed, options) for side in sides])
+            first, second = (run["dataset"] for run in pairs[-1])
+            if first != second:
+                raise RunError(f"--versus {versus}: trained on {second}, but --recipe {options.recipe[0]} on {first}")
             num_identical += _same_weights(*(side.folder(seed, options) for side in sides))
     rows = [summarise(side.recipe, list(runs)) for side, runs in zip(sides, zip(*pairs, strict=True), strict=True)]
-    if rows[0]["dataset"] != rows[1]["dataset"]:
-        raise RunError(f"--versus {versus}: trained on {rows[1]['dataset']}, not on {rows[0]['dataset']}")
     mean, interval = paired_difference(*(row["accuracies"] for row in rows))
     ratio = statistics.median(second["train_time_s"] / first["train_time_s"] for first, second in pairs)
     found = {"difference": mean, "interval": interval, "time_ratio": ratio, "num_identical_weights": num_identical}

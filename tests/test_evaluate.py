@@ -114,7 +114,7 @@ def test_versus_counts_the_images_that_one_model_alone_gets_right(
     assert found["versus"]["num_correct"] == sum(threes)
     assert found["versus"]["p_value"] == mcnemar(*only.values()) < 0.001
     *_, line = evaluate(*command).splitlines()
-    assert line.startswith(f"right in one model alone: {only['only_first_correct']} images in the first, ")
+    assert line.startswith(f"images that one model alone gets right: {only['only_first_correct']} the first, ")
     assert line.endswith(": they differ")
 
 

@@ -153,6 +153,19 @@ def compared(monkeypatch: pytest.MonkeyPatch, first: list[float], second: list[f
     assert main(Options(recipe=("fast",), versus="mlp", seeds=len(first))) == 0
 
 
+def test_versus_ends_after_the_first_pair_where_the_data_sets_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    trained: list[str] = []
+
+    def run(side: Side, seed: int, _options: Options) -> dict[str, Any]:
+        trained.append(f"{side.name} {seed}")
+        return made(seed, 0.9, dataset="digits" if side.name == "smoke" else "mnist")
+
+    monkeypatch.setattr(reproduce, "_run", run)
+    with pytest.raises(reproduce.RunError, match="--versus smoke: trained on digits, but --recipe fast on mnist"):
+        main(Options(recipe=("fast",), versus="smoke", seeds=5))
+    assert trained == ["fast 0", "smoke 0"]
+
+
 @pytest.mark.parametrize(
     ("second", "verdict"),
     [

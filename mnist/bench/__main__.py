@@ -130,7 +130,7 @@ def bench_loops(options: Options) -> Report:
         environment=environment(threads(options), device) | {"data": f"{config.data.dataset}, {source}"},
         rows=rows,
         notes=[
-            "x usual and over bare: medians of the ratios within each round; the bare loop of the same mode",
+            "x usual, over bare: the median of all rounds' ratios; over bare: to the bare loop in the same mode",
             "memory: " + ("resident set, libraries included, workers not" if device == "cpu" else "allocated on GPU"),
             f"bare loop and this project: equal losses, to {max(row['loss difference'] or 0 for row in rows):.1e}",
         ],

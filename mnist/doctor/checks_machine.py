@@ -204,7 +204,7 @@ def judge_memory(facts: Sequence[Fact]) -> Judgement:
         available = members[0].value["host_gib"]
         if available < MIN_HOST_GIB * len(members):
             return "warn", f"{available} GiB are available to {count(len(members), 'rank')} on {host}: start fewer"
-    return "pass", f"{min(fact.value['host_gib'] for fact in facts)} GiB available or more"
+    return "pass", f"at least {min(fact.value['host_gib'] for fact in facts)} GiB available"
 
 
 def measure_clock(probe: Probe) -> dict[str, Any]:

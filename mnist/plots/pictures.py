@@ -410,7 +410,7 @@ def draw_prediction(
     best = max(range(len(probabilities)), key=probabilities.__getitem__)
     title = fit(f"{class_names[best]}, {probabilities[best]:.1%}", 860, 11)
     has_frame = any(box)
-    subtitle = "left the picture" + ", with the digit framed" * has_frame
+    subtitle = "on the left the picture" + ", with the digit framed" * has_frame
     figure = new_figure(960, 360, title, f"warning: {warning}" if warning else subtitle)
     picture = add_axes(figure, MARGIN, HEAD, 270, 270)
     network = add_axes(figure, MARGIN + 300, HEAD, 270, 270)

@@ -121,8 +121,9 @@ def main(options: Options) -> int:
             if drawings:
                 _draw(prediction, drawings[index], trained.info)
     if not options.json:
-        kind = "" if trained.config.data.dataset == "mnist" else f", NOT MNIST but {trained.config.data.dataset}"
-        kind = kind if trained.info.has_digits else f", {len(class_names)} classes of {trained.config.data.dataset}"
+        dataset = trained.config.data.dataset
+        kind = "" if dataset == "mnist" else f", trained on {dataset}, NOT on MNIST"
+        kind = kind if trained.info.has_digits else f", {len(class_names)} classes of {dataset}"
         Console().note(f"model: {trained.folder} ({run_name(trained.config)}{kind})")
     if options.json:
         sys.stdout.write(json.dumps(printed, indent=1) + "\n")

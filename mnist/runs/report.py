@@ -40,6 +40,7 @@ def banner(setup: RunSetup, facts: dict[str, Any], environment: dict[str, Any]) 
     copies = dataset.train_copies
     sizes = f"{len(dataset.train):,} train" + (f" ({len(dataset.train) // copies:,} x {copies})" if copies > 1 else "")
     sizes += f" / {len(dataset.val):,} val" if dataset.val is not None else ""
+    classes = "" if dataset.info.has_digits else f", {len(dataset.class_names)} classes"
     world = f"{count(plan.world_size, 'process')} ({environment['launcher']})"
     threads = count(environment["threads_per_process"], "thread")
     share = f"{plan.world_size} x {plan.accumulation_steps} x {plan.micro_batch_size}"
@@ -47,7 +48,7 @@ def banner(setup: RunSetup, facts: dict[str, Any], environment: dict[str, Any]) 
     return [
         ("recipe", f"{run_name(config)}: {optim.model}, {facts['num_params']:,} parameters"),
         *([("weights", str(weights))] if weights is not None else []),
-        ("data", f"{dataset.name}: {sizes} / {len(dataset.test):,} test"),
+        ("data", f"{dataset.name}: {sizes} / {len(dataset.test):,} test{classes}"),
         ("device", f"{environment['ranks'][0]['device']}, {threads}, {world}"),
         ("precision", facts["precision"]),
         ("batch", f"{plan.global_batch_size} = processes x micro-batches x images {share}"),
@@ -81,6 +82,8 @@ def warnings(setup: RunSetup, *, has_resumed: bool) -> list[str]:
         found.append(f"--num-threads {setup.config.runtime.num_threads}: a forked process can have one thread only")
     if setup.directory.lock is None:  # as on all ranks but 0, which print nothing
         found.append(f"--run-dir {path}: no locks on this file system; start no second run there")
+    if setup.directory.config is not None and not has_resumed:
+        found.append(f"--run-dir {path}: the earlier start saved no checkpoint; the run begins at its first step")
     return [*found, *injection_warnings(setup.config, has_resumed=has_resumed)]
 
 
@@ -141,16 +144,18 @@ def closing(setup: RunSetup, test: Scores) -> Rows:
     if test.accuracy <= most_frequent + GUESSING_MARGIN:
         advice = f"no better than one answer for all images ({most_frequent:.2%}): nothing was learnt; a smaller --lr?"
         rows.append(("remark", advice))
-    rows.append(("worst", worst_classes(test, dataset.class_names)))
+    if worst := worst_classes(test, dataset.class_names):
+        rows.append(("worst", worst))
     if state.stop_reason:
         rows.append(("stopped", f"{state.stop_reason} after step {state.step} of {plan.num_steps}"))
     return rows
 
 
 def worst_classes(test: Scores, class_names: Sequence[str], most: int = 3) -> str:
-    """The classes with the lowest accuracy, such as "9 98.12%, 5 98.43%, 8 98.77%"."""
-    known = [(rate, name) for rate, name in zip(test.accuracy_per_class, class_names, strict=True) if rate is not None]
-    return ", ".join(f"{name} {rate:.2%}" for rate, name in sorted(known)[:most])
+    """The classes with the lowest accuracy, such as "9 98.12%, 5 98.43%, 8 98.77%"; empty where all are right."""
+    rates = zip(test.accuracy_per_class, class_names, strict=True)
+    faulty = sorted((rate, name) for rate, name in rates if rate is not None and rate < 1)
+    return ", ".join(f"{name} {rate:.2%}" for rate, name in faulty[:most])
 
 
 def next_commands(path: Path, dataset: str) -> list[str]:

@@ -85,7 +85,10 @@ def build_plan(config: TrainConfig, num_train: int, world_size: int) -> Plan:
     loop = config.loop
     batch, accumulation_steps = loop.global_batch_size, loop.gradient_accumulation_steps or 1
     if batch > num_train:
-        raise UserError(f"--global-batch-size {batch}: larger than the training set of {num_train:,} images")
+        raise UserError(
+            f"--global-batch-size {batch}: larger than the training set of {num_train:,} images; "
+            f"give {num_train} or less, and more --epochs"
+        )
     if batch < world_size * accumulation_steps:
         raise UserError(
             f"--global-batch-size {batch}: too small for {world_size} processes x {accumulation_steps} "

@@ -381,7 +381,7 @@ CASES: list[tuple[Callable[[Any], Judgement], list[Any], str, str]] = [
         "fail",
         "3 threads of 1 rank for 2 cores on b",
     ),
-    (machine.judge_memory, [memory(8.0)] * 2, "pass", "8.0 GiB"),
+    (machine.judge_memory, [memory(8.0)] * 2, "pass", "at least 8.0 GiB available"),
     (machine.judge_memory, [memory(8.0), memory(8.0), memory(0.5)], "warn", "0.5 GiB are available to 1 rank on b"),
     (machine.judge_memory, [memory(8.0, 70.0), memory(8.0, 30.0)], "warn", "30.0 of 80.0 GiB of GPU memory"),
     (machine.judge_clock, [{"time_s": 100.0}, {"time_s": 100.2}], "pass", "200 ms"),

@@ -27,6 +27,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     options = "--dataset folder --data-dir shapes --global-batch-size 30 --epochs 30 --run-dir run"
     done = finish(train(*options.split(), "--num-threads", "1", "--no-pictures"), folder)
     assert done.code == 0, done.err
+    assert "folder: 120 train / 30 test, 3 classes\n" in done.out
     assert "python -m mnist.evaluate --run run" in done.out
     return folder / "run"
 

@@ -79,7 +79,7 @@ def test_the_picture_of_the_readme(run_dir: Path, tmp_path: Path) -> None:
         [*PREDICT, str(ROOT / "docs" / "digit.png"), "--run", str(run_dir), "--save", str(drawing)], tmp_path
     )
     assert finished.code == 0
-    assert finished.err == f"drawn: {drawing}\nmodel: {run_dir}/export/best (smoke, NOT MNIST but digits)\n"
+    assert finished.err == f"drawn: {drawing}\nmodel: {run_dir}/export/best (smoke, trained on digits, NOT on MNIST)\n"
     assert re.search(r"digit\.png  5  \d+\.\d%$", finished.out.splitlines()[0])
     assert [line.split()[0] for line in finished.out.splitlines()[1:]] == list("0123456789")
     assert "\x1b" not in finished.out

@@ -457,6 +457,18 @@ def test_a_diverged_run_says_where_and_is_not_resumed(tmp_path: Path, capfd: pyt
     assert "this run diverged at step" in capfd.readouterr().err
 
 
+def test_a_restart_before_the_first_checkpoint_says_that_nothing_was_saved(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = [*SMALL, "--max-steps", "3", "--min-accuracy", "None", "--run-dir", str(tmp_path)]
+    said = "the earlier start saved no checkpoint; the run begins at its first step"
+    with pytest.raises(RuntimeError):
+        train_ddp.train(parse_command_line([*config, "--inject", "raise@2"]))
+    assert said not in capfd.readouterr().err
+    train_ddp.train(parse_command_line(config))
+    assert said in capfd.readouterr().err
+
+
 def test_resume_never_refuses_a_directory_that_holds_a_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert run_ranks(run, 1, tmp_path, *SMALL, "--epochs", "1", "--min-accuracy", "None", "--resume", "never") == [0]
     before = weights(tmp_path)
@@ -526,7 +538,10 @@ def test_a_resume_that_cannot_be_is_one_line(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--global-batch-size", "70000"], "--global-batch-size 70000: larger than the training set of 60,354 images"),
+        (
+            ["--global-batch-size", "70000"],
+            "--global-batch-size 70000: larger than the training set of 60,354 images; give 60354 or less",
+        ),
         (["--val-size", "1437"], "--val-size 1437: must be below"),
         (["--mixed-precision", "fp16"], "--mixed-precision fp16: needs a GPU"),
         (["--gradient-accumulation-steps", "65"], "--global-batch-size 64: too small"),
