@@ -33,6 +33,7 @@ from mnist.data.batches import Split
 from mnist.data.sources import info_of
 from mnist.data.transforms import BatchTransform
 from mnist.plots.canvas import DPI, GREY, INK, LINES, PALE, add_axes, new_figure
+from mnist.runs.console import count
 from mnist.system.files import read_json, write_atomically, write_json
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 
 DOCS = Path(__file__).parents[2] / "docs"
 EVAL_BATCH = 1000
-TICKS = (80, 90, 95, 97, 98, 98.5, 99, 99.3, 99.5, 99.6, 99.7, 99.8)  # accuracies in %
+TICKS = (0.8, 0.9, 0.95, 0.97, 0.98, 0.985, 0.99, 0.993, 0.995, 0.996, 0.997, 0.998)
 
 
 @dataclass(frozen=True)
@@ -132,8 +133,8 @@ def measure(script: Script, config: TrainConfig, train: Split, test: Split, seed
     """
     torch.manual_seed(seed)
     pixels = {"mean": (0.0,), "std": (1.0,)} if script.in_memory else {}
-    images = train[: script.num_train]
-    job = Job(evolve(config, global_batch_size=script.batch_size, **pixels), images, info_of("mnist"))
+    changed = evolve(config, global_batch_size=script.batch_size, **pixels)
+    job = Job(changed, train[: script.num_train], info_of("mnist"))
     device = find_device(config)
     model, batches = script.build().to(device), _batches(script, job)
     optimizer = script.optimizer(model.parameters())
@@ -222,7 +223,7 @@ def points(results: dict[str, Any], scripts: dict[str, Any]) -> list[Row]:
             "seconds": round(row["train_time_s"], 2),
             "accuracy": round(sum(row["accuracies"]) / len(row["accuracies"]), 5),
             "n": len(row["accuracies"]),
-            "hardware": f"{row['hardware']}, {row['threads']} thread{'s' if row['threads'] > 1 else ''}",
+            "hardware": f"{row['hardware']}, {count(row['threads'], 'thread')}",
         }
         for row in rows
         if row["dataset"] == "mnist" and row["accuracies"]
@@ -252,7 +253,7 @@ def draw(shown: list[Row], path: Path) -> None:
     heights = [_height(point["accuracy"]) for point in shown]
     axes.set_ylim(min(heights) - 0.08, max(heights) + 0.12)
     ticks = [accuracy for accuracy in TICKS if min(heights) - 0.08 < _height(accuracy) < max(heights) + 0.12]
-    axes.set_yticks([_height(accuracy) for accuracy in ticks], [f"{accuracy:.3g} %" for accuracy in ticks])
+    axes.set_yticks([_height(accuracy) for accuracy in ticks], [f"{100 * accuracy:.3g} %" for accuracy in ticks])
     axes.set_xlabel("seconds of training, logarithmic", size=8.5, color=GREY)
     axes.grid(color=PALE, linewidth=0.5)
     best = [point for i, point in enumerate(shown) if all(p["accuracy"] < point["accuracy"] for p in shown[:i])]
@@ -277,8 +278,8 @@ def draw(shown: list[Row], path: Path) -> None:
 
 
 def _height(accuracy: float) -> float:
-    """Where an accuracy, a fraction or in %, stands on the vertical axis."""
-    return -math.log10(1 - (accuracy if accuracy <= 1 else accuracy / 100))
+    """Where an accuracy, a fraction, stands on the vertical axis."""
+    return -math.log10(1 - accuracy)
 
 
 def _name_points(axes: Axes, shown: list[Row]) -> None:

@@ -109,15 +109,7 @@ def build_accelerator(config: RuntimeConfig, trackers: Sequence[str] = ()) -> Ac
     config = fill_in_runtime(config)
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     cpu = config.cpu or not _has_accelerator()
-    if cpu and config.mixed_precision == "fp16":
-        raise MachineError("--mixed-precision fp16: needs a GPU; on a CPU choose bf16 or no")
-    if cpu and config.sync_bn:
-        raise MachineError("--sync-bn: needs GPUs, torch has no synchronised batch norm for CPUs; leave it out")
-    if not cpu and torch.cuda.is_available() and local_world_size > torch.cuda.device_count():
-        raise MachineError(
-            f"{local_world_size} processes but {torch.cuda.device_count()} GPUs on {socket.gethostname()}: start fewer "
-            f"(--num_processes / --nproc-per-node), or train on the CPU with --cpu"
-        )
+    _check_machine(config, cpu, local_world_size)
     # OpenMP's threads are not there in a forked process, such as one of `notebook_launcher`'s, which would wait for
     # them for ever where the process that it was forked from had several.
     num_threads = 1 if os.getpid() != _IMPORTED_IN and torch.get_num_threads() > 1 else config.num_threads
@@ -150,6 +142,18 @@ def build_accelerator(config: RuntimeConfig, trackers: Sequence[str] = ()) -> Ac
             f"each would train alone; use accelerate launch or torchrun, or unset RANK and WORLD_SIZE"
         )
     return accelerator
+
+
+def _check_machine(config: RuntimeConfig, cpu: bool, local_world_size: int) -> None:
+    if cpu and config.mixed_precision == "fp16":
+        raise MachineError("--mixed-precision fp16: needs a GPU; on a CPU choose bf16 or no")
+    if cpu and config.sync_bn:
+        raise MachineError("--sync-bn: needs GPUs, torch has no synchronised batch norm for CPUs; leave it out")
+    if not cpu and torch.cuda.is_available() and local_world_size > torch.cuda.device_count():
+        raise MachineError(
+            f"{local_world_size} processes but {torch.cuda.device_count()} GPUs on {socket.gethostname()}: start fewer "
+            f"(--num_processes / --nproc-per-node), or train on the CPU with --cpu"
+        )
 
 
 def _restart_with_fresh_keys(backend: str, timeout_s: int) -> None:
