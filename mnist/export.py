@@ -88,6 +88,8 @@ def main(options: Options) -> int:
     path = Path(options.output or trained.folder / (ONNX if options.format == "onnx" else PT2))
     if path.is_dir():
         raise UserError(f"--output {path}: a folder; name a file in it")
+    if path.exists() and not path.is_file():  # it would be replaced
+        raise UserError(f"--output {path}: a device or a pipe; name a file")
     name, test = _test_images(trained, options.data_dir)
     for warning in filter(None, [trained.warning, _other_images(trained, name)]):
         console.warn(warning)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import shutil
 import sys
@@ -236,6 +237,13 @@ def test_a_missing_package_is_one_line_that_says_what_to_install(copied_run: Pat
 def test_a_folder_as_output_is_a_mistake(copied_run: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--output .*: a folder; name a file in it"):
         main(Options(str(copied_run), output=str(tmp_path)))
+
+
+def test_a_device_or_a_pipe_as_output_is_not_replaced(copied_run: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match=r"--output .*pipe: a device or a pipe; name a file"):
+        main(Options(run=str(copied_run), format="torch", output=str(tmp_path / "pipe")))
+    assert (tmp_path / "pipe").is_fifo()
 
 
 @pytest.mark.launch

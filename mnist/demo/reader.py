@@ -93,7 +93,7 @@ def read(content: bytes, folder: str, *, with_layers: bool) -> Reading:
     if not content:
         return Reading(class_names)
     try:
-        (answers,) = answer_digits(trained, [see(content, "", trained.info)], likeness)
+        (answers,) = answer_digits(trained, [see(content, "", trained)], likeness)
     except PictureError as error:
         return Reading(class_names, error=str(error))
     outputs = {}

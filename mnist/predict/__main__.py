@@ -178,7 +178,7 @@ def _is_shown(path: Path) -> bool:
 
 def predict(trained: TrainedModel, files: Sequence[str], likeness: Likeness | None = None) -> list[Prediction]:
     """What the network says of each file, in order. All digits, or whole pictures, go through it as one batch."""
-    looked = [_look(file, trained.info) for file in files]
+    looked = [_look(file, trained) for file in files]
     answers = iter(answer_digits(trained, [found for found in looked if not isinstance(found, str)], likeness))
     return [
         Prediction(file, error=found) if isinstance(found, str) else Prediction(file, next(answers))
@@ -186,14 +186,14 @@ def predict(trained: TrainedModel, files: Sequence[str], likeness: Likeness | No
     ]
 
 
-def _look(file: str, info: DatasetInfo) -> list[SeenDigit] | str:
+def _look(file: str, trained: TrainedModel) -> list[SeenDigit] | str:
     """What is to be shown to the network, or why there is nothing: digits, or the whole picture if it knows none."""
     if os.path.isdir(file):  # noqa: PTH112 - as above
         return "a folder without pictures"
     if not os.path.lexists(file) and glob.has_magic(file):
         return "no file matches"
     try:
-        return see(_content(file), Path(file).suffix, info)
+        return see(_content(file), Path(file).suffix, trained)
     except PictureError as error:
         return str(error)
     except OSError as error:

@@ -15,7 +15,7 @@ import torch
 
 from mnist.data.datasets import read, relocate
 from mnist.data.picture_file import to_image
-from mnist.data.sources import DatasetInfo, is_present
+from mnist.data.sources import is_present
 from mnist.errors import UserError
 from mnist.predict.digit_image import NO_BOX, SeenDigit, see_digits
 from mnist.predict.ink import read_picture
@@ -53,17 +53,24 @@ class Answer:
         return {"class": class_names[self.digit], "probabilities": by_class, "warning": self.warning}
 
 
-def see(content: bytes, suffix: str, info: DatasetInfo) -> list[SeenDigit]:
+def see(content: bytes, suffix: str, trained: TrainedModel) -> list[SeenDigit]:
     """What a network is to be shown of a picture file: its digits, or the whole picture where it knows no digits.
+
+    The data sets in MNIST's format show light things on black: for their networks a picture with a light edge is
+    inverted. Those of people's own pictures see it as it is.
 
     Raises:
         PictureError: not a picture, or there is nothing in it.
     """
-    if info.has_digits:
+    if trained.info.has_digits:
         return see_digits(read_picture(content, suffix))
-    num_channels, side, _ = info.image_shape
+    num_channels, side, _ = trained.info.image_shape
     with warnings.catch_warnings(action="ignore"):
-        return [SeenDigit(to_image(content, suffix, num_channels, side), NO_BOX)]
+        pixels = to_image(content, suffix, num_channels, side)
+    edge = np.concatenate([pixels[:, 0], pixels[:, -1], pixels[:, :, 0], pixels[:, :, -1]], axis=1)
+    if trained.config.data.dataset != "folder" and np.median(edge) > 127:
+        pixels = 255 - pixels
+    return [SeenDigit(pixels, NO_BOX)]
 
 
 def training_likeness(trained: TrainedModel) -> Likeness | None:

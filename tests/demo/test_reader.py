@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from PIL import Image, ImageOps
 
 from mnist.config import evolve, to_flat
 from mnist.data.sources import DatasetInfo
@@ -103,3 +105,20 @@ def test_a_model_of_47_other_classes_is_shown_the_whole_picture_as_predict_shows
     assert reading.answers[0].seen.pixels.shape == (num_channels, 28, 28)
     assert reading.class_names == info.class_names
     assert list(reading.outputs.values())[-1].shape == (1, 47)
+
+
+@pytest.mark.parametrize(("dataset", "is_inverted"), [("emnist_letters", True), ("folder", False)])
+def test_dark_ink_on_light_paper_is_inverted_for_data_sets_of_light_ink_only(
+    dataset: str, is_inverted: bool, tmp_path: Path
+) -> None:
+    info = DatasetInfo((1, 28, 28), tuple("abc"))
+    config = {**to_flat(RECIPES["smoke"]()), "dataset": dataset}
+    export_model(tmp_path, module_tensors(build_network(RECIPES["smoke"](), info)), {**config, **asdict(info)})
+    dark_on_light = Image.new("L", (28, 28), 255)
+    dark_on_light.paste(0, (10, 10, 18, 18))
+    seen = []
+    for picture in (dark_on_light, ImageOps.invert(dark_on_light)):
+        file = io.BytesIO()
+        picture.save(file, "PNG")
+        seen.append(read(file.getvalue(), str(tmp_path), with_layers=False).answers[0].seen.pixels[0, 0, 0])
+    assert seen == [0 if is_inverted else 255, 0]
