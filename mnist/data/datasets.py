@@ -99,7 +99,7 @@ def load(config: DataConfig, accelerator: Accelerator, size: int, show: folder.S
         show: is told on a terminal how far decoding them is.
 
     Raises:
-        UserError: on all ranks, if any of them has no data, broken data, or other data than rank 0.
+        UserError: on all ranks, if any of them has no data, broken data, other data than rank 0, or no room for it.
     """
     choice = ranks.together(accelerator, lambda: choose(config))
     ranks.together(accelerator, lambda: _fetch_or_decode(choice.name, config, size, show), on="local_main")
@@ -107,7 +107,18 @@ def load(config: DataConfig, accelerator: Accelerator, size: int, show: folder.S
         accelerator, lambda: read(choice.name, config, choice.fallback_reason, size, show), on="all"
     )
     ranks.require_agreement(accelerator, data_files=dataset.fingerprint)
-    return dataset.to(accelerator.device)
+    return ranks.together(accelerator, lambda: _to_device(dataset, accelerator.device), on="all")
+
+
+def _to_device(dataset: Dataset, device: torch.device) -> Dataset:
+    try:
+        return dataset.to(device)
+    except torch.OutOfMemoryError as error:
+        splits = [split for split in (dataset.train, dataset.val, dataset.test) if split is not None]
+        size = f"{sum(split.images.nbytes for split in splits) / 1e9:.1f} GB of images"
+        raise UserError(
+            f"--dataset {dataset.name}: {size} do not fit on {device}; try a smaller --image-size"
+        ) from error
 
 
 def resolve(config: TrainConfig, dataset: Dataset) -> TrainConfig:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from sklearn.datasets import load_digits
 
 from mnist.config import DataConfig, ImageConfig, TrainConfig, evolve
@@ -444,3 +445,14 @@ def test_a_label_outside_emnists_letters_is_named_as_the_file_has_it(tmp_path):
     write_emnist(tmp_path, "letters", [0, 1])
     with pytest.raises(UserError, match="train-labels-idx1-ubyte: label 0, expected 1 to 26"):
         datasets.read("emnist_letters", DataConfig(data_dir=str(tmp_path)))
+
+
+def test_images_that_do_not_fit_on_the_gpu_are_one_line_with_their_size(monkeypatch):
+    def fail(_dataset, _device):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(datasets.Dataset, "to", fail)
+    with pytest.raises(
+        UserError, match=r"^--dataset digits: 0\.0 GB of images do not fit on cpu; try a smaller --image-"
+    ):
+        datasets.load(DataConfig(dataset="digits"), Accelerator(cpu=True), 28)
