@@ -104,7 +104,7 @@ _MEANT = {"fp32": "no"}  # Accelerate's word for it
 def check_choice(flag: str, value: str, valid: Sequence[str]) -> None:
     """Raises a `UserError` that names the flag, the likely meant value and the valid ones, unless `value` is one."""
     if value not in valid:
-        near = [_MEANT[value]] if value in _MEANT else difflib.get_close_matches(value.lower(), valid, n=1, cutoff=0.5)
+        near = [_MEANT[value]] if value in _MEANT else difflib.get_close_matches(value.lower(), valid, n=1, cutoff=0.6)
         hint = f"did you mean {near[0]}? " if near else ""
         raise UserError(f"{flag} {value}: unknown; {hint}choose from {', '.join(valid)}")
 

@@ -208,6 +208,7 @@ def test_the_printed_configuration_reproduces_the_run(config_file, capsys, argv)
         (["--recipe"], ["--recipe"]),
         (["--dataset", "minst"], ["--dataset minst", "did you mean mnist?", "fashion_mnist", "digits"]),
         (["--model=lenet6"], ["--model lenet6", "lenet5", "tinynet"]),
+        (["--model=small"], ["--model small: unknown; choose from convnet"]),  # not "did you mean mlp?"
         (["--optimizer", "Adam"], ["--optimizer Adam", "did you mean adam?", "adadelta"]),
         (["--mixed-precision", "fp32"], ["--mixed-precision fp32", "bf16", "fp16", "no"]),
         (["--wandb", "None"], ["--wandb", "auto", "offline"]),
