@@ -82,7 +82,12 @@ def read_run_record(run_dir: Path) -> RunRecord | None:
     """
     path = run_dir / "result.json"
     content = read_json(path)
-    return check_record(path, content, RunRecord, complete=content.get("status") != "running") if content else None
+    if not content:
+        return None
+    record = check_record(path, content, RunRecord, complete=content.get("status") != "running")
+    if record.test is not None:
+        record.test.update(content["test"])  # with metrics that were added to METRICS, of which no type knows
+    return record
 
 
 def read_config(path: Path) -> TrainConfig:

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from mnist.errors import UserError
 from mnist.runs.export import TrainedModel, find_export, load_model
-from mnist.runs.records import RunRecord, Status, read_run_record
+from mnist.runs.records import RunRecord, ScoreRecord, Status, read_run_record
 from mnist.runs.tracking.jsonl import read_rows
 from mnist.training.metrics import Scores
+
+_USUAL = tuple(ScoreRecord.__annotations__)  # the scores that every run has
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,9 @@ class Result:
         scores, confusion = self.record.test, self.record.test_confusion
         if scores is None or confusion is None:
             return None
-        return Scores(scores["loss"], scores["num_correct"], scores["num_samples"], tuple(map(tuple, confusion)))
+        others = {name: value for name, value in cast("dict[str, float]", scores).items() if name not in _USUAL}
+        counts = tuple(map(tuple, confusion))
+        return Scores(scores["loss"], scores["num_correct"], scores["num_samples"], counts, others)
 
     @property
     def history(self) -> list[dict[str, Any]]:

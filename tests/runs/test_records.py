@@ -9,6 +9,7 @@ import pytest
 
 from mnist.config import TrainConfig, to_flat
 from mnist.runs.records import ScoreRecord, check_record, read_config, read_run_record
+from mnist.runs.result import load_result
 from mnist.system.files import RecordError
 
 RUNNING = {
@@ -187,3 +188,13 @@ def test_a_damaged_configuration_is_one_line_that_names_the_field(tmp_path: Path
         write(tmp_path / "config.json", content)
     with pytest.raises(RecordError, match=rf"config\.json: {message}"):
         read_config(tmp_path / "config.json")
+
+
+def test_a_metric_that_was_added_is_read_back_with_the_scores(smoke_run: Path, tmp_path: Path) -> None:
+    content = json.loads((smoke_run / "result.json").read_text())
+    content["test"]["top3"] = 0.75
+    (tmp_path / "result.json").write_text(json.dumps(content))
+    scores = load_result(tmp_path).test
+    assert scores is not None
+    assert scores.others == {"top3": 0.75}
+    assert scores.as_dict() == content["test"]
