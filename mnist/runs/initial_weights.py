@@ -6,6 +6,8 @@ from the checkpoint and does not come here.
 
 from __future__ import annotations
 
+import re
+
 from torch import Tensor, nn
 
 from mnist.errors import UserError
@@ -49,15 +51,22 @@ def _read(wanted: str, network: str, model: nn.Module) -> tuple[InitialWeights, 
 def misfits(weights: dict[str, Tensor], model: nn.Module, place: str) -> list[str]:
     """Names of the tensors of the last layer of `model` if its number of classes is not that of `weights`; else none.
 
+    (Of a committee, of the last layer of each member.)
+
     Raises:
         UserError: a tensor of another layer has another shape. The message begins with `place`.
     """
     own = model.state_dict()
-    last_layer = list(own)[-1].rpartition(".")[0]
+    last_layer = _layer_of(list(own)[-1])
     found = [name for name, tensor in own.items() if weights[name].shape != tensor.shape]
     for name in found:
         same_inputs = weights[name].shape[1:] == own[name].shape[1:]
-        if name.rpartition(".")[0] != last_layer or not same_inputs:
+        if _layer_of(name) != last_layer or not same_inputs:
             shapes = f"{tuple(weights[name].shape)}, not {tuple(own[name].shape)}"
             raise UserError(f"{place}: {name} has the shape {shapes}; only another number of classes is taken")
     return found
+
+
+def _layer_of(name: str) -> str:
+    """The layer of a tensor; one name for all members of a committee."""
+    return re.sub(r"\.\d+\.", ".", name.rpartition(".")[0])

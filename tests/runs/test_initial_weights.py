@@ -13,6 +13,7 @@ from torch import nn
 
 from mnist.config import TrainConfig, fields_on_resume
 from mnist.errors import UserError
+from mnist.models import build_model
 from mnist.runs.initial_weights import misfits
 from tests.data.test_datasets import write_files
 from tests.ranks import run_ranks
@@ -126,6 +127,12 @@ def network(num_classes: int, width: int = 8) -> nn.Sequential:
 def test_the_last_layer_is_skipped_where_the_number_of_classes_differs() -> None:
     assert misfits(network(10).state_dict(), network(26), "--init-from a") == ["3.weight", "3.bias"]
     assert misfits(network(26).state_dict(), network(26), "--init-from a") == []
+
+
+def test_the_last_layer_of_each_member_of_a_committee_is_skipped() -> None:
+    weights = build_model("committee", 1, 28, 10).state_dict()
+    names = [f"members.{member}.linear.{part}" for member in (0, 1) for part in ("weight", "bias")]
+    assert misfits(weights, build_model("committee", 1, 28, 26), "--init-from a") == names
 
 
 @pytest.mark.parametrize(("width", "name"), [(9, "0.weight"), (16, "0.weight")])
