@@ -141,6 +141,7 @@ def compare(options: Options, versus: str) -> int:
             first, second = (run["dataset"] for run in pairs[-1])
             if first != second:
                 raise RunError(f"--versus {versus}: trained on {second}, but --recipe {options.recipe[0]} on {first}")
+            _require_one_origin(pairs[-1], is_one_commit=sides[0].root == sides[1].root)
             num_identical += _same_weights(*(side.folder(seed, options) for side in sides))
     rows = [summarise(side.recipe, list(runs)) for side, runs in zip(sides, zip(*pairs, strict=True), strict=True)]
     mean, interval = paired_difference(*(row["accuracies"] for row in rows))
@@ -291,12 +292,15 @@ def summarise(recipe: str, runs: list[dict[str, Any]], *, is_sample: bool = Fals
     }
 
 
-def _require_one_origin(runs: list[dict[str, Any]]) -> None:
-    """Checks that all runs of a row are of one program on one machine and data set."""
-    for name in ("git_commit", "threads_per_process", "packages", "platform"):
+def _require_one_origin(runs: list[dict[str, Any]], *, is_one_commit: bool = True) -> None:
+    """Checks that runs that are compared, or averaged, are of one program on one machine and data set."""
+    for name in (*["git_commit"] * is_one_commit, "threads_per_process", "packages", "platform"):
         found = {json.dumps(run["environment"].get(name)) for run in runs}
         if len(found) > 1:
-            raise RunError(f"--runs-dir: runs with different {name.replace('_', ' ')} ({', '.join(sorted(found))})")
+            raise RunError(
+                f"--runs-dir: runs with different {name.replace('_', ' ')} ({', '.join(sorted(found))}); "
+                "remove the older ones, or give another --runs-dir"
+            )
     if len({run["dataset"] for run in runs}) > 1:
         raise RunError("--runs-dir: runs on different data sets; remove those of the other one")
 

@@ -166,6 +166,18 @@ def test_versus_ends_after_the_first_pair_where_the_data_sets_differ(monkeypatch
     assert trained == ["fast 0", "smoke 0"]
 
 
+def test_versus_refuses_an_older_run_with_another_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was taken as it was, and the ratio of the times was that of the threads."""
+
+    def run(side: Side, seed: int, _options: Options) -> dict[str, Any]:
+        found = made(seed, 0.9)
+        return found | {"environment": found["environment"] | {"threads_per_process": 1 if side.name == "mlp" else 2}}
+
+    monkeypatch.setattr(reproduce, "_run", run)
+    with pytest.raises(reproduce.RunError, match=r"different threads per process \(1, 2\); remove the older ones"):
+        main(Options(recipe=("fast",), versus="mlp", seeds=1))
+
+
 @pytest.mark.parametrize(
     ("second", "verdict"),
     [

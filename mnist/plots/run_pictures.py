@@ -119,7 +119,7 @@ def sample_figure(config: TrainConfig, dataset: Dataset, augment: Augmentation |
 def curve_figure(histories: Sequence[History]) -> Figure:
     """The curves of one run, or of several."""
     if len(histories) > 1:
-        title = f"{len(histories)} runs on {', '.join(dict.fromkeys(history.dataset for history in histories))}"
+        title = f"{len(histories)} runs on {' and '.join(dict.fromkeys(history.dataset for history in histories))}"
         return draw_curves(
             histories, title, "strong: validation or test; pale: training, the mean since the last record"
         )
