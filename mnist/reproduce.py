@@ -49,6 +49,7 @@ README = ROOT / "README.md"
 _BEGIN, _END = "<!-- results -->", "<!-- /results -->"
 _DEFAULT = tuple(name for name in RECIPES if name != "accurate")  # which takes hours on a CPU
 EXIT_INTERRUPTED = 130
+_AGAIN = "-again"  # ends the name of a second side that is the same as the first: it is run, too
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,7 @@ def _sides(recipe: str, versus: str) -> Iterator[tuple[Side, Side]]:
         UserError: `versus` is neither, or there are changes that no commit has.
     """
     if versus in RECIPES:
-        yield Side(recipe, recipe), Side(versus, versus)
+        yield Side(recipe, recipe), Side(versus, versus + _AGAIN * (versus == recipe))
         return
     try:
         here, there = (_git("rev-parse", "--short=12", "--verify", f"{name}^{{commit}}") for name in ("HEAD", versus))
@@ -185,7 +186,10 @@ def _sides(recipe: str, versus: str) -> Iterator[tuple[Side, Side]]:
         root = Path(folder, there)
         _git("worktree", "add", "--detach", str(root), there)
         try:
-            yield Side(recipe, f"{recipe}-{here}", ROOT), Side(recipe, f"{recipe}-{there}", root)
+            yield (
+                Side(recipe, f"{recipe}-{here}", ROOT),
+                Side(recipe, f"{recipe}-{there}" + _AGAIN * (there == here), root),
+            )
         finally:
             _git("worktree", "remove", "--force", str(root))
 

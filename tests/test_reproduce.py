@@ -153,6 +153,11 @@ def compared(monkeypatch: pytest.MonkeyPatch, first: list[float], second: list[f
     assert main(Options(recipe=("fast",), versus="mlp", seeds=len(first))) == 0
 
 
+def test_a_recipe_versus_itself_is_run_twice() -> None:
+    with reproduce._sides("smoke", "smoke") as sides:
+        assert [(side.recipe, side.name) for side in sides] == [("smoke", "smoke"), ("smoke", "smoke-again")]
+
+
 def test_versus_ends_after_the_first_pair_where_the_data_sets_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     trained: list[str] = []
 
@@ -227,6 +232,8 @@ def test_a_commit_is_compared_in_a_checkout_of_its_own_and_its_weights_are_the_s
     assert comparison["num_identical_weights"] == 2
     assert comparison["interval"] == [0.0, 0.0]
     assert len(list((tmp_path / "runs").iterdir())) == 4
+    assert main(dataclasses.replace(options, versus="HEAD", seeds=1, runs_dir=str(tmp_path / "same"))) == 0
+    assert len(list((tmp_path / "same").iterdir())) == 2, "this commit is run twice, not compared with the same run"
     trees = subprocess.run([*git, "worktree", "list"], check=True, capture_output=True, text=True).stdout
     assert len(trees.splitlines()) == 1
     (repository / "train_ddp.py").write_text("changed")
