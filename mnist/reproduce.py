@@ -153,7 +153,9 @@ def compare(options: Options, versus: str) -> int:
         return 0
     for side, row in zip(sides, rows, strict=True):
         mean_text, minimum, n = _accuracy(row)
-        sys.stdout.write(f"{side.name}: {mean_text} %, minimum {minimum}, n={n}, {_time(row)} of training\n")
+        sys.stdout.write(
+            f"{side.name}: test accuracy, %: {mean_text}, minimum {minimum}, n={n}; {_time(row)} of training\n"
+        )
     verdict = "no difference shown"
     if interval is not None and not interval[0] <= 0 <= interval[1]:
         verdict = f"{sides[mean > 0].name} is better"

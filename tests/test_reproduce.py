@@ -196,7 +196,7 @@ def test_the_better_recipe_is_named_where_the_interval_excludes_zero(
 ) -> None:
     compared(monkeypatch, [0.986, 0.987, 0.988], second)
     first_line, second_line, difference, time, weights = capsys.readouterr().out.splitlines()
-    assert first_line == "fast: 98.70 +- 0.10 %, minimum 98.60, n=3, 2 s of training"
+    assert first_line == "fast: test accuracy, %: 98.70 +- 0.10, minimum 98.60, n=3; 2 s of training"
     assert second_line.startswith("mlp: ")
     assert difference.endswith(f": {verdict}")
     assert (time, weights) == (
