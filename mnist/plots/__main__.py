@@ -58,7 +58,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class Pixels:
-    """The numbers of one test image, printed too: 0 = paper, 255 = ink."""
+    """The numbers of one test image, printed too: 0 = paper, 255 = ink; of colours one table each."""
 
     place: Place = field(default_factory=Place)
     recipe: _Recipe = None
@@ -186,10 +186,13 @@ def _pixels(options: Pixels) -> Path:
     dataset = _read_data(subject.config, options.data_dir)
     _check_images([options.image], dataset)
     image, label = dataset.test.images[options.image], int(dataset.test.labels[options.image])
-    for row in image.flatten(0, -2).tolist():
-        sys.stdout.write("".join(f"{pixel:4}" for pixel in row) + "\n")
+    channels = image.reshape(-1, *image.shape[-2:]).tolist()
+    tables = ["".join("".join(f"{pixel:4}" for pixel in row) + "\n" for row in channel) for channel in channels]
+    sys.stdout.write("\n".join(tables))
     title = f"{dataset.name}, test image {options.image}: {dataset.class_names[label]}"
-    return pictures.save_picture(pictures.draw_pixels(image, title, "0 = paper, 255 = ink"), path)
+    scale = "0 = paper, 255 = ink" if dataset.info.has_digits else "0 to 255, large numbers dark"
+    scale = "red, green and blue, one below the other; 0 to 255, large numbers dark" if len(channels) == 3 else scale
+    return pictures.save_picture(pictures.draw_pixels(image, title, scale), path)
 
 
 def _check_images(indices: Sequence[int], dataset: datasets.Dataset) -> None:

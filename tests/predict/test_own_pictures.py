@@ -13,6 +13,7 @@ from PIL import Image
 
 from mnist import evaluate
 from mnist.errors import UserError
+from mnist.plots import __main__ as plots
 from mnist.predict.__main__ import Options, main
 from mnist.runs.export import load_model
 from tests.processes import finish, train
@@ -92,6 +93,16 @@ def test_an_unsure_answer_speaks_of_classes_and_not_of_digits(
     Image.new("RGB", (30, 30), "grey").save(tmp_path / "nothing.png")
     (answer,) = ask(capsys, tmp_path / "nothing.png", run=run)
     assert answer["warning"] == "not sure: no class is much more probable than the others"
+
+
+def test_the_numbers_of_a_coloured_picture_are_three_tables(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(run.parent)
+    place = plots.Place(run=str(run), out=str(tmp_path / "pixels.png"))
+    assert plots.main(plots.Options(plots.Pixels(place, image=3))) == 0
+    *tables, _file = capsys.readouterr().out.splitlines()
+    assert [len(line.split()) for line in tables] == [*[28] * 28, 0, *[28] * 28, 0, *[28] * 28]
 
 
 def test_evaluate_gives_the_same_numbers_and_finds_the_pictures_by_itself(
