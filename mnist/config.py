@@ -78,7 +78,7 @@ Model = Literal[
     "fastnet",
     "poolnet",
     "poolnet_deep",
-    "committee",
+    "ensemble",
     "deepnet",
     "tinynet",
     "resnet",

@@ -286,7 +286,7 @@ def poolnet(in_channels: int, image_size: int, num_classes: int) -> nn.Sequentia
 
 
 def poolnet_deep(in_channels: int, image_size: int, num_classes: int) -> nn.Sequential:
-    """A member of `committee`; 109,178 parameters, 1.8 M: wider than `poolnet`, with a fourth convolution."""
+    """A member of `ensemble`; 109,178 parameters, 1.8 M: wider than `poolnet`, with a fourth convolution."""
     flat_size = _flat_size(image_size, 128, ((image_size - 4) // 2 - 2) // 2 - 2)
     return _sequential(
         conv1=nn.Conv2d(in_channels, 16, kernel_size=5, bias=False),  # 1x28x28 -> 16x24x24
@@ -308,11 +308,12 @@ def poolnet_deep(in_channels: int, image_size: int, num_classes: int) -> nn.Sequ
     )
 
 
-class Committee(nn.Module):
+class Ensemble(nn.Module):
     """Networks of one kind, each trained on a share of every batch; together they predict the mean of their logits.
 
     With a global batch as many times larger, each member learns as it would alone: from other images in each step than
-    the others, and from initial weights of its own.
+    the others, and from initial weights of its own. Which images those are depends on the number of processes and
+    micro-batches, as the statistics of batch norm do.
     """
 
     def __init__(self, members: Iterable[nn.Module]) -> None:
@@ -330,9 +331,9 @@ class Committee(nn.Module):
         return torch.stack([member(images) for member in self.members]).mean(dim=0)
 
 
-def committee(in_channels: int, image_size: int, num_classes: int) -> Committee:
+def ensemble(in_channels: int, image_size: int, num_classes: int) -> Ensemble:
     """The network of `thorough`: two `poolnet_deep`; 218,356 parameters, 3.7 M to predict."""
-    return Committee(poolnet_deep(in_channels, image_size, num_classes) for _ in range(2))
+    return Ensemble(poolnet_deep(in_channels, image_size, num_classes) for _ in range(2))
 
 
 def deepnet(in_channels: int, image_size: int, num_classes: int) -> nn.Sequential:
@@ -424,7 +425,7 @@ MODELS: dict[str, Builder] = {
         fastnet,
         poolnet,
         poolnet_deep,
-        committee,
+        ensemble,
         deepnet,
         tinynet,
         resnet,

@@ -217,7 +217,7 @@ def balanced() -> TrainConfig:
     """At least 99.5 % in less than ten seconds of training on two CPU cores: three epochs with augmentation.
 
     Source: own, found by a search on a validation split (docs/lab.md).
-    Differs: from `fast`: a pooling instead of the stride, half as many channels more, and light affine maps.
+    Differs: from `fast`: a pooling instead of the stride, half as many channels again, and light affine maps.
     Expect: 99.5 %.
     """
     return evolve(
@@ -235,12 +235,12 @@ def balanced() -> TrainConfig:
 def thorough() -> TrainConfig:
     """At least 99.6 % in 40 seconds of training on two CPU cores: two networks in one, whose logits are averaged.
 
-    Source: own, as `balanced`; committees after Ciresan, Meier, Gambardella, Schmidhuber 2011 (arXiv:1102.0183).
+    Source: own, as `balanced`; an ensemble after Ciresan, Meier, Gambardella, Schmidhuber 2011 (arXiv:1102.0183).
     Differs: from `balanced`: two wider and deeper networks, each trained on half of every batch, which is twice as
         large, and so about five times on each image; averaged weights. The accuracy in training is of single networks.
     Expect: 99.6 %.
     """
-    return evolve(balanced(), recipe="thorough", model="committee", epochs=10, global_batch_size=768, ema=0.99)
+    return evolve(balanced(), recipe="thorough", model="ensemble", epochs=10, global_batch_size=768, ema=0.99)
 
 
 def smoke() -> TrainConfig:

@@ -10,7 +10,7 @@ from mnist.config import IMAGE_SIZES, Model
 from mnist.errors import UserError
 from mnist.models import (
     MODELS,
-    Committee,
+    Ensemble,
     ResidualBlock,
     ScaledTanh,
     TrainablePooling,
@@ -261,28 +261,28 @@ def test_convolutions_lie_in_memory_with_channels_last(name):
     assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
 
 
-def small_committee():
+def small_ensemble():
     torch.manual_seed(0)
-    return Committee(nn.Sequential(nn.Flatten(), nn.Linear(9, 4)) for _ in range(3))
+    return Ensemble(nn.Sequential(nn.Flatten(), nn.Linear(9, 4)) for _ in range(3))
 
 
-def test_a_committee_predicts_the_mean_of_its_members_logits():
-    committee = small_committee().eval()
+def test_a_ensemble_predicts_the_mean_of_its_members_logits():
+    ensemble = small_ensemble().eval()
     batch = torch.randn(7, 1, 3, 3)
-    expected = sum(member(batch) for member in committee.members) / 3
-    torch.testing.assert_close(committee(batch), expected)
+    expected = sum(member(batch) for member in ensemble.members) / 3
+    torch.testing.assert_close(ensemble(batch), expected)
 
 
-def test_each_member_of_a_committee_learns_from_its_own_share_of_a_batch():
-    committee, alone = small_committee(), small_committee()
+def test_each_member_of_a_ensemble_learns_from_its_own_share_of_a_batch():
+    ensemble, alone = small_ensemble(), small_ensemble()
     batch, labels = torch.randn(8, 1, 3, 3), torch.arange(8) % 4
-    nn.functional.cross_entropy(committee(batch), labels, reduction="sum").backward()
-    for member, twin, share in zip(committee.members, alone.members, ([0, 1, 2], [3, 4, 5], [6, 7]), strict=True):
+    nn.functional.cross_entropy(ensemble(batch), labels, reduction="sum").backward()
+    for member, twin, share in zip(ensemble.members, alone.members, ([0, 1, 2], [3, 4, 5], [6, 7]), strict=True):
         nn.functional.cross_entropy(twin(batch[share]), labels[share], reduction="sum").backward()
         torch.testing.assert_close(member[1].weight.grad, twin[1].weight.grad)
 
 
-def test_a_batch_smaller_than_a_committee_goes_to_every_member():
-    committee = small_committee()
-    committee(torch.randn(2, 1, 3, 3)).sum().backward()
-    assert all(member[1].weight.grad.abs().sum() > 0 for member in committee.members)
+def test_a_batch_smaller_than_a_ensemble_goes_to_every_member():
+    ensemble = small_ensemble()
+    ensemble(torch.randn(2, 1, 3, 3)).sum().backward()
+    assert all(member[1].weight.grad.abs().sum() > 0 for member in ensemble.members)

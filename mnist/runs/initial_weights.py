@@ -51,7 +51,7 @@ def _read(wanted: str, network: str, model: nn.Module) -> tuple[InitialWeights, 
 def misfits(weights: dict[str, Tensor], model: nn.Module, place: str) -> list[str]:
     """Names of the tensors of the last layer of `model` if its number of classes is not that of `weights`; else none.
 
-    (Of a committee, of the last layer of each member.)
+    (Of an ensemble, of the last layer of each member.)
 
     Raises:
         UserError: a tensor of another layer has another shape. The message begins with `place`.
@@ -68,5 +68,5 @@ def misfits(weights: dict[str, Tensor], model: nn.Module, place: str) -> list[st
 
 
 def _layer_of(name: str) -> str:
-    """The layer of a tensor; one name for all members of a committee."""
+    """The layer of a tensor; one name for all members of an ensemble."""
     return re.sub(r"\.\d+\.", ".", name.rpartition(".")[0])

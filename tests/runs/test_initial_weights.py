@@ -129,10 +129,10 @@ def test_the_last_layer_is_skipped_where_the_number_of_classes_differs() -> None
     assert misfits(network(26).state_dict(), network(26), "--init-from a") == []
 
 
-def test_the_last_layer_of_each_member_of_a_committee_is_skipped() -> None:
-    weights = build_model("committee", 1, 28, 10).state_dict()
+def test_the_last_layer_of_each_member_of_a_ensemble_is_skipped() -> None:
+    weights = build_model("ensemble", 1, 28, 10).state_dict()
     names = [f"members.{member}.linear.{part}" for member in (0, 1) for part in ("weight", "bias")]
-    assert misfits(weights, build_model("committee", 1, 28, 26), "--init-from a") == names
+    assert misfits(weights, build_model("ensemble", 1, 28, 26), "--init-from a") == names
 
 
 @pytest.mark.parametrize(("width", "name"), [(9, "0.weight"), (16, "0.weight")])
