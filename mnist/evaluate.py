@@ -270,7 +270,9 @@ class Report:
             table.add_row(name, shown, *(str(count) if count else "" for count in row))
         for column in table.columns[1:]:
             column.justify = "right"
-        console = RichConsole(width=200)  # a terminal may wrap long class names, but nothing is cut
+        console = RichConsole(
+            width=200, markup=False, emoji=False
+        )  # a terminal may wrap long class names; nothing is cut
         with console.capture() as captured:
             console.print(table)
         versus = "" if self.versus is None else self.versus.as_text()

@@ -220,7 +220,9 @@ def show(console: RichConsole, prediction: Prediction, class_names: Sequence[str
         console.print(f"{name}  [bold red]error[/bold red]  {escape(prediction.error)}")
     for number, answer in enumerate(prediction.answers, start=1):
         place = "" if len(prediction.answers) == 1 else f"  digit {number} of {len(prediction.answers)}"
-        line = f"{name}{place}  [bold]{class_names[answer.digit]}[/bold]  {answer.probabilities[answer.digit]:.1%}"
+        line = (
+            f"{name}{place}  [bold]{escape(class_names[answer.digit])}[/bold]  {answer.probabilities[answer.digit]:.1%}"
+        )
         if answer.warning is not None:
             line += f"  [bold magenta]warning[/bold magenta]  {escape(answer.warning)}"
         console.print(line)
@@ -235,7 +237,7 @@ def _print_bars(console: RichConsole, answer: Answer, class_names: Sequence[str]
     for k in sorted(likely):
         label, p = class_names[k], answer.probabilities[k]
         length = round(p * BAR_WIDTH)
-        bar = f"{label:>{width}}  {filled * length}{empty * (BAR_WIDTH - length)}  {p:6.1%}"
+        bar = f"{escape(f'{label:>{width}}')}  {filled * length}{empty * (BAR_WIDTH - length)}  {p:6.1%}"
         console.print(f"  [bold]{bar}[/bold]" if k == answer.digit else f"  {bar}")
 
 
@@ -249,8 +251,8 @@ def _can_print(console: RichConsole, characters: str) -> bool:
 
 def _stdout_console() -> RichConsole:
     if sys.stdout.isatty():
-        return RichConsole(highlight=False, soft_wrap=True)
-    return RichConsole(highlight=False, soft_wrap=True, color_system=None, force_terminal=False)
+        return RichConsole(highlight=False, emoji=False, soft_wrap=True)
+    return RichConsole(highlight=False, emoji=False, soft_wrap=True, color_system=None, force_terminal=False)
 
 
 def _draw(prediction: Prediction, path: Path, info: DatasetInfo) -> None:

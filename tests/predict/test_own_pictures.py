@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from mnist import evaluate
+from mnist.data.picture_file import natural_order
 from mnist.errors import UserError
 from mnist.plots import __main__ as plots
 from mnist.predict.__main__ import Options, main
@@ -133,3 +134,25 @@ def test_a_run_resumes_on_the_same_pictures_and_not_on_changed_ones(run: Path, t
     draw_shape("circle", 9).save(folder / "shapes" / "train" / "circle" / "0.png")
     done = finish([*command, "--epochs", "3"], folder)
     assert (done.code, "--mean was" in done.err, "the data files have changed" in done.err) == (2, True, True), done.err
+
+
+def test_names_of_classes_are_printed_as_they_are_and_not_as_markup(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    names = sorted(["[bold]x", "cat [old]", ":cat:"], key=natural_order)
+    path = tmp_path / "run" / "export" / "best" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "class_names": names}))
+    shutil.copytree(run.parent / "shapes", tmp_path / "shapes")
+    for split in ("train", "test"):
+        for name, kind in zip(names, CLASSES, strict=True):
+            (tmp_path / "shapes" / split / kind).rename(tmp_path / "shapes" / split / name)
+    assert (
+        main(Options((str(next((tmp_path / "shapes" / "test" / ":cat:").iterdir())),), run=str(tmp_path / "run"))) == 0
+    )
+    predicted = capsys.readouterr().out
+    evaluate.main(evaluate.Options(run=str(tmp_path / "run"), data_dir=str(tmp_path / "shapes"), num_threads=1))
+    evaluated = capsys.readouterr().out
+    for name in names:
+        assert name in predicted
+        assert name in evaluated
