@@ -205,8 +205,19 @@ def _check_images(indices: Sequence[int], dataset: datasets.Dataset) -> None:
 
 def _curves(options: Curves) -> Path:
     runs = list(dict.fromkeys(Path(run) for group in options.run for run in group)) or _newest_run()
-    path = _picture_path(options.out, runs[0] / "pictures", "curves" if len(runs) == 1 else "comparison")
-    return pictures.save_picture(run_pictures.curve_figure([read_history(run) for run in runs]), path)
+    histories, left_out = {}, []
+    for run in runs:  # runs/*/ also names folders without records, such as runs/reproduce
+        try:
+            histories[run] = read_history(run)
+        except UserError as error:
+            left_out.append(error)
+    if not histories:
+        raise left_out[0]
+    for reason in left_out:
+        Console().warn(f"left out: {reason}")
+    name = "curves" if len(histories) == 1 else "comparison"
+    path = _picture_path(options.out, next(iter(histories)) / "pictures", name)
+    return pictures.save_picture(run_pictures.curve_figure(list(histories.values())), path)
 
 
 def _newest_run() -> list[Path]:

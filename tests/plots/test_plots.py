@@ -196,6 +196,18 @@ def test_curves_of_two_runs(run: str, capsys: pytest.CaptureFixture[str], runs: 
     assert draw(Curves(run=runs), capsys) == ["runs/one/pictures/comparison.png"]
 
 
+def test_curves_of_all_folders_below_runs_leave_out_those_without_records(
+    run: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`--run runs/*/` ended with an error after `python -m mnist.reproduce`, which keeps its runs in runs/reproduce."""
+    shutil.copytree(run, "runs/two")
+    Path("runs/a-reproduce").mkdir()
+    assert plots.main(Options(Curves(run=(("runs/a-reproduce", "runs/one", "runs/two"),)))) == 0
+    printed = capsys.readouterr()
+    assert printed.out.splitlines() == ["runs/one/pictures/comparison.png"]
+    assert "left out: --run runs/a-reproduce: no metrics.jsonl there" in printed.err
+
+
 def test_the_table_of_layers_is_printed(run: str, capsys: pytest.CaptureFixture[str]) -> None:
     lines = draw(Architecture(recipe="convnet"), capsys)
     assert lines[0].split() == ["layer", "what", "it", "is", "output", "neurons", "parameters", "connections", "MAC"]
