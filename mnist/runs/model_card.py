@@ -218,15 +218,17 @@ def _summary(result: RunRecord, test: ScoreRecord, config: TrainConfig, info: Da
     channels, height, width = info.image_shape
     kind = "grey" if channels == 1 else f"{channels}-channel"
     rates = [(row[k] / sum(row), info.class_names[k]) for k, row in enumerate(result.test_confusion or []) if any(row)]
-    weakest = ", ".join(f"{escape(name)} ({rate:.2%})" for rate, name in sorted(rates)[:3])
+    faulty = sorted((rate, name) for rate, name in rates if rate < 1)
+    weakest = ", ".join(f"{escape(name)} ({rate:.2%})" for rate, name in faulty[:3])
+    ground = " (0 is paper)" if info.has_digits else ""
     chosen = "those with the best accuracy on held-out training images" if config.data.val_size else "the last ones"
     rows = [
         ("accuracy", f"**{test['accuracy']:.2%}**: {test['num_correct']:,} of {test['num_samples']:,} test images"),
         ("conditions", f"one run, seed {result.seed}, {result.precision}; another seed gives another number"),
         ("weights", f"{chosen}; each test image was scored once"),
-        ("lowest accuracy", weakest),
+        ("lowest accuracy", weakest or "none: all classes are right"),
         ("classes", ", ".join(escape(name) for name in info.class_names)),
-        ("input", f"{height}x{width} {kind} pixels, 0 to 255, as the data set has them (in MNIST, 0 is paper)"),
+        ("input", f"{height}x{width} {kind} pixels, 0 to 255, as the data set has them{ground}"),
     ]
     name = "a folder of pictures" if result.dataset == "folder" else escape(result.dataset)
     intro = f"The network `{config.optim.model}` ({result.num_params:,} parameters), trained on {name} with Accelerate."
