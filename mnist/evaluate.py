@@ -21,7 +21,7 @@ from itertools import pairwise
 from typing import Any, Literal
 
 from mnist.cli import RunOption, parse_options, run_command
-from mnist.config import DatasetName, Evaluation, Precision, RuntimeConfig
+from mnist.config import DataConfig, DatasetName, Evaluation, Precision, RuntimeConfig
 from mnist.errors import UserError
 from mnist.system.process import num_usable_cores
 
@@ -75,6 +75,7 @@ from torch import Tensor
 
 from mnist.data import datasets
 from mnist.data.batches import Split
+from mnist.data.datasets import Dataset
 from mnist.data.sources import DatasetInfo
 from mnist.runs.console import Console
 from mnist.runs.export import TrainedModel, find_export, load_model
@@ -90,27 +91,38 @@ def main(options: Options) -> int:
     trained = load_model(find_export(options.run))
     other = None if options.versus is None else load_model(find_export(options.versus, "--versus"), "--versus")
     config = datasets.relocate(trained.config.data, options.dataset, options.data_dir)
-    if config.dataset == "folder":
-        config = replace(config, channels=trained.info.in_channels)
     with open_accelerator(_runtime_here(trained.config.runtime, options)) as accelerator:
         console = Console(accelerator.is_main_process)
-        dataset = datasets.load(config, accelerator, trained.config.image.image_size)
-        split = {"test": dataset.test, "val": dataset.val, "train": dataset.train}[options.split]
-        if split is None:
-            raise UserError("--split val: no images were held out when this model was trained; choose test or train")
-        for model in filter(None, (trained, other)):
-            check_fits(model.info, dataset)
+        dataset = _load_for(trained, config, accelerator)
+        split = _split_of(dataset, options)
+        theirs = split if other is None else _split_of(_load_for(other, config, accelerator, "--versus"), options)
         for line in (*(model.warning for model in (trained, other) if model), *dataset.warnings):
             if line is not None:
                 console.warn(line)
         scores, batches, is_correct = _score(trained, split, accelerator, options)
         report = Report(trained, dataset.name, options.split, dataset.class_names, scores, batches)
         if other is not None:
-            other_scores, _, other_is_correct = _score(other, split, accelerator, options)
+            other_scores, _, other_is_correct = _score(other, theirs, accelerator, options)
             report = replace(report, versus=Comparison.of(other, other_scores, is_correct, other_is_correct))
         if accelerator.is_main_process:
             sys.stdout.write(report.as_json() if options.json else report.as_text())
     return 0
+
+
+def _load_for(trained: TrainedModel, config: DataConfig, accelerator: Accelerator, flag: str = "--run") -> Dataset:
+    """The images as this network takes them: own pictures in its size and channels. Every rank must call this."""
+    if config.dataset == "folder":
+        config = replace(config, channels=trained.info.in_channels)
+    dataset = datasets.load(config, accelerator, trained.config.image.image_size)
+    check_fits(trained.info, dataset, flag)
+    return dataset
+
+
+def _split_of(dataset: Dataset, options: Options) -> Split:
+    split = {"test": dataset.test, "val": dataset.val, "train": dataset.train}[options.split]
+    if split is None:
+        raise UserError("--split val: no images were held out when this model was trained; choose test or train")
+    return split
 
 
 def _score(
@@ -151,20 +163,21 @@ def _score(
     return scores, batches, is_correct
 
 
-def check_fits(info: DatasetInfo, dataset: datasets.Dataset) -> None:
-    """Checks that a network can be scored on a data set.
+def check_fits(info: DatasetInfo, dataset: Dataset, flag: str = "--run") -> None:
+    """Checks that a network, which `flag` names, can be scored on a data set.
 
     Raises:
         UserError: it has another number of channels or of classes, or, people's own pictures, other classes.
     """
+    but = "but the model was trained for" if flag == "--run" else f"but the model of {flag} was trained for"
     theirs = (info.in_channels, info.num_classes)
     found = (dataset.info.in_channels, dataset.info.num_classes)
     for expected, number, what in zip(theirs, found, ("channels", "classes"), strict=True):
         if number != expected:
-            raise UserError(f"--dataset {dataset.name}: has {number} {what}, but the model was trained for {expected}")
+            raise UserError(f"--dataset {dataset.name}: has {number} {what}, {but} {expected}")
     if dataset.name == "folder" and dataset.class_names != info.class_names:
         names, known = ", ".join(dataset.class_names), ", ".join(info.class_names)
-        raise UserError(f"--dataset folder: has the classes {names}, but the model was trained for {known}")
+        raise UserError(f"--dataset folder: has the classes {names}, {but} {known}")
 
 
 def _runtime_here(trained: RuntimeConfig, options: Options) -> RuntimeConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,16 @@ import torch
 from PIL import Image
 
 from mnist import evaluate
+from mnist.config import evolve, to_flat
+from mnist.data.batches import Split
 from mnist.data.picture_file import natural_order
+from mnist.data.sources import DatasetInfo
 from mnist.errors import UserError
 from mnist.plots import __main__ as plots
 from mnist.predict.__main__ import Options, main
-from mnist.runs.export import load_model
+from mnist.runs.export import TrainedModel, export_model, load_model
+from mnist.runs.state_tensors import module_tensors
+from mnist.training.build import build_network
 from tests.processes import finish, train
 from tests.shapes import CLASSES, draw_shape, write_shapes
 
@@ -156,3 +162,28 @@ def test_names_of_classes_are_printed_as_they_are_and_not_as_markup(
     for name in names:
         assert name in predicted
         assert name in evaluated
+
+
+def test_two_models_are_compared_on_pictures_in_the_size_and_channels_of_each(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = load_model(run / "export" / "best")
+    grey, config = DatasetInfo((1, 40, 40), CLASSES), evolve(trained.config, image_size=40, mean=(0.5,), std=(0.2,))
+    weights = module_tensors(build_network(config, grey))
+    export_model(tmp_path, weights, {**to_flat(config), **asdict(grey)})
+    shapes, score = [], evaluate._score
+
+    def seen(trained: TrainedModel, split: Split, *others: Any) -> Any:
+        shapes.append(split.image_shape)
+        return score(trained, split, *others)
+
+    monkeypatch.setattr(evaluate, "_score", seen)
+    options = evaluate.Options(run=str(run), versus=str(tmp_path), data_dir=str(run.parent / "shapes"), num_threads=1)
+    assert evaluate.main(options) == 0
+    assert shapes == [(3, 28, 28), (1, 40, 40)]
+
+
+def test_the_model_that_does_not_fit_the_pictures_is_named(run: Path, smoke_run: Path) -> None:
+    options = evaluate.Options(run=str(run), versus=str(smoke_run), data_dir=str(run.parent / "shapes"))
+    with pytest.raises(UserError, match=r"folder: has 3 classes, but the model of --versus was trained for 10"):
+        evaluate.main(options)
