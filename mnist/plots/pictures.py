@@ -333,7 +333,8 @@ def draw_architecture(layers: Sequence[LayerCost], title: str) -> Figure:
     left, middle = max(110, left), max(310, middle)
     rights = [left + middle + right for right in (0, 0, 85, 155, 245, 345, 450)]  # edges of the columns of numbers
     boxes = [layer for number, layer in enumerate(layers) if number == 0 or layer.shape != layers[number - 1].shape]
-    widest_label = max(text_width(text, 7) for layer in boxes for text in (layer.name, describe_shape(layer.shape)))
+    labels = [text for layer in boxes for text in (layer.name, describe_shape(layer.shape))]
+    widest_label = max((text_width(text, 7) for text in labels), default=0)
     width = 2 * MARGIN + max(rights[-1], round(len(boxes) * (widest_label + 6)))
     height = HEAD + diagram + line * (len(rows) + 1) + MARGIN
     subtitle = (

@@ -237,7 +237,7 @@ def test_a_rank_that_hangs_is_named_shows_where_and_the_run_has_failed(
     error = capfd.readouterr().err
     assert error.count(f"error: {line}") == 1, error
     assert "fault_injection.py" in error, "the stack of the rank that hangs"
-    assert "_happen" in error
+    assert "_cause" in error
     found = result(tmp_path)
     assert (found["status"], found["reason"][: len(line)]) == ("failed", line)
 

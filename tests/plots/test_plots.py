@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from mnist.config import evolve, to_flat
+from mnist.data import download
 from mnist.data.sources import DatasetInfo
 from mnist.errors import RunError, UserError
 from mnist.plots import __main__ as plots
@@ -263,7 +264,7 @@ def test_without_any_run_each_says_what_to_do(tmp_path: Path, monkeypatch: pytes
 
 
 def test_data_that_are_not_there_are_one_line(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plots.datasets, "download", lambda *_: (_ for _ in ()).throw(OSError("no network")))
+    monkeypatch.setattr(download, "download", lambda *_: (_ for _ in ()).throw(OSError("no network")))
     for folder in (Path(run), Path(run, "export", "best")):
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps({**config, "dataset": "mnist"}))
