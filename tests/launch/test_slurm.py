@@ -75,7 +75,7 @@ def test_a_preempted_job_is_requeued_and_ends_as_if_nothing_had_happened(slurm: 
     assert weights(tmp_path / "run") == weights(tmp_path / "uninterrupted")
     assert metrics(tmp_path / "run") == metrics(tmp_path / "uninterrupted")
     if "not done within" in output:
-        return  # W&B's own process is slow to start on a busy machine; the run goes on without it, as it should
+        pytest.skip("W&B's own process was too slow to start here; the run went on without it, as it should")
     segments = [path.name for path in (tmp_path / "run" / "wandb").glob("offline-run-*")]
     assert len(segments) == 2, output
     assert {name.rpartition("-")[2] for name in segments} == {(tmp_path / "run" / "wandb_id").read_text()}
