@@ -415,8 +415,6 @@ def agent_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, values: dict[
         def __init__(self, command: list[str], **options: Any) -> None:
             commands.append(command)
 
-    for name in ("WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH"):
-        monkeypatch.setenv(name, "")  # the agent sets them; this takes them back afterwards
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(wandb_agent, "AgentProcess", Recorded)
     sweep = yaml.safe_load((LAUNCH / "sweep.yaml").read_text())

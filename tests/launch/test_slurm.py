@@ -74,8 +74,6 @@ def test_a_preempted_job_is_requeued_and_ends_as_if_nothing_had_happened(slurm: 
     assert run_ranks(run, 2, tmp_path / "uninterrupted", *ARGUMENTS) == [0, 0]
     assert weights(tmp_path / "run") == weights(tmp_path / "uninterrupted")
     assert metrics(tmp_path / "run") == metrics(tmp_path / "uninterrupted")
-    if "not done within" in output:
-        pytest.skip("W&B's own process was too slow to start here; the run went on without it, as it should")
     segments = [path.name for path in (tmp_path / "run" / "wandb").glob("offline-run-*")]
     assert len(segments) == 2, output
     assert {name.rpartition("-")[2] for name in segments} == {(tmp_path / "run" / "wandb_id").read_text()}
