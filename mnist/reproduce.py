@@ -34,7 +34,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from mnist.cli import parse_options, run_command
-from mnist.config import check_choice
+from mnist.config import Precision, check_choice
 from mnist.errors import RunError, UserError
 from mnist.recipes import RECIPES
 from mnist.runs.console import count
@@ -64,6 +64,8 @@ class Options:
     """Take only so many steps, and extrapolate the time; the accuracy is then "not measured". 0 = to the end."""
     num_threads: int = 0
     """CPU threads of a run; 0 = all cores."""
+    mixed_precision: Precision = "no"
+    """Precision of all runs."""
     runs_dir: str = "runs/reproduce"
     """Where the runs are kept."""
     publish: bool = False
@@ -93,7 +95,8 @@ class Side:
 
     def folder(self, seed: int, options: Options) -> Path:
         """The run directory of a seed."""
-        return Path(options.runs_dir, f"{self.name}-seed{seed}" + ("-sample" if options.sample_steps else ""))
+        precision = "" if options.mixed_precision == "no" else f"-{options.mixed_precision}"
+        return Path(options.runs_dir, f"{self.name}-seed{seed}{precision}" + "-sample" * (options.sample_steps > 0))
 
 
 def main(options: Options) -> int:
@@ -226,6 +229,7 @@ def _run(side: Side, seed: int, options: Options) -> dict[str, Any]:
     folder = side.folder(seed, options)
     steps = ["--max-steps", str(options.sample_steps)] if options.sample_steps else []
     command = [sys.executable, str(side.root / "train_ddp.py"), "--recipe", side.recipe, "--seed", str(seed), *steps]
+    command += ["--mixed-precision", options.mixed_precision]
     if not _is_finished(folder):
         threads = ["--num-threads", str(options.num_threads)] if options.num_threads else []
         quiet = ["--wandb", "disabled", "--no-pictures", "--quiet", *threads, "--run-dir", str(folder)]
@@ -287,15 +291,19 @@ def summarise(recipe: str, runs: list[dict[str, Any]], *, is_sample: bool = Fals
         "accuracy_mean": statistics.fmean(accuracies) if accuracies else None,
         "accuracy_std": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
         "epoch_accuracies": [run["epoch_accuracies"] for run in runs] if has_epochs else None,
-        "train_time_s": statistics.fmean(times),
+        "train_time_s": statistics.median(times),
         "train_time_is_extrapolated": is_sample,
-        "total_time_s": None if is_sample else statistics.fmean(run["total_time_s"] for run in runs),
+        "total_time_s": None if is_sample else statistics.median(run["total_time_s"] for run in runs),
         "hardware": f"{cpu_name()}, {num_usable_cores()} cores" if device == "cpu" else device,
         "threads": environment["threads_per_process"],
         "precision": first["precision"],
         "torch": environment["packages"]["torch"],
-        "command": f"python train_ddp.py --recipe {recipe} --seed SEED",
+        "command": f"python train_ddp.py --recipe {recipe} --seed SEED{_precision_flag(first['precision'])}",
     }
+
+
+def _precision_flag(executed: str) -> str:
+    return f" --mixed-precision {executed}" if executed in ("bf16", "fp16") else ""
 
 
 def _require_one_origin(runs: list[dict[str, Any]], *, is_one_commit: bool = True) -> None:
@@ -330,7 +338,7 @@ def render(results: dict[str, Any]) -> str:
         cells = [f"`{recipe}`", source, size, str(RECIPES[recipe]().loop.epochs), stated, _as_stated(known, stated)]
         lines.append(f"| {' | '.join([*cells, *_accuracy(known), _time(cpu), _time(gpu)])} |")
     foot = "Where a source states another number than the accuracy of its last weights, ours is counted likewise. "
-    foot += f"Times are of training alone. Measured on: {_machines(list(rows.values()))}."
+    foot += f"Times are medians, of training alone. Measured on: {_machines(list(rows.values()))}."
     return "\n".join([*lines, "", foot, ""])
 
 
@@ -338,7 +346,8 @@ def _machines(rows: list[dict[str, Any]]) -> str:
     """Where most rows were measured, and where the others, by name."""
     recipes = defaultdict(list)
     for row in rows:
-        machine = f"{row['hardware']}, {count(row['threads'], 'thread')}, torch {row['torch']}"
+        precision = f"{row['precision']}, " if row["precision"] != "fp32" else ""
+        machine = f"{row['hardware']}, {count(row['threads'], 'thread')}, {precision}torch {row['torch']}"
         recipes[machine].append(f"`{row['recipe']}`")
     most, *others = sorted(recipes, key=lambda machine: -len(recipes[machine])) or ["nothing yet"]
     return "; ".join([most, *(f"{', '.join(recipes[machine])} on: {machine}" for machine in others)])

@@ -287,8 +287,9 @@ def test_ctrl_c_keeps_the_seeds_that_are_finished(
 
 @pytest.mark.launch
 def test_what_is_missing_is_run(documents: Path) -> None:
+    folder = documents / "runs"
     options = Options(
-        recipe=("smoke",), seeds=1, sample_steps=2, num_threads=1, publish=True, runs_dir=str(documents / "runs")
+        ("smoke",), seeds=1, sample_steps=2, num_threads=1, mixed_precision="bf16", publish=True, runs_dir=str(folder)
     )
     (documents / "runs").touch()
     with pytest.raises(reproduce.RunError, match="smoke, seed 0"):
@@ -298,6 +299,9 @@ def test_what_is_missing_is_run(documents: Path) -> None:
     (row,) = json.loads((documents / "results.json").read_text())["rows"]
     assert row["train_time_is_extrapolated"]
     assert row["accuracies"] == []
+    assert row["command"] == "python train_ddp.py --recipe smoke --seed SEED --mixed-precision bf16"
+    assert [path.name for path in folder.iterdir()] == ["smoke-seed0-bf16-sample"], "apart from runs in fp32"
+    assert f"1 thread, bf16, torch {row['torch']}." in (documents / "README.md").read_text()
 
 
 def test_every_published_recipe_has_a_source_and_stated_numbers_are_found() -> None:
