@@ -4,7 +4,7 @@ In: tensors and plain numbers from rank 0. Out: one directory per checkpoint,
 
     checkpoints/step-00000235/
         state.safetensors   "model.<name>", "ema.<name>" (where there is one), "optimizer.<parameter index>.<name>"
-        manifest.json       format, step, configuration, loop state, scores; size and sha256 of state.safetensors
+        manifest.json       format, configuration, loop state, scores; sha256 of state.safetensors and of itself
 
 written under a temporary name, flushed, closed by the manifest, then renamed. Only rank 0 touches the disk.
 """
@@ -17,10 +17,9 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import safetensors.torch
 from safetensors import SafetensorError
@@ -29,7 +28,7 @@ from torch import Tensor
 from mnist.config import from_flat, to_flat
 from mnist.errors import RunError, UserError
 from mnist.runs.records import MANIFEST, ScoreRecord, check_record
-from mnist.runs.tracking.jsonl import RECORDS, flush_records
+from mnist.runs.tracking.jsonl import flush_records
 from mnist.system.files import (
     RecordError,
     flush,
@@ -54,61 +53,37 @@ class CheckpointError(RunError):
     """A checkpoint cannot be written, or cannot be used. The message names the path."""
 
 
-class ScalerState(TypedDict):
-    """State of the fp16 gradient scaler."""
-
-    scale: float
-    growth_factor: float
-    backoff_factor: float
-    growth_interval: int
-    _growth_tracker: int
-
-
 @dataclass
 class Checkpoint:
     """The state of a run at one step, on the CPU, as tensors and plain numbers.
 
     Attributes:
-        step: optimizer steps done.
         tensors: "model", "ema" and "optimizer" -> name -> tensor; after loading all three are there, maybe empty.
         loop: the state of the training loop.
-        scaler: where there is one.
+        scaler: state of the gradient scaler of fp16, where there is one.
         config: the configuration, flat.
         plan: of the run.
         facts: what the result depends on besides the configuration: data_files, code, threads.
         scores: of the evaluation at this step, by split; empty where there was none.
-        num_records: lines of metrics.jsonl at that time; `save_checkpoint` counts them.
     """
 
-    step: int
     tensors: dict[str, dict[str, Tensor]]
     loop: TrainState
-    scaler: ScalerState | None
+    scaler: dict[str, Any] | None
     config: dict[str, Any]
     plan: Plan
     facts: dict[str, Any]
     scores: dict[str, ScoreRecord] = field(default_factory=dict)
-    num_records: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.step == self.loop.step:
-            raise ValueError(f"step must be that of the loop, {self.loop.step}, not {self.step}")
         all_sums = (self.loop.interval_sums, self.loop.epoch_sums, self.loop.run_sums)
         if any(sums.totals.keys() != METRICS.keys() for sums in all_sums):
             raise ValueError(f"loop: the totals of its sums must be those of {', '.join(METRICS)}")
-        if self.loop.best is not None and not {"step", "accuracy"} <= self.loop.best.keys():
-            raise ValueError("loop.best must have a step and an accuracy")
 
-
-Check = Callable[[Checkpoint], object]
-
-
-@dataclass(frozen=True)
-class _TensorFile:
-    """What manifest.json says of state.safetensors."""
-
-    size: int
-    sha256: str
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.loop.step
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep_last: int, keep_best: int) -> Path:
@@ -123,7 +98,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep_last: int, keep_b
     remove_leftovers(folder)
     try:
         temporary.mkdir(parents=True)
-        _write(temporary, dataclasses.replace(checkpoint, num_records=flush_records(folder.parent)))
+        flush_records(folder.parent)
+        _write(temporary, checkpoint)
         if final.exists():  # a broken one, which a resume has skipped
             final.rename(temporary_path(folder / f"old-{final.name}"))
         temporary.rename(final)
@@ -143,7 +119,7 @@ def _write(folder: Path, checkpoint: Checkpoint) -> None:
     content = safetensors.torch.save(tensors)
     write_and_flush(folder / TENSORS, content)
     numbers = dataclasses.asdict(dataclasses.replace(checkpoint, tensors={}))
-    file = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    file = {"sha256": hashlib.sha256(content).hexdigest()}
     manifest = {"format_version": FORMAT_VERSION, **numbers, "tensors": file}
     manifest["sha256"] = _digest(manifest)
     write_json(folder / MANIFEST, manifest)  # the last file, with the checksums of both
@@ -179,10 +155,8 @@ def list_steps(folder: Path) -> dict[int, Path]:
     return {int(match[1]): path for match, path in matches if match and path.is_dir() and not path.is_symlink()}
 
 
-def load_newest(folder: Path, check: Check | None = None) -> tuple[Checkpoint | None, list[str]]:
+def load_newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest valid checkpoint in `folder`, and a line about each newer one that was skipped.
-
-    Where `check` raises a CheckpointError about a checkpoint, that one is skipped, too.
 
     Raises:
         CheckpointError: there are checkpoints and none is valid. Starting at step 0 silently would look like a resume.
@@ -190,13 +164,9 @@ def load_newest(folder: Path, check: Check | None = None) -> tuple[Checkpoint | 
     skipped: list[str] = []
     for _, path in sorted(list_steps(folder).items(), reverse=True):
         try:
-            checkpoint = load_checkpoint(path)
-            if check is not None:
-                check(checkpoint)
+            return load_checkpoint(path), skipped
         except CheckpointError as error:
             skipped.append(str(error))
-        else:
-            return checkpoint, skipped
     if skipped:
         raise CheckpointError(
             f"no valid checkpoint in {folder} (start a new run in another --run-dir): " + "; ".join(skipped)
@@ -206,13 +176,12 @@ def load_newest(folder: Path, check: Check | None = None) -> tuple[Checkpoint | 
 
 def load_checkpoint(path: Path) -> Checkpoint:
     """Reads a checkpoint; raises a CheckpointError that names the file which is missing, damaged or of another form."""
-    checkpoint, file = _read_manifest(path)
-    tensors = _read_tensors(path / TENSORS, file)
-    return dataclasses.replace(checkpoint, tensors=tensors)
+    checkpoint, sha256 = _read_manifest(path)
+    return dataclasses.replace(checkpoint, tensors=_read_tensors(path / TENSORS, sha256))
 
 
-def _read_manifest(folder: Path) -> tuple[Checkpoint, _TensorFile]:
-    """A checkpoint without its tensors, and what is known of their file."""
+def _read_manifest(folder: Path) -> tuple[Checkpoint, str]:
+    """A checkpoint without its tensors, and the sha256 of their file."""
     path = folder / MANIFEST
     try:
         refuse_symlink(path)
@@ -224,39 +193,24 @@ def _read_manifest(folder: Path) -> tuple[Checkpoint, _TensorFile]:
             raise CheckpointError(f"{folder}: format {found}, this version of the program reads {FORMAT_VERSION} only")
         if content.get("sha256") != _digest(content):
             raise CheckpointError(f"{path}: changed since it was written (its sha256 differs)")
-        file = check_record(path, content.get("tensors"), _TensorFile, complete=True)
-        checkpoint = check_record(path, {**content, "tensors": {}}, Checkpoint, complete=True)
-        return dataclasses.replace(checkpoint, config=to_flat(from_flat(checkpoint.config))), file
-    except (RecordError, UserError, TypeError, RecursionError) as error:
+        config = to_flat(from_flat(content["config"]))
+        checkpoint = check_record(path, {**content, "config": config, "tensors": {}}, Checkpoint, complete=True)
+        return checkpoint, content["tensors"]["sha256"]
+    except (RecordError, UserError) as error:
         where = "" if str(path) in str(error) else f"{path}: "
         raise CheckpointError(f"{where}{error}"[:300]) from error
 
 
-def _read_tensors(path: Path, file: _TensorFile) -> dict[str, dict[str, Tensor]]:
+def _read_tensors(path: Path, sha256: str) -> dict[str, dict[str, Tensor]]:
     groups: dict[str, dict[str, Tensor]] = {"model": {}, "ema": {}, "optimizer": {}}
     try:
         refuse_symlink(path)
-        content = read_regular(path, min(file.size, MAX_TENSOR_BYTES))
-        if len(content) != file.size:
-            raise CheckpointError(f"{path}: {len(content):,} bytes, the manifest says {file.size:,}")
-        if hashlib.sha256(content).hexdigest() != file.sha256:
+        content = read_regular(path, MAX_TENSOR_BYTES)
+        if hashlib.sha256(content).hexdigest() != sha256:
             raise CheckpointError(f"{path}: changed since it was written (its sha256 differs)")
         for key, tensor in safetensors.torch.load(content).items():
             group, _, name = key.partition(".")
             groups[group][name] = tensor
-    except (RecordError, UserError) as error:
-        raise CheckpointError(str(error)) from error
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: missing") from error
-    except (OSError, KeyError, SafetensorError) as error:
+    except (OSError, RecordError, UserError, SafetensorError) as error:
         raise CheckpointError(f"{path}: not the tensors of a checkpoint ({error})") from error
     return groups
-
-
-def missing_records(checkpoint: Checkpoint, run_dir: Path) -> str | None:
-    """A line about the records that a run has lost since the checkpoint was saved, if any."""
-    expected, found = checkpoint.num_records, flush_records(run_dir)
-    if found >= expected:
-        return None
-    lost = f"{expected - found} of {expected} records up to step {checkpoint.step}"
-    return f"{run_dir / RECORDS}: {lost} are lost; curves have a gap"

@@ -6,7 +6,7 @@ files are written and read by checkpoint_files.py; resume.py decides which check
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -18,15 +18,14 @@ from mnist.runs.checkpoint_files import (
     CheckpointError,
     load_checkpoint,
     load_newest,
-    missing_records,
     save_checkpoint,
 )
-from mnist.runs.directory import RunDirectory, branch_origin
+from mnist.runs.directory import branch_origin
 from mnist.runs.initial_weights import begin_with_weights
 from mnist.runs.records import ScoreRecord
 from mnist.runs.resume import asks_for_more, check_checkpoint
 from mnist.runs.setup import RunSetup
-from mnist.runs.state_tensors import check_fits, module_tensors, optimizer_tensors, restore_optimizer
+from mnist.runs.state_tensors import module_tensors, optimizer_tensors, restore_optimizer
 from mnist.runs.tracking.tracker import Tracker
 from mnist.runs.validation import Validation
 from mnist.system import ranks
@@ -48,7 +47,7 @@ def resume_run(setup: RunSetup) -> list[str]:
 
     Raises:
         UserError: the checkpoint is of another run, or the weights of --init-from do not fit.
-        CheckpointError: there are checkpoints, and none is valid.
+        CheckpointError: there are checkpoints, and none is valid; or the code of the network has changed since.
     """
     found = ranks.together(setup.accelerator, lambda: _find(setup))
     if found is None:
@@ -73,37 +72,26 @@ def resume_facts(dataset: Dataset) -> dict[str, Any]:
 
 def _find(setup: RunSetup) -> tuple[Checkpoint, list[str]] | None:
     directory, origin = setup.directory, branch_origin(setup.config)
-    facts = resume_facts(setup.dataset)
-
-    def check(checkpoint: Checkpoint) -> list[str]:
-        changes = check_checkpoint(checkpoint, setup.config, setup.plan, facts)
-        _check_fits(checkpoint, setup.train_step)
-        return changes
-
-    for folder in ("checkpoints", "export/last", "export/best", "pictures"):
+    for folder in ("", "checkpoints", "export/last", "export/best", "pictures"):
         remove_leftovers(directory.path / folder)
-    remove_leftovers(directory.path)
-    saved, skipped = load_newest(directory.checkpoints, check)
+    saved, skipped = load_newest(directory.checkpoints)
     notes = [f"resuming {directory.path} at step {saved.step}"] if saved is not None else []
     notes += [f"skipped a checkpoint: {line}" for line in skipped]
-    lost = missing_records(saved, directory.path) if saved is not None else None
-    notes += [lost] if lost is not None else []
     if saved is None and origin is not None:
         saved = load_checkpoint(origin)
         notes.append(f"a new run from {origin}, step {saved.step}")
         saved.loop.best = None  # its weights are the other run's
     if saved is None:
         return None
-    return saved, notes + check(saved)
-
-
-def _check_fits(saved: Checkpoint, train_step: TrainStep) -> None:
-    ema = None if train_step.average is None else train_step.average.module
-    check_fits(saved, train_step.bare_model, train_step.optimizer, ema)
+    return saved, notes + check_checkpoint(saved, setup.config, setup.plan, resume_facts(setup.dataset))
 
 
 def _restore(saved: Checkpoint, train_step: TrainStep) -> None:
-    train_step.bare_model.load_state_dict(saved.tensors["model"])
+    try:
+        train_step.bare_model.load_state_dict(saved.tensors["model"])
+    except RuntimeError as error:  # names the tensors
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"the checkpoint of step {saved.step} is of another network: {reason}"[:300]) from error
     if train_step.average is not None:
         train_step.average.module.load_state_dict(saved.tensors["ema"])
     restore_optimizer(train_step.optimizer, saved.tensors["optimizer"])
@@ -163,7 +151,6 @@ class Checkpointing:
             tensors["ema"] = module_tensors(step.average.module)
         scaler = step.accelerator.scaler
         return Checkpoint(
-            step=self._state.step,
             tensors=tensors,
             loop=self._state,
             scaler=None if scaler is None else scaler.state_dict(),
@@ -173,24 +160,27 @@ class Checkpointing:
             scores={name: cast("ScoreRecord", score.as_dict()) for name, score in self._validation.scores.items()},
         )
 
-    def load_weights(self, step: int, module: torch.nn.Module) -> str | None:
-        """Puts the evaluated weights of an earlier step into `module`; returns why it could not, or None."""
+    def load_best(self, warn: Callable[[str], None]) -> int:
+        """Loads the weights with the best validation score into the model that is scored and exported.
+
+        Returns:
+            Their step: the last one, too, where nothing is held out, or where they are lost, of which `warn` is told.
+        """
+        best, last_step = self._state.best, self._state.step
+        if self._setup.dataset.val is None or best is None or best["step"] == last_step:
+            return last_step
+        path = self._setup.directory.checkpoints / f"step-{best['step']:08d}"
 
         def read() -> dict[str, Any] | str:
             try:
-                saved = load_checkpoint(checkpoint_path(self._setup.directory, step))
-                _check_fits(saved, self._train_step)
+                return load_checkpoint(path).tensors["model" if self._train_step.average is None else "ema"]
             except CheckpointError as error:
                 return str(error)
-            return saved.tensors["model" if self._train_step.average is None else "ema"]
 
         found = ranks.together(self._setup.accelerator, read)
         if isinstance(found, str):
-            return found
-        module.load_state_dict(found)
-        return None
-
-
-def checkpoint_path(directory: RunDirectory, step: int) -> Path:
-    """Where the checkpoint of `step` is, or would be."""
-    return directory.checkpoints / f"step-{step:08d}"
+            warn(f"the best weights are lost ({found}); the last ones are scored and exported instead")
+            self._state.best = None
+            return last_step
+        self._train_step.eval_model.load_state_dict(found)
+        return int(best["step"])

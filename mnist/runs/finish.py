@@ -42,7 +42,7 @@ def export_and_score(
         The scores, and the pictures' files by name.
     """
     _export(setup, "last")
-    scored_step = _load_best(setup, checkpointing, console)
+    scored_step = checkpointing.load_best(console.warn)
     test = validation.score_test()
     _export(setup, "best")
 
@@ -63,23 +63,6 @@ def _export(setup: RunSetup, name: str) -> None:
     weights = partial(module_tensors, setup.train_step.eval_model)
     folder, info = setup.directory.path / "export" / name, setup.dataset.info
     ranks.together(setup.accelerator, lambda: export_model(folder, weights(), {**to_flat(executed), **asdict(info)}))
-
-
-def _load_best(setup: RunSetup, checkpointing: Checkpointing, console: Console) -> int:
-    """Loads the weights with the best validation score into the model that is then scored on the test set.
-
-    Returns:
-        The step of the weights that the model then has.
-    """
-    best, last_step = setup.state.best, setup.state.step
-    if setup.dataset.val is None or best is None or best["step"] == last_step:
-        return last_step
-    problem = checkpointing.load_weights(int(best["step"]), setup.train_step.eval_model)
-    if problem is None:
-        return int(best["step"])
-    console.warn(f"the best weights are lost ({problem}); the last ones are scored and exported instead")
-    setup.state.best = None
-    return last_step
 
 
 def _draw_pictures(setup: RunSetup, test: Scores, scored_step: int, console: Console, draw: Draw) -> dict[str, Path]:

@@ -12,7 +12,6 @@ from mnist.training.plan import build_plan
 CONFIG = evolve(RECIPES["lenet5"](), mixed_precision="no", gradient_accumulation_steps=1)
 FACTS = {"data_files": "abc", "code": "def", "threads": 1}
 SAVED = Checkpoint(
-    step=5,
     tensors={},
     loop=TrainState(step=5),
     scaler=None,

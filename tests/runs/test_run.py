@@ -19,6 +19,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import train_ddp
+from mnist import models
 from mnist.cli import parse_command_line
 from mnist.config import to_flat
 from mnist.data import datasets
@@ -296,6 +297,20 @@ def test_a_broken_checkpoint_is_replaced_when_its_step_comes_again(tmp_path: Pat
     assert not skipped
     assert found is not None
     load_checkpoint(tmp_path / "checkpoints" / "step-00000046")
+
+
+def test_a_network_whose_code_has_changed_is_one_line_and_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [*SMALL, "--schedule", "constant"]
+    run_ranks(run, 1, tmp_path, *arguments, "--max-steps", "23")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    monkeypatch.setitem(models.MODELS, "tinynet", models.MODELS["mycnn"])
+    assert run_ranks(run, 2, tmp_path, *arguments) == [1, 1]
+    error = capfd.readouterr().err
+    assert error.count("error: the checkpoint of step 23 is of another network: ") == 1
+    assert "Missing key(s) in state_dict" in error
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def test_a_branch_finds_its_own_best_weights(tmp_path: Path) -> None:

@@ -60,15 +60,12 @@ def _read_lines(path: Path) -> list[bytes]:
     return read_regular(path, MAX_BYTES).split(b"\n")[:-1]
 
 
-def flush_records(run_dir: Path) -> int:
-    """Waits until the disk has the records of a run, before what stands for them is written; returns their number."""
+def flush_records(run_dir: Path) -> None:
+    """Waits until the disk has the records of a run, before what stands for them is written."""
     path = run_dir / RECORDS
     refuse_symlink(path)
-    if not path.exists():
-        return 0
-    num_records = read_regular(path, MAX_BYTES).count(b"\n")
-    flush(path)
-    return num_records
+    if path.exists():
+        flush(path)
 
 
 def _parse(line: bytes, where: Path) -> Record:
