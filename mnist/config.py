@@ -114,21 +114,29 @@ def choices_of(hint: Any) -> list[str]:
     return [choice for part in (hint, *get_args(hint)) for choice in get_args(part) if isinstance(choice, str)]
 
 
-def setting(default: Any, help_text: str, on_resume: OnResume, limits: str = "", *, is_path: bool = False) -> Any:
-    """Declares a field with its help text, its range and what a resume does with another value.
+def option(default: Any, help_text: str, limits: str = "", *, is_path: bool = False, **metadata: Any) -> Any:
+    """Declares a field of a command with its help text and its range.
 
     Args:
         default: a value, or a function that returns one.
         help_text: what --help says, before the limits.
-        on_resume: what a resume makes of another value. "fixed": refused, because it would be another computation;
-            "course": refused likewise (the learning rate's course), unless a new run starts from the checkpoint;
-            "noted": allowed, with a note; "free": allowed.
         limits: of a number, as an interval: "[0, 1)" is from 0 to below 1.
         is_path: a file or a folder: not empty, and `~` in it is the home folder.
+        metadata: more that the field carries.
     """
     shown = f"{help_text} In {limits}." if limits else help_text
-    metadata = {"help": shown, "on_resume": on_resume, "limits": limits, "is_path": is_path}
+    metadata |= {"help": shown, "limits": limits, "is_path": is_path}
     return field(**{"default_factory" if callable(default) else "default": default}, metadata=metadata)
+
+
+def setting(default: Any, help_text: str, on_resume: OnResume, limits: str = "", *, is_path: bool = False) -> Any:
+    """Declares an `option` of a training run.
+
+    `on_resume` says what a resume makes of another value. "fixed": refused, because it would be another computation;
+    "course": refused likewise (the learning rate's course), unless a new run starts from the checkpoint; "noted":
+    allowed, with a note; "free": allowed.
+    """
+    return option(default, help_text, limits, is_path=is_path, on_resume=on_resume)
 
 
 def is_within(value: float, limits: str) -> bool:
@@ -153,7 +161,7 @@ def _require(condition: bool, message: str) -> None:
 
 
 def check_fields(section: Any) -> None:
-    """Checks the type, choice and limits of each `setting` of a dataclass, whoever has made it.
+    """Checks the type, choice and limits of each `option` of a dataclass, whoever has made it.
 
     Raises:
         UserError: names the flag and what is valid.

@@ -15,7 +15,6 @@ not run again: an interrupted call, started again, continues where it was.
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import math
 import re
@@ -32,9 +31,10 @@ from typing import Any
 
 import numpy as np
 from safetensors.numpy import load_file
+from scipy.special import stdtrit
 
 from mnist.cli import parse_options, run_command
-from mnist.config import Precision, check_choice
+from mnist.config import Precision, check_choice, check_fields, option
 from mnist.errors import RunError, UserError
 from mnist.recipes import RECIPES
 from mnist.runs.console import count
@@ -58,12 +58,11 @@ class Options:
 
     recipe: tuple[str, ...] = _DEFAULT
     """Names of recipes."""
-    seeds: int = 3
-    """Seeds 0 .. n - 1 of each."""
-    sample_steps: int = 0
-    """Take only so many steps, and extrapolate the time; the accuracy is then "not measured". 0 = to the end."""
-    num_threads: int = 0
-    """CPU threads of a run; 0 = all cores."""
+    seeds: int = option(3, "Seeds 0 .. n - 1 of each.", "[1, 1e6]")
+    sample_steps: int = option(
+        0, 'Steps to take, to extrapolate the time; the accuracy is then "not measured". 0 = to the end.', "[0, 1e9]"
+    )
+    num_threads: int = option(0, "CPU threads of a run; 0 = all cores.", "[0, 1024]")
     mixed_precision: Precision = "no"
     """Precision of all runs."""
     runs_dir: str = "runs/reproduce"
@@ -76,12 +75,11 @@ class Options:
     """Compare with this recipe, or with the code of this commit, over the same seeds in turns."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name in self.recipe:
             check_choice("--recipe", name, list(RECIPES))
-        if self.seeds < 1 or self.sample_steps < 0:
-            raise UserError("--seeds must be 1 or more, --sample-steps 0 or more")
-        other_recipes = self.recipe[1:]
-        if self.versus is not None and (not self.recipe or other_recipes or self.publish or self.sample_steps):
+        num_recipes = len(self.recipe)
+        if self.versus is not None and (num_recipes != 1 or self.publish or self.sample_steps):
             raise UserError(f"--versus {self.versus}: needs one --recipe, and neither --publish nor --sample-steps")
 
 
@@ -219,25 +217,28 @@ def paired_difference(first: Sequence[float], second: Sequence[float]) -> tuple[
     mean = statistics.fmean(differences)
     if len(differences) < 2:
         return mean, None
-    t = float(importlib.import_module("scipy.special").stdtrit(len(differences) - 1, 0.975))  # 0.2 s to import
-    half = t * statistics.stdev(differences) / math.sqrt(len(differences))
+    half = float(stdtrit(len(differences) - 1, 0.975)) * statistics.stdev(differences) / math.sqrt(len(differences))
     return mean, (mean - half, mean + half)
 
 
 def _run(side: Side, seed: int, options: Options) -> dict[str, Any]:
     """The result of one training, which is run unless it is there."""
     folder = side.folder(seed, options)
-    steps = ["--max-steps", str(options.sample_steps)] if options.sample_steps else []
-    command = [sys.executable, str(side.root / "train_ddp.py"), "--recipe", side.recipe, "--seed", str(seed), *steps]
-    command += ["--mixed-precision", options.mixed_precision]
-    if not _is_finished(folder):
-        threads = ["--num-threads", str(options.num_threads)] if options.num_threads else []
-        quiet = ["--wandb", "disabled", "--no-pictures", "--quiet", *threads, "--run-dir", str(folder)]
-        code = _wait_for(subprocess.Popen([*command, *quiet], stdout=sys.stderr))  # noqa: S603 - our own
-        if not _is_finished(folder):
-            raise RunError(f"{side.name}, seed {seed}: exit code {code}, no result in {folder}")
     result = read_run_record(folder)
-    assert result is not None
+    if result is None or result.status != "finished":
+        command = [sys.executable, str(side.root / "train_ddp.py"), "--recipe", side.recipe, "--seed", str(seed)]
+        command += ["--mixed-precision", options.mixed_precision, "--run-dir", str(folder)]
+        command += ["--max-steps", str(options.sample_steps)] if options.sample_steps else []
+        command += ["--num-threads", str(options.num_threads)] if options.num_threads else []
+        command += ["--wandb", "disabled", "--no-pictures", "--quiet"]
+        training = subprocess.Popen(command, stdout=subprocess.DEVNULL)  # noqa: S603 - our own
+        try:
+            training.wait()
+        finally:
+            code = training.wait()  # Ctrl-C reaches it too, and it gets the time to save
+        result = read_run_record(folder)
+        if result is None or result.status != "finished":
+            raise RunError(f"{side.name}, seed {seed}: exit code {code}, no result in {folder}")
     assert result.test is not None
     times = f"{result.train_time_s:.2f} s training, {result.total_time_s:.1f} s in all"
     sys.stderr.write(f"{side.name}, seed {seed}: {result.test['accuracy']:.2%}, {times}\n")
@@ -249,20 +250,6 @@ def _epoch_accuracies(folder: Path) -> list[float | None]:
     """Test accuracy after each epoch, where the test set is scored then (--val-size 0)."""
     records = read_records(folder / "metrics.jsonl")
     return [record.accuracy for record in records if record.split == "test" and record.epoch.is_integer()]
-
-
-def _wait_for(training: subprocess.Popen[bytes]) -> int:
-    """Its exit code. Ctrl-C reaches it too, and it gets the time to save."""
-    try:
-        return training.wait()
-    except KeyboardInterrupt:
-        training.wait()
-        raise
-
-
-def _is_finished(folder: Path) -> bool:
-    result = read_run_record(folder)
-    return result is not None and result.status == "finished"
 
 
 def summarise(recipe: str, runs: list[dict[str, Any]], *, is_sample: bool = False) -> dict[str, Any]:

@@ -286,7 +286,7 @@ def test_ctrl_c_keeps_the_seeds_that_are_finished(
 
 
 @pytest.mark.launch
-def test_what_is_missing_is_run(documents: Path) -> None:
+def test_what_is_missing_is_run(documents: Path, capfd: pytest.CaptureFixture[str]) -> None:
     folder = documents / "runs"
     options = Options(
         ("smoke",), seeds=1, sample_steps=2, num_threads=1, mixed_precision="bf16", publish=True, runs_dir=str(folder)
@@ -296,6 +296,8 @@ def test_what_is_missing_is_run(documents: Path) -> None:
         main(options)
     (documents / "runs").unlink()
     main(options)
+    out, err = capfd.readouterr()
+    assert "python -m mnist." not in out + err, "what a single training would say of the commands to type next"
     (row,) = json.loads((documents / "results.json").read_text())["rows"]
     assert row["train_time_is_extrapolated"]
     assert row["accuracies"] == []
@@ -314,6 +316,8 @@ def test_every_published_recipe_has_a_source_and_stated_numbers_are_found() -> N
     assert describe("convnet") == ("dwgan/MNIST-PyTorch", "-")
 
 
-def test_an_unknown_recipe_is_a_mistake() -> None:
+def test_mistakes_name_the_flag() -> None:
     with pytest.raises(UserError, match="--recipe fst: unknown; did you mean fast"):
         Options(recipe=("fst",))
+    with pytest.raises(UserError, match=r"--seeds 0: must lie in \[1, 1e6\]"):
+        Options(seeds=0)
