@@ -8,9 +8,8 @@ constant learning rate.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,12 +17,11 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset
 
-from mnist.config import OptimConfig, TrainConfig
+from mnist.config import RuntimeConfig, TrainConfig
 from mnist.data.batches import Split, TrainLoader
-from mnist.data.sources import SOURCES, DatasetInfo
+from mnist.data.sources import DatasetInfo
 from mnist.data.transforms import BatchTransform
 from mnist.errors import RunError
 from mnist.models import seed_initial_weights
@@ -74,28 +72,15 @@ class PILImages(Dataset[tuple[Any, int]]):
         return self.transform(Image.fromarray(pixels.numpy())), int(self.split.labels[index])
 
 
-def has_torchvision_files(name: str, data_dir: str) -> bool:
-    """Whether torchvision's own class gives the same images: the files are there, not packed, and upright."""
-    source = SOURCES[name]
-    raw = Path(data_dir, source.torchvision_class or "", "raw")
-    return bool(source.files) and not source.is_transposed and all((raw / file).is_file() for file in source.files)
-
-
 def usual_loader(job: Job) -> DataLoader[Any]:
-    """The data set of torchvision, one Python call per image and transform, shuffled; workers are kept."""
+    """One Python call per image and transform, shuffled; workers are kept."""
     transforms = import_torchvision("transforms")
     image = job.config.image
     size = (image.image_size, image.image_size)
     resize = [transforms.Resize(size)] if job.split.image_shape[1:] != size else []
     normalise = [transforms.Normalize(image.mean, image.std)] if (image.mean, image.std) != ((0,), (1,)) else []
-    transform = transforms.Compose([*resize, transforms.ToTensor(), *normalise])
-    name, data_dir = job.config.data.dataset, job.config.data.data_dir
-    dataset: Dataset[Any] = PILImages(job.split, transform)
-    if has_torchvision_files(name, data_dir):
-        of_torchvision = getattr(import_torchvision("datasets"), str(SOURCES[name].torchvision_class))
-        dataset = Subset(of_torchvision(data_dir, train=True, transform=transform), range(len(job.split)))
     return DataLoader(
-        dataset,
+        PILImages(job.split, transforms.Compose([*resize, transforms.ToTensor(), *normalise])),
         batch_size=job.config.loop.global_batch_size,
         shuffle=True,
         num_workers=job.num_workers,
@@ -104,55 +89,65 @@ def usual_loader(job: Job) -> DataLoader[Any]:
     )
 
 
-def pipeline(job: Job) -> Pass:
-    """The loop of the tutorials: PIL, transforms per image, a DataLoader, `.item()` at each batch."""
-    device = find_device(job.config)
-    model = plain_model(job).to(device)
-    optimizer = plain_optimizer(model, job.config.optim)
-    loss_fn = build_loss(job.config.optim.loss, job.config.optim.label_smoothing)
-    loader = usual_loader(job)
+def usual_loop(
+    model: nn.Module,
+    optimizer: Optimizer,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    loss_fn: Callable[[Tensor, Tensor], Tensor],
+    config: RuntimeConfig,
+    *,
+    is_prepared: bool,
+) -> Callable[[], Sums]:
+    """A pass of the loop of the tutorials, with `.item()` at each batch, or of Accelerate's examples.
 
-    def train_pass(index: int) -> Sums:  # noqa: ARG001 (the loader shuffles by itself)
+    Args:
+        model: images (B, C, S, S) -> logits (B, K).
+        optimizer: of its parameters.
+        batches: images and labels (B,) of a pass.
+        loss_fn: logits, labels -> loss of each image, or their mean.
+        config: precision and device.
+        is_prepared: everything passes through `accelerator.prepare`, as in Accelerate's examples.
+    """
+    device = find_device(config)
+    model.to(device)
+    backward: Callable[[Tensor], Any] = Tensor.backward
+    if is_prepared:
+        accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=config.mixed_precision)
+        torch.set_num_threads(config.num_threads)  # Accelerate has set its own
+        model, optimizer, batches = accelerator.prepare(model, optimizer, batches)
+        backward = accelerator.backward
+
+    def train_pass() -> Sums:
         model.train()
         loss_sum, num_images = 0.0, 0
-        for images, labels in loader:
-            optimizer.zero_grad()
-            loss = loss_fn(model(images.to(device)), labels.to(device)).mean()
-            loss.backward()
+        for images, labels in batches:
+            with autocast(config, device):
+                logits = model(images.to(device))
+            loss = loss_fn(logits.float(), labels.to(device)).mean()
+            backward(loss)
             optimizer.step()
+            optimizer.zero_grad()
             loss_sum += loss.item() * len(labels)
             num_images += len(labels)
         return loss_sum, num_images
 
     return train_pass
+
+
+def pipeline(job: Job, *, is_prepared: bool = False) -> Pass:
+    """The loop of the tutorials: PIL, transforms per image, a DataLoader, torch's default memory and optimizer."""
+    model = fresh_model(job).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    optimizer = build_optimizer(model.parameters(), job.config.optim)
+    for group in optimizer.param_groups:
+        group["fused"] = None
+    loss_fn = build_loss(job.config.optim.loss, job.config.optim.label_smoothing)
+    train_pass = usual_loop(model, optimizer, usual_loader(job), loss_fn, job.config.runtime, is_prepared=is_prepared)
+    return lambda _: train_pass()  # the loader shuffles by itself
 
 
 def prepared(job: Job) -> Pass:
-    """The loop of Accelerate's examples: the same pipeline with everything passed through `accelerator.prepare`."""
-    accelerator = Accelerator(
-        cpu=find_device(job.config).type == "cpu", mixed_precision=job.config.runtime.mixed_precision
-    )
-    torch.set_num_threads(job.config.runtime.num_threads)  # Accelerate has set its own
-    model = plain_model(job)
-    optimizer = plain_optimizer(model, job.config.optim)
-    scheduler = LambdaLR(optimizer, lambda _: 1.0)
-    loss_fn = build_loss(job.config.optim.loss, job.config.optim.label_smoothing)
-    model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, usual_loader(job), scheduler)
-
-    def train_pass(index: int) -> Sums:  # noqa: ARG001 (the loader shuffles by itself)
-        model.train()
-        loss_sum, num_images = 0.0, 0
-        for images, labels in loader:
-            loss = loss_fn(model(images), labels).mean()
-            accelerator.backward(loss)
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad()
-            loss_sum += loss.item() * len(labels)
-            num_images += len(labels)
-        return loss_sum, num_images
-
-    return train_pass
+    """The loop of Accelerate's examples, with the same pipeline."""
+    return pipeline(job, is_prepared=True)
 
 
 def bare(job: Job) -> Pass:
@@ -161,20 +156,20 @@ def bare(job: Job) -> Pass:
     It has this project's memory format, fused optimizer and order of images, so that its losses are comparable too.
     Captured, it is one CUDA graph for batches of the full size.
     """
-    device = find_device(job.config)
-    split, batch = job.split.to(device), job.config.loop.global_batch_size
+    config = job.config
+    device = find_device(config.runtime)
+    split, batch = job.split.to(device), config.loop.global_batch_size
     model = fresh_model(job).to(device)
-    is_captured = job.config.runtime.step_mode == "captured"
-    optimizer = build_optimizer(model.parameters(), job.config.optim, capturable=is_captured)
-    loss_fn = build_loss(job.config.optim.loss, job.config.optim.label_smoothing)
-    transform = BatchTransform(job.config.image)
+    is_captured = config.runtime.step_mode == "captured"
+    optimizer = build_optimizer(model.parameters(), config.optim, capturable=is_captured)
+    loss_fn = build_loss(config.optim.loss, config.optim.label_smoothing)
+    transform = BatchTransform(config.image)
     order_of = train_loader(job, split).order
-    is_bf16 = job.config.runtime.mixed_precision == "bf16"
     torch.backends.cuda.matmul.allow_tf32 = True  # as the project has it
 
     def train_batch(indices: Tensor) -> Tensor:
         images, labels = split.images.index_select(0, indices), split.labels.index_select(0, indices)
-        with torch.autocast(device.type, torch.bfloat16, enabled=is_bf16):
+        with autocast(config.runtime, device):
             logits = model(transform(images))
         loss = loss_fn(logits.float(), labels).mean()
         loss.backward()
@@ -182,13 +177,7 @@ def bare(job: Job) -> Pass:
         optimizer.zero_grad()
         return loss.detach()
 
-    train_full_batch: Callable[[Tensor], Tensor] = train_batch
-    if is_captured:
-        initial = copy.deepcopy(model.state_dict())
-        train_full_batch = _captured(train_batch, batch, device)
-        model.load_state_dict(initial)
-        for value in (value for state in optimizer.state.values() for value in state.values()):
-            value.zero_()  # in place, where the graph has it
+    train_full_batch = _captured(train_batch, model, optimizer, batch) if is_captured else train_batch
 
     def train_pass(index: int) -> Sums:
         parts = order_of(index).to(device).split(batch)
@@ -198,10 +187,17 @@ def bare(job: Job) -> Pass:
     return train_pass
 
 
-def _captured(train_batch: Callable[[Tensor], Tensor], batch: int, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """`train_batch` as a CUDA graph, for `batch` images; recording it trains on a few batches of one image."""
+def _captured(
+    train_batch: Callable[[Tensor], Tensor], model: nn.Module, optimizer: Optimizer, batch: int
+) -> Callable[[Tensor], Tensor]:
+    """`train_batch` as a CUDA graph, for `batch` images. Recording trains; weights and averages are restored."""
+    initial = copy.deepcopy(model.state_dict())
+    device = next(model.parameters()).device
     indices, loss = torch.zeros(batch, dtype=torch.int64, device=device), torch.zeros((), device=device)
     replay = record_cuda_graph(lambda: loss.copy_(train_batch(indices)))
+    model.load_state_dict(initial)
+    for value in (value for state in optimizer.state.values() for value in state.values()):
+        value.zero_()  # in place, where the graph has it
 
     def train_full_batch(part: Tensor) -> Tensor:
         indices.copy_(part)
@@ -250,21 +246,13 @@ def fresh_model(job: Job) -> nn.Module:
     return build_network(job.config, job.info)
 
 
-def plain_model(job: Job) -> nn.Module:
-    """The same network in torch's default memory format."""
-    return fresh_model(job).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload, no-any-return]
+def autocast(config: RuntimeConfig, device: torch.device) -> torch.autocast:
+    """The context in which the network computes in the configured precision."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16")
 
 
-def plain_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
-    """The recipe's update rule as torch runs it by default: not fused."""
-    optimizer = build_optimizer(model.parameters(), config)
-    for group in optimizer.param_groups:
-        group["fused"] = None
-    return optimizer
-
-
-def find_device(config: TrainConfig) -> torch.device:
+def find_device(config: RuntimeConfig) -> torch.device:
     """The device that Accelerate would choose."""
-    if config.runtime.cpu or not torch.cuda.is_available():
+    if config.cpu or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())

@@ -1,28 +1,28 @@
 """Measures loops side by side: each in its own process, one after the other, round after round.
 
-In: loops and a configuration. Out: a `LoopResult` (images/s, losses, memory) and a row of a table for each. Loops take
-turns pass by pass, so that other work on the machine slows all of them alike, and ratios are taken within a round. A
-process each gives them their own memory, threads and precision (Accelerate has one per process). Linux and macOS.
+In: loops and a configuration. Out: the `Measurement`s of each loop, and a row of a table for each. Loops take turns
+pass by pass, so that other work on the machine slows all of them alike, and ratios are taken within a round. A process
+each gives them their own memory and threads, and Accelerate its own state. Linux and macOS.
 """
 
 from __future__ import annotations
 
 import multiprocessing
-import os
 import signal
 import statistics
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
+from functools import cache
 from typing import NamedTuple
 
 import torch
 
 from mnist.bench.baselines import LOOPS, Job, Pass, find_device
 from mnist.bench.report import Row
-from mnist.config import Precision, StepMode, TrainConfig, evolve
+from mnist.config import StepMode, TrainConfig, evolve
 from mnist.data.batches import Split
 from mnist.data.datasets import read
 from mnist.errors import RunError
@@ -39,182 +39,100 @@ NAMES = {
 }
 
 
-@dataclass(frozen=True)
-class Loop:
-    """A loop and the mode in which it runs.
-
-    Attributes:
-        name: a key of `baselines.LOOPS`.
-        precision: fp32 ("no") or bf16.
-        num_workers: of its DataLoader, where it has one.
-        dynamo: the backend of torch.compile, or "no".
-        step_mode: eager, or captured as one CUDA graph; for this project and the bare loop.
-    """
+class Loop(NamedTuple):
+    """A key of `baselines.LOOPS`; data-loading processes (the usual loops); step mode (this project and `bare`)."""
 
     name: str
-    precision: Precision = "no"
     num_workers: int = 0
-    dynamo: str = "no"
     step_mode: StepMode = "eager"
 
-
-@dataclass(frozen=True)
-class LoopResult:
-    """Attributes:
-
-    loop: which one.
-    images_per_s: a value per counted round.
-    losses: mean training loss of each pass, the uncounted first one included.
-    num_images: images seen, the first pass included.
-    peak_memory_mb: of its process, libraries included, workers not; on a GPU what torch has allocated there.
-    """
-
-    loop: Loop
-    images_per_s: list[float]
-    losses: list[float]
-    num_images: int
-    peak_memory_mb: float
+    def __str__(self) -> str:
+        mode = f"{self.num_workers} workers" if self.name in ("pipeline", "prepared") else self.step_mode
+        return f"{NAMES[self.name]}, {mode}"
 
 
 class Measurement(NamedTuple):
-    """One pass of one loop."""
+    """One pass of one loop: its speed, its mean loss, and the most memory that its process has held so far.
 
-    seconds: float
-    loss_sum: float
-    num_images: int
+    Memory is without that of workers; on a GPU it is what torch has allocated there.
+    """
+
+    images_per_s: float
+    loss: float
     peak_memory_mb: float
 
 
-def measure_loops(loops: Sequence[Loop], config: TrainConfig, num_images: int, repeats: int) -> list[LoopResult]:
-    """Each loop trains `repeats` + 1 passes over `num_images` images, in turns; the first is not counted.
+Results = Mapping[Loop, Sequence[Measurement]]  # the first pass of each is not counted
+
+
+def measure_loops(loops: Sequence[Loop], config: TrainConfig, num_images: int, repeats: int) -> Results:
+    """Each loop trains `repeats` + 1 passes over `num_images` images, in turns.
 
     Raises:
-        RunError: a loop's process has died; its error is on standard error.
+        RunError: a loop cannot run, or its process has died.
     """
-    with _start(loops, config, num_images) as pipes:
-        rounds = [
-            [_ask(pipe, loop, index) for pipe, loop in zip(pipes, loops, strict=True)] for index in range(repeats + 1)
-        ]
-    return [_result(*pair) for pair in zip(loops, zip(*rounds, strict=True), strict=True)]
-
-
-def _result(loop: Loop, passes: Sequence[Measurement]) -> LoopResult:
-    return LoopResult(
-        loop=loop,
-        images_per_s=[one.num_images / one.seconds for one in passes[1:]],
-        losses=[one.loss_sum / one.num_images for one in passes],
-        num_images=sum(one.num_images for one in passes),
-        peak_memory_mb=passes[-1].peak_memory_mb,
-    )
-
-
-@contextmanager
-def _start(loops: Sequence[Loop], config: TrainConfig, num_images: int) -> Iterator[list[Connection]]:
-    """Starts a process per loop; each ends when its pipe closes, at the end of the block or of this process."""
     context = multiprocessing.get_context("forkserver")  # copies of a process that has only imported torch
     context.set_forkserver_preload([__name__])
-    pipes: list[Connection] = []
-    processes = []
-    try:
-        for loop in loops:
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_train_passes, args=(loop, config, num_images, theirs))
-            process.start()
-            theirs.close()
-            pipes.append(ours)
-            processes.append(process)
-        yield pipes
-    finally:
-        for pipe in pipes:
-            pipe.close()
-        for process in processes:
-            process.join()
+    results: dict[Loop, list[Measurement]] = {loop: [] for loop in loops}
+    with ExitStack() as stack:
+        processes = {loop: stack.enter_context(ProcessPoolExecutor(1, context)) for loop in loops}
+        for index in range(repeats + 1):
+            for loop in loops:
+                pending = processes[loop].submit(_measure, loop, config, num_images, index)
+                try:
+                    results[loop].append(pending.result())
+                except BrokenProcessPool as error:
+                    raise RunError(f"the process of {loop} has died") from error
+    return results
 
 
-def _ask(pipe: Connection, loop: Loop, index: int) -> Measurement:
-    """Asks a loop's process to train pass `index`."""
-    try:
-        pipe.send(index)
-        measured: Measurement = pipe.recv()
-    except (EOFError, OSError) as error:
-        raise RunError(f"the process of {loop} has died; its error stands above") from error
-    return measured
+def _measure(loop: Loop, config: TrainConfig, num_images: int, index: int) -> Measurement:
+    """Trains pass `index`, in the process of a loop."""
+    device = find_device(config.runtime)
+    train_pass = _build(loop, config, num_images)
+    started = time.perf_counter()
+    loss_sum, num_seen = train_pass(index)
+    wait_for_device(device)
+    seconds = time.perf_counter() - started
+    return Measurement(num_seen / seconds, loss_sum / num_seen, peak_memory_mb(device))
 
 
-def _train_passes(loop: Loop, config: TrainConfig, num_images: int, pipe: Connection) -> None:
-    """The process of a loop: builds it, then trains a pass for each index that it receives."""
+@cache
+def _build(loop: Loop, config: TrainConfig, num_images: int) -> Pass:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the parent
-    if loop.dynamo == "no":
-        os.environ.pop("ACCELERATE_DYNAMO_BACKEND", None)
     if loop.name in ("bare", "project"):
         keep_memory()  # as every command of this project does; the usual loops do not
     torch.set_num_threads(config.runtime.num_threads)
-    device = find_device(config)
-    mode = {"mixed_precision": loop.precision, "step_mode": loop.step_mode}
-    config = evolve(config, **mode, cpu=device.type == "cpu")
+    config = evolve(config, step_mode=loop.step_mode, cpu=find_device(config.runtime).type == "cpu")
     dataset = read(config.data.dataset, config.data, size=config.image.image_size)
-    split, info = dataset.train[:num_images], dataset.info
-    split = Split(split.images.clone(), split.labels.clone())
-    del dataset  # else each loop's memory would contain the whole data set
-    train_pass = LOOPS[loop.name](Job(config, split, info, loop.num_workers))
-    try:
-        while True:
-            pipe.send(_measure(train_pass, pipe.recv(), device))
-    except (EOFError, BrokenPipeError):  # the comparison has ended
-        pass
+    split = dataset.train[:num_images]
+    split = Split(split.images.clone(), split.labels.clone())  # without the memory of the whole data set
+    return LOOPS[loop.name](Job(config, split, dataset.info, loop.num_workers))
 
 
-def _measure(train_pass: Pass, index: int, device: torch.device) -> Measurement:
-    started = time.perf_counter()
-    loss_sum, num_images = train_pass(index)
-    wait_for_device(device)
-    seconds = time.perf_counter() - started
-    return Measurement(seconds, loss_sum, num_images, peak_memory_mb(device))
-
-
-def compare(recipe: str, results: Sequence[LoopResult]) -> list[Row]:
-    """A row per loop: speed, ratio to the usual pipeline, and time over the bare loop."""
-    usual = results[0]
+def compare(recipe: str, results: Results) -> list[Row]:
+    """A row per loop: speed, ratio to the usual pipeline, and time over the bare loop in the same mode."""
+    usual = _rates(results[Loop("pipeline")])
     rows = []
-    for result in results:
-        loop = result.loop
-        is_ours = loop.name == "project"
-        limit = _find(results, Loop("bare", loop.precision, step_mode=loop.step_mode))
-        twin = _find(results, Loop("bare", loop.precision))
+    for loop, passes in results.items():
+        rates, bare = _rates(passes), results.get(Loop("bare", step_mode=loop.step_mode))
         rows.append(
             {
                 "recipe": recipe,
-                "loop": NAMES[loop.name],
-                "mode": describe(loop),
-                "images/s": statistics.median(result.images_per_s),
-                "min": min(result.images_per_s),
-                "max": max(result.images_per_s),
-                "x usual": paired_ratio(result.images_per_s, usual.images_per_s),
-                "over bare": paired_ratio(limit.images_per_s, result.images_per_s) - 1 if limit and is_ours else None,
-                "memory MB": result.peak_memory_mb,
-                "loss difference": relative_difference(result, twin) if twin and is_ours else None,
-                "loss": result.losses[-1],
-                "passes": len(result.losses),
-                "images seen": result.num_images,
+                "loop": str(loop),
+                "images/s": statistics.median(rates),
+                "min": min(rates),
+                "max": max(rates),
+                "x usual": paired_ratio(rates, usual),
+                "over bare": paired_ratio(_rates(bare), rates) - 1 if bare and loop.name == "project" else None,
+                "memory MB": passes[-1].peak_memory_mb,
             }
         )
     return rows
 
 
-def _find(results: Sequence[LoopResult], loop: Loop) -> LoopResult | None:
-    return next((result for result in results if result.loop == loop), None)
-
-
-def describe(loop: Loop) -> str:
-    """Precision, workers and compiler in words."""
-    parts: list[str] = ["fp32" if loop.precision == "no" else loop.precision]
-    if loop.name in ("pipeline", "prepared"):
-        parts.append(f"{loop.num_workers} workers")
-    if loop.dynamo != "no":
-        parts.append(loop.dynamo)
-    if loop.step_mode != "eager":
-        parts.append(loop.step_mode)
-    return ", ".join(parts)
+def _rates(passes: Sequence[Measurement]) -> list[float]:
+    return [one.images_per_s for one in passes[1:]]
 
 
 def paired_ratio(rates: Sequence[float], base: Sequence[float]) -> float:
@@ -222,23 +140,24 @@ def paired_ratio(rates: Sequence[float], base: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(rates, base, strict=True))
 
 
-def relative_difference(result: LoopResult, limit: LoopResult) -> float:
-    """Relative difference of the mean losses of the first pass."""
-    return abs(result.losses[0] - limit.losses[0]) / limit.losses[0]
+def check_losses(results: Results) -> float:
+    """Checks that the project and the bare loop, in every mode, compute what the eager bare loop computes.
 
-
-def check_losses(results: Sequence[LoopResult]) -> None:
-    """Checks that the project and the bare loop compute the same as the eager bare loop of their precision.
+    Returns:
+        The largest relative difference of the mean losses of the first pass.
 
     Raises:
         RunError: they do not, so a comparison of their speed would mean nothing.
     """
-    for result in results:
-        for limit in results:
-            loop = result.loop
-            is_pair = loop.name in ("project", "bare") and limit.loop == Loop("bare", loop.precision)
-            if is_pair and not relative_difference(result, limit) <= LOSS_TOLERANCE:
+    limit = results[Loop("bare")][0].loss
+    differences = [0.0]
+    for loop, passes in results.items():
+        if loop.name in ("bare", "project"):
+            loss = passes[0].loss
+            differences.append(abs(loss - limit) / limit)
+            if not differences[-1] <= LOSS_TOLERANCE:
                 raise RunError(
-                    f"{NAMES[loop.name]}, {describe(loop)}: the loss of the first pass is {result.losses[0]:.4f}, but "
-                    f"{limit.losses[0]:.4f} in the eager bare loop: they do not compute the same"
+                    f"{loop}: the loss of the first pass is {loss:.4f}, but {limit:.4f} in the eager bare loop: they "
+                    "do not compute the same"
                 )
+    return max(differences)

@@ -22,11 +22,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mnist.bench.baselines import Job, find_device, usual_loader
+from mnist.bench.baselines import Job, find_device, usual_loader, usual_loop
 from mnist.bench.report import Row, environment
 from mnist.config import TrainConfig, evolve
 from mnist.data.batches import Split
@@ -135,26 +134,16 @@ def measure(script: Script, config: TrainConfig, train: Split, test: Split, seed
     pixels = {"mean": (0.0,), "std": (1.0,)} if script.in_memory else {}
     changed = evolve(config, global_batch_size=script.batch_size, **pixels)
     job = Job(changed, train[: script.num_train], info_of("mnist"))
-    device = find_device(config)
-    model, batches = script.build().to(device), _batches(script, job)
+    model = script.build()
+    batches = _Arrays(job.split, script.batch_size) if script.in_memory else usual_loader(job)
     optimizer = script.optimizer(model.parameters())
-    backward: Callable[[Tensor], Any] = Tensor.backward
-    if script.is_prepared:
-        accelerator = Accelerator(cpu=device.type == "cpu")
-        torch.set_num_threads(config.runtime.num_threads)  # Accelerate has set its own
-        model, optimizer, batches = accelerator.prepare(model, optimizer, batches)
-        backward = accelerator.backward
+    train_epoch = usual_loop(model, optimizer, batches, F.cross_entropy, config.runtime, is_prepared=script.is_prepared)
     started = time.perf_counter()
     for _ in range(script.epochs):
-        for images, labels in batches:
-            loss = F.cross_entropy(model(images.to(device)), labels.to(device))
-            backward(loss)
-            optimizer.step()
-            optimizer.zero_grad()
-            loss.item()  # as all of them show it
+        train_epoch()
         for group in optimizer.param_groups:
             group["lr"] *= script.gamma
-    return time.perf_counter() - started, _accuracy(model.eval(), job, test, device)
+    return time.perf_counter() - started, _accuracy(model.eval(), job, test)
 
 
 class _Arrays:
@@ -170,13 +159,9 @@ class _Arrays:
             yield self.images[rows], self.labels[rows]
 
 
-def _batches(script: Script, job: Job) -> Any:
-    return _Arrays(job.split, script.batch_size) if script.in_memory else usual_loader(job)
-
-
 @torch.inference_mode()
-def _accuracy(model: nn.Module, job: Job, test: Split, device: torch.device) -> float:
-    transform, num_correct = BatchTransform(job.config.image), 0
+def _accuracy(model: nn.Module, job: Job, test: Split) -> float:
+    transform, device, num_correct = BatchTransform(job.config.image), find_device(job.config.runtime), 0
     for start in range(0, len(test), EVAL_BATCH):
         batch = test[start : start + EVAL_BATCH]
         num_correct += int((model(transform(batch.images).to(device)).argmax(dim=1).cpu() == batch.labels).sum())
@@ -190,7 +175,7 @@ def measure_all(names: Iterable[str], config: TrainConfig, train: Split, test: S
     for seed in range(num_seeds):
         for name in names:
             found[name].append(measure(SCRIPTS[name], config, train, test, seed))
-    where = environment(config.runtime.num_threads, str(find_device(config)))
+    where = environment(config.runtime.num_threads, str(find_device(config.runtime)))
     return [
         {
             "script": name,

@@ -26,26 +26,19 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Report:
-    """Attributes:
-
-    title: what was measured, and how often.
-    environment: where; see `environment`.
-    rows: a dictionary each, all with the same keys; None = does not apply.
-    notes: how to read the columns.
-    hidden: columns for JSON only.
-    """
+    """What was measured and how often; where, see `environment`; a dictionary a row (None = does not apply); notes."""
 
     title: str
     environment: dict[str, Any]
     rows: list[Row]
     notes: Sequence[str]
-    hidden: Sequence[str] = ()
 
 
-def environment(num_threads: int, device_name: str) -> dict[str, Any]:
-    """What figures depend on: hardware, threads, versions, and the load of the machine."""
+def environment(num_threads: int, device_name: str, mixed_precision: str = "no") -> dict[str, Any]:
+    """What figures depend on: hardware, threads, precision, versions, and the load of the machine."""
     return {
         "device": device_name,
+        "precision": "fp32" if mixed_precision == "no" else mixed_precision,
         "cpu": cpu_name(),
         "cores": num_usable_cores(),
         "threads": num_threads,
@@ -56,25 +49,18 @@ def environment(num_threads: int, device_name: str) -> dict[str, Any]:
 
 
 def print_report(report: Report, *, as_json: bool) -> None:
-    """A table, or one JSON document, on standard output."""
+    """One JSON document on standard output; or a table between title and notes, plain where that is no terminal."""
     if as_json:
         sys.stdout.write(json.dumps(dataclasses.asdict(report), indent=2) + "\n")
-    else:
-        print_table(report)
-
-
-def print_table(report: Report) -> None:
-    """Title, environment, a line per row, notes; plain text where standard output is no terminal."""
+        return
     console = Console(highlight=False) if sys.stdout.isatty() else Console(width=120, color_system=None)
     facts = ", ".join(f"{name} {value}" for name, value in report.environment.items())
     console.print(f"{report.title}\n{facts}", markup=False)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    columns = [name for name in report.rows[0] if name not in report.hidden]
-    for name in columns:
-        is_text = isinstance(report.rows[0][name], str)
-        table.add_column(name, justify="left" if is_text else "right", no_wrap=True)
+    for name, value in report.rows[0].items():
+        table.add_column(name, justify="left" if isinstance(value, str) else "right", no_wrap=True)
     for row in report.rows:
-        table.add_row(*(show(name, row[name]) for name in columns))
+        table.add_row(*(show(name, value) for name, value in row.items()))
     console.print(table)
     for note in report.notes:
         console.print(note, markup=False)

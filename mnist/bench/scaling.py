@@ -1,18 +1,19 @@
 """The cost of communication: processes under DDP, and the same processes without communication.
 
-In: an accelerator over several ranks and a configuration. Out: images/s and CPU time of all ranks together, per way and
-round; the ways take turns. Letters: P ranks. Every rank must call the functions here.
+In: an accelerator over several ranks and a configuration. Out: images/s of all ranks together, per way and round; the
+ways take turns. Every rank must call the functions here.
 """
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
 
 import torch
 from accelerate import Accelerator
 
+from mnist.bench.report import Row
 from mnist.config import TrainConfig
 from mnist.data.batches import TrainLoader
 from mnist.data.datasets import Dataset
@@ -25,42 +26,34 @@ PROJECT = "this project"
 WAYS = (ALONE, LOCKSTEP, PROJECT)
 
 
-class Turn(NamedTuple):
-    """One measurement, sums over the ranks."""
-
-    images_per_s: float
-    cpu_s: float
-
-
 def measure_scaling(
     accelerator: Accelerator, config: TrainConfig, dataset: Dataset, num_steps: int, repeats: int
-) -> dict[str, list[Turn]]:
+) -> dict[str, list[float]]:
     """Takes `num_steps` optimizer steps in every way, `repeats` + 1 times in turns; the first turn is not counted.
 
     Args:
-        accelerator: over P ranks.
+        accelerator: over all ranks.
         config: the recipe; its global batch is what *each* rank takes per step.
         dataset: on the device; its training images are taken.
         num_steps: per measurement.
         repeats: measurements that count.
 
     Returns:
-        By way, a `Turn` per repeat; equal on every rank.
+        By way, images/s per repeat; equal on every rank.
     """
     trains = {way: _build(accelerator, config, dataset, num_steps, way) for way in WAYS}
     for train in trains.values():
         train()
-    turns: dict[str, list[Turn]] = {way: [] for way in WAYS}
+    rates: dict[str, list[float]] = {way: [] for way in WAYS}
     for repeat in range(repeats):
         first = repeat % len(WAYS)  # no way always follows the same one
         for way in WAYS[first:] + WAYS[:first]:
             accelerator.wait_for_everyone()
-            started, cpu_started = time.perf_counter(), time.process_time()
+            started = time.perf_counter()
             num_images = trains[way]()
-            seconds, cpu_s = time.perf_counter() - started, time.process_time() - cpu_started
-            sums = torch.tensor([num_images / seconds, cpu_s], device=accelerator.device)
-            turns[way].append(Turn(*accelerator.reduce(sums).tolist()))
-    return turns
+            speed = torch.tensor(num_images / (time.perf_counter() - started), device=accelerator.device)
+            rates[way].append(accelerator.reduce(speed).item())
+    return rates
 
 
 def _build(
@@ -89,3 +82,14 @@ def _build(
         return num_images
 
     return train
+
+
+def compare_rates(rates: Sequence[float], alone: Sequence[float]) -> Row:
+    """The speed, and the share of the speed without communication that is left."""
+    ratios = [one / limit for one, limit in zip(rates, alone, strict=True)]
+    return {
+        "images/s": statistics.median(rates),
+        "ratio": statistics.median(ratios),
+        "min": min(ratios),
+        "max": max(ratios),
+    }

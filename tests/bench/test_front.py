@@ -10,9 +10,11 @@ import torch
 from PIL import Image
 
 from mnist.bench import front
+from mnist.bench.__main__ import FrontOptions, bench_front
 from mnist.bench.front import DOCS, SCRIPTS, measure, measure_all, points, publish
 from mnist.config import DataConfig, TrainConfig, evolve
 from mnist.data.datasets import read
+from mnist.errors import UserError
 from mnist.models import count_parameters
 from mnist.recipes import RECIPES
 from tests.processes import PYTHON, finish
@@ -105,7 +107,7 @@ def test_scripts_take_turns_and_each_has_a_row(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.launch
 def test_the_command_shows_the_recipes_without_measuring(tmp_path: Path) -> None:
-    command = [*PYTHON, "-m", "mnist.bench", "front", "--dataset", "digits", "--seeds", "0"]
+    command = [*PYTHON, "-m", "mnist.bench", "front", "--seeds", "0"]
     done = finish([*command, "--json"], tmp_path)
     assert done.code == 0, done.err
     names = {point["name"] for point in json.loads(done.out)["rows"]}
@@ -113,3 +115,10 @@ def test_the_command_shows_the_recipes_without_measuring(tmp_path: Path) -> None
     done = finish([*command, "--scripts", "keras"], tmp_path)
     assert done.code == 2
     assert done.err.startswith("error: --scripts keras: unknown; ")
+
+
+def test_figures_of_a_gpu_are_not_published(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    with pytest.raises(UserError, match=r"--publish: docs/front.json is about CPUs; add --cpu"):
+        bench_front(FrontOptions(publish=True))
