@@ -26,9 +26,8 @@ LAYERS = [
     {"train_ddp"},
 ]
 TRAINING_PATH = {"config", "errors", "seeding", "recipes", "models", "system", "data", "training", "runs"}
-STANDARD_LIBRARY_ONLY = {"errors", "seeding", "config", "system.fault_injection", "system.files", "system.process"} | {
-    "system.signals",
-    "system.watchdog",
+STANDARD_LIBRARY_ONLY = {"errors", "seeding", "config"} | {
+    f"system.{name}" for name in ("fault_injection", "process", "signals", "watchdog")
 }
 FILES = [ROOT / "train_ddp.py", *sorted((ROOT / "mnist").rglob("*.py"))]
 

@@ -1,6 +1,6 @@
 """The project's own files: written whole or not at all, read only where they are regular files of bounded size.
 
-In: a path, and bytes or JSON. Out: the file, flushed to the disk; or its content. Standard library only.
+In: a path, and bytes or JSON. Out: the file, flushed to the disk; or its content.
 What is not complete is called `.tmp-<name>`. One process writes to a folder at a time (a run directory is locked), so
 what has such a name at the start was left by a process that was killed.
 """
@@ -13,7 +13,9 @@ import os
 import shutil
 import stat
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
+
+import msgspec
 
 from mnist.errors import RunError, UserError
 
@@ -93,24 +95,13 @@ def read_regular(path: Path, max_bytes: int) -> bytes:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file of the project, {} where there is no file; a RecordError where it holds none."""
     try:
-        content = json.loads(read_regular(path, MAX_JSON_BYTES), parse_int=_parse_int, parse_constant=_refuse)
+        return msgspec.json.decode(read_regular(path, MAX_JSON_BYTES), type=dict[str, Any])
     except (FileNotFoundError, NotADirectoryError):
         return {}
+    except msgspec.ValidationError as error:
+        raise RecordError(f"{path}: holds no JSON object ({error})") from error
     except (OSError, ValueError, RecursionError) as error:
         raise RecordError(f"{path}: not readable as JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise RecordError(f"{path}: holds no JSON object")
-    return content
-
-
-def _parse_int(digits: str) -> int:
-    if len(digits) > 19:  # more than 64 bits hold
-        raise ValueError(f"a number of {len(digits)} digits")
-    return int(digits)
-
-
-def _refuse(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is no JSON")
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -107,7 +107,7 @@ def test_a_json_object_is_read_and_a_missing_file_is_empty(tmp_path):
         ("{", "not readable as JSON"),
         ("[1]", "holds no JSON object"),
         ("\xff", "holds no JSON object|not readable as JSON"),
-        ('{"a": ' + "9" * 300 + "}", "a number of 300 digits"),
+        ('{"a": NaN}', "not readable as JSON"),
         ('{"a": ' + "[" * 100_000, "not readable as JSON"),
         ('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}", "not readable as JSON"),
     ],
