@@ -131,7 +131,7 @@ def _test_images(trained: TrainedModel, data_dir: str | None) -> tuple[str, Spli
     try:
         if is_present(own, config.data_dir):
             found = datasets.read(own, config, size=info.image_shape[-1])
-            if (found.image_shape, found.class_names) == (info.image_shape, info.class_names):
+            if (found.info.image_shape, found.class_names) == (info.image_shape, info.class_names):
                 return own, found.test
     except UserError:
         if own != "folder":  # people's own pictures may be gone

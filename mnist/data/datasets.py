@@ -59,11 +59,6 @@ class Dataset:
     is_fallback: bool = False
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width."""
-        return self.info.image_shape
-
-    @property
     def class_names(self) -> tuple[str, ...]:
         """In the order of the labels."""
         return self.info.class_names
@@ -87,7 +82,7 @@ def relocate(config: DataConfig, dataset: DatasetName | None, data_dir: str | No
     )
 
 
-def load(config: DataConfig, accelerator: Accelerator, size: int, show: folder.Show | None = None) -> Dataset:
+def load(config: DataConfig, accelerator: Accelerator, size: int, show: folder.Show = lambda _: None) -> Dataset:
     """The data set of a run, on the device of this rank. Every rank must call this.
 
     Rank 0 decides what --dataset means, one process a node downloads or decodes what is missing, every rank reads.
@@ -96,16 +91,14 @@ def load(config: DataConfig, accelerator: Accelerator, size: int, show: folder.S
         config: which data set.
         accelerator: knows the ranks.
         size: side of the network's input, which people's own pictures are brought to.
-        show: is told on a terminal how far decoding them is.
+        show: is told how far decoding them is.
 
     Raises:
         UserError: on all ranks, if any of them has no data, broken data, other data than rank 0, or no room for it.
     """
     choice = ranks.together(accelerator, lambda: choose(config))
     ranks.together(accelerator, lambda: _fetch_or_decode(choice.name, config, size, show), on="local_main")
-    dataset = ranks.together(
-        accelerator, lambda: read(choice.name, config, choice.fallback_reason, size, show), on="all"
-    )
+    dataset = ranks.together(accelerator, lambda: read(choice.name, config, choice.fallback_reason, size), on="all")
     ranks.require_agreement(accelerator, data_files=dataset.fingerprint)
     return ranks.together(accelerator, lambda: _to_device(dataset, accelerator.device), on="all")
 
@@ -127,7 +120,7 @@ def resolve(config: TrainConfig, dataset: Dataset) -> TrainConfig:
     Raises:
         UserError: numbers for other channels than the images have.
     """
-    mean, std, num_channels = config.image.mean, config.image.std, dataset.image_shape[0]
+    mean, std, num_channels = config.image.mean, config.image.std, dataset.info.in_channels
     if (mean, std) == ((MNIST_MEAN,), (MNIST_STD,)) and not dataset.info.has_digits:
         mean, std = _mean_and_std(dataset.train.images)
     for flag, values in (("--mean", mean), ("--std", std)):
@@ -154,7 +147,7 @@ def _mean_and_std(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]
     return tuple(means), tuple(stds)
 
 
-def _fetch_or_decode(name: str, config: DataConfig, size: int, show: folder.Show | None) -> None:
+def _fetch_or_decode(name: str, config: DataConfig, size: int, show: folder.Show) -> None:
     if name == "folder":
         folder.prepare(config.data_dir, config.channels or folder.CHANNELS, size, show)
     else:
@@ -177,13 +170,7 @@ def choose(config: DataConfig) -> Choice:
     return Choice("mnist")
 
 
-def read(
-    name: str,
-    config: DataConfig,
-    fallback_reason: str | None = None,
-    size: int = MNIST_SIDE,
-    show: folder.Show | None = None,
-) -> Dataset:
+def read(name: str, config: DataConfig, fallback_reason: str | None = None, size: int = MNIST_SIDE) -> Dataset:
     """Reads and checks the splits; every rank calls it, once the files are there.
 
     The validation split is the end of the training set: writers come in blocks, so that a contiguous piece keeps a
@@ -194,26 +181,23 @@ def read(
         config: folder and size of the validation split.
         fallback_reason: why `auto` came to the embedded digits, or None.
         size: side of the network's input, which people's own pictures are brought to.
-        show: is told on a terminal how far decoding them is.
 
     Raises:
         UserError: a file that is broken, or of another kind, or does not fit its partner; or `val_size` too large.
     """
     source = SOURCES[name]
-    class_names, warnings = source.class_names, list[str]()
     if name == "folder":
-        pictures = folder.read(config.data_dir, config.channels or folder.CHANNELS, size, show)
-        train, test, hashes, class_names = pictures.train, pictures.test, [pictures.sha256], pictures.class_names
-        warnings = folder.warnings_of(pictures)
+        pictures = folder.read(config.data_dir, config.channels or folder.CHANNELS, size)
+        train, test, hashes, warnings = pictures.train, pictures.test, [pictures.sha256], pictures.warnings()
+        class_names = pictures.class_names
     else:
-        train, test, hashes = _read_digits() if name == "digits" else _read_files(source, config.data_dir)
+        train, test, hashes, warnings = _read_digits() if name == "digits" else _read_files(source, config.data_dir)
+        class_names = source.class_names
     if config.val_size >= len(train):
         raise UserError(f"--val-size {config.val_size}: must be below the {len(train):,} training images of {name}")
     num_train = len(train) - config.val_size
-    changed = [file for file, ours, theirs in zip(source.files, source.sha256, hashes, strict=False) if ours != theirs]
-    warnings += [f"{file} is not the published file (its sha256 differs)" for file in changed]
     if fallback_reason is not None:
-        warnings.insert(0, f"NOT MNIST: these are the 1,797 embedded digits, because MNIST is {fallback_reason}")
+        warnings = [f"NOT MNIST: these are the 1,797 embedded digits, because MNIST is {fallback_reason}"]
     return Dataset(
         name=name,
         train=train[:num_train].repeat(source.train_copies),
@@ -227,7 +211,8 @@ def read(
     )
 
 
-def _read_files(source: Source, data_dir: str) -> tuple[Split, Split, list[str]]:
+def _read_files(source: Source, data_dir: str) -> tuple[Split, Split, list[str], list[str]]:
+    """Both splits, the sha256 of each file, and a warning of each that is not as published."""
     splits, hashes = [], []
     for images_name, labels_name in (source.files[:2], source.files[2:]):
         images_path, labels_path = (find_file(source, data_dir, name) for name in (images_name, labels_name))
@@ -249,14 +234,17 @@ def _read_files(source: Source, data_dir: str) -> tuple[Split, Split, list[str]]
         upright = images.transpose(1, 2).contiguous() if source.is_transposed else images
         splits.append(Split(upright, labels - source.first_label))
         hashes += [images_hash, labels_hash]
-    return splits[0], splits[1], hashes
+    pairs = zip(source.files, source.sha256, hashes, strict=False)  # most data sets have no published sha256
+    changed = [file for file, published, found in pairs if published != found]
+    warnings = [f"{file} is not the published file (its sha256 differs)" for file in changed]
+    return splits[0], splits[1], hashes, warnings
 
 
-def _read_digits() -> tuple[Split, Split, list[str]]:
+def _read_digits() -> tuple[Split, Split, list[str], list[str]]:
     with np.load(DIGITS_FILE, allow_pickle=False) as archive:
         images, labels = torch.from_numpy(archive["images"]), torch.from_numpy(archive["labels"])
     everything = Split(to_mnist_form(images), labels.long())
-    return everything[:NUM_TRAIN_DIGITS], everything[NUM_TRAIN_DIGITS:], ["digits"]
+    return everything[:NUM_TRAIN_DIGITS], everything[NUM_TRAIN_DIGITS:], ["digits"], []
 
 
 def to_mnist_form(images: Tensor) -> Tensor:

@@ -112,12 +112,6 @@ def test_names_of_classes_are_one_line_and_cannot_command_a_terminal(shapes):
     assert read(shapes).class_names[0] == "a\ufffdb\ufffdc\ufffd[31md"
 
 
-def test_an_interrupt_in_a_notebook_ends_decoding(shapes, monkeypatch):
-    monkeypatch.setattr(folder.signals, "stop_requested", lambda: True)
-    with pytest.raises(KeyboardInterrupt):
-        read(shapes)
-
-
 def test_the_order_depends_on_names_only_and_not_on_the_file_system(shapes, tmp_path):
     paths = sorted(path for path in shapes.rglob("*.png"))
     for path in reversed(paths):
@@ -400,9 +394,9 @@ def test_where_the_cache_cannot_be_written_pictures_are_decoded_each_time(shapes
 def test_two_ranks_decode_once_and_have_the_same_pictures(shapes, tmp_path):
     decode = folder.Listing.decode
 
-    def counted(listing, show):
+    def counted(listing, *show):
         (tmp_path / f"decoded-{os.getpid()}").touch()
-        return decode(listing, show)
+        return decode(listing, *show)
 
     def load():
         folder.Listing.decode = counted
@@ -414,18 +408,11 @@ def test_two_ranks_decode_once_and_have_the_same_pictures(shapes, tmp_path):
     assert len(list(tmp_path.glob("decoded-*"))) == 1
 
 
-def test_how_far_decoding_is_shown_on_a_terminal_and_else_in_lines(shapes, monkeypatch, capsys):
-    monkeypatch.setattr(folder, "PICTURES_PER_TASK", 4)
-    clock = iter(range(0, 10_000, 11))
-    monkeypatch.setattr(folder.time, "monotonic", lambda: next(clock))
-    read(shapes)
-    assert capsys.readouterr().err.splitlines()[:2] == [
-        *("decoding pictures  4 of 33", "decoding pictures  8 of 33"),
-    ]
+def test_how_far_decoding_is_shown(shapes, monkeypatch):
+    monkeypatch.setattr(folder, "PICTURES_PER_TASK", 16)
     shown = []
-    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    folder.read(str(shapes), 3, 20, shown.append)
-    assert shown[3] == f"decoding pictures  |{'#' * 9:20}|  16 of 33"
+    folder.prepare(str(shapes), 3, 20, shown.append)
+    assert shown == [f"decoding pictures  {number} of 33" for number in (0, 16, 32)]
 
 
 def test_pictures_that_do_not_fit_into_memory_are_refused_before_they_are_decoded(shapes, monkeypatch):
@@ -455,7 +442,7 @@ def test_channels_of_a_data_set_with_channels_of_its_own_are_refused():
 
 def test_grey_pictures_have_one_channel(shapes):
     config = DataConfig(dataset="folder", data_dir=str(shapes), channels=1)
-    assert datasets.read("folder", config, None, 32).image_shape == (1, 32, 32)
+    assert datasets.read("folder", config, None, 32).info.image_shape == (1, 32, 32)
 
 
 def test_evaluation_looks_where_the_run_had_its_pictures_and_not_in_the_folder_of_mnist(monkeypatch, tmp_path):
