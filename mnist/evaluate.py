@@ -79,7 +79,7 @@ from mnist.data.datasets import Dataset
 from mnist.data.sources import DatasetInfo
 from mnist.runs.console import Console
 from mnist.runs.export import TrainedModel, find_export, load_model
-from mnist.runs.records import ScoreRecord, read_run_record
+from mnist.runs.records import Numbers, read_run_record
 from mnist.system.accelerator import open_accelerator
 from mnist.training.evaluation import evaluate
 from mnist.training.losses import build_loss
@@ -245,7 +245,7 @@ class Report:
     batches: Sequence[tuple[int, int]] = ()
     versus: Comparison | None = None
 
-    def as_trained(self) -> ScoreRecord | None:
+    def as_trained(self) -> Numbers | None:
         """The training's own scores of these weights on this split; None where it has none."""
         if self.trained.folder.name != "best" or self.split != "test":
             return None

@@ -22,8 +22,8 @@ from mnist.plots.features import activations, main_activations
 from mnist.predict.answers import Answer, answer_digits, see, training_likeness
 from mnist.predict.not_a_digit import Likeness
 from mnist.recipes import run_name
-from mnist.runs.export import CONFIG, WEIGHTS, TrainedModel, find_export, load_model, runs_with
-from mnist.runs.records import read_config, read_run_record
+from mnist.runs.export import CONFIG, WEIGHTS, TrainedModel, find_export, load_model
+from mnist.runs.records import read_config, read_run_record, runs_with
 from mnist.system.files import RecordError
 
 

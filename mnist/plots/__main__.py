@@ -145,8 +145,8 @@ from mnist.plots import pictures, run_pictures
 from mnist.plots.features import as_table, layer_costs
 from mnist.plots.history import read_history
 from mnist.runs.console import Console
-from mnist.runs.export import CONFIG, find_export, load_model, read_info, runs_with
-from mnist.runs.records import read_config, read_run_record
+from mnist.runs.export import CONFIG, find_export, load_model, read_info
+from mnist.runs.records import read_config, read_run_record, runs_with
 from mnist.training.build import build_network
 
 

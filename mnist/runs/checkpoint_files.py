@@ -27,7 +27,7 @@ from torch import Tensor
 
 from mnist.config import from_flat, to_flat
 from mnist.errors import RunError, UserError
-from mnist.runs.records import MANIFEST, ScoreRecord, check_record
+from mnist.runs.records import MANIFEST, Numbers, check_record
 from mnist.runs.tracking.jsonl import flush_records
 from mnist.system.files import (
     RecordError,
@@ -73,7 +73,7 @@ class Checkpoint:
     config: dict[str, Any]
     plan: Plan
     facts: dict[str, Any]
-    scores: dict[str, ScoreRecord] = field(default_factory=dict)
+    scores: dict[str, Numbers] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         all_sums = (self.loop.interval_sums, self.loop.epoch_sums, self.loop.run_sums)
@@ -194,7 +194,7 @@ def _read_manifest(folder: Path) -> tuple[Checkpoint, str]:
         if content.get("sha256") != _digest(content):
             raise CheckpointError(f"{path}: changed since it was written (its sha256 differs)")
         config = to_flat(from_flat(content["config"]))
-        checkpoint = check_record(path, {**content, "config": config, "tensors": {}}, Checkpoint, complete=True)
+        checkpoint = check_record(path, {**content, "config": config, "tensors": {}}, Checkpoint)
         return checkpoint, content["tensors"]["sha256"]
     except (RecordError, UserError) as error:
         where = "" if str(path) in str(error) else f"{path}: "

@@ -7,7 +7,7 @@ files are written and read by checkpoint_files.py; resume.py decides which check
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -22,7 +22,6 @@ from mnist.runs.checkpoint_files import (
 )
 from mnist.runs.directory import branch_origin
 from mnist.runs.initial_weights import begin_with_weights
-from mnist.runs.records import ScoreRecord
 from mnist.runs.resume import asks_for_more, check_checkpoint
 from mnist.runs.setup import RunSetup
 from mnist.runs.state_tensors import module_tensors, optimizer_tensors, restore_optimizer
@@ -157,7 +156,7 @@ class Checkpointing:
             config=to_flat(self._setup.config),
             plan=self._setup.plan,
             facts=self._facts,
-            scores={name: cast("ScoreRecord", score.as_dict()) for name, score in self._validation.scores.items()},
+            scores={name: score.as_dict() for name, score in self._validation.scores.items()},
         )
 
     def load_best(self, warn: Callable[[str], None]) -> int:

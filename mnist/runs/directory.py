@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 from mnist.config import RUNS, TrainConfig
 from mnist.errors import UserError
 from mnist.recipes import run_name
-from mnist.runs.records import MANIFEST, RunRecord, read_config, read_run_record
+from mnist.runs.records import MANIFEST, RunRecord, Status, check_record, read_config, read_run_record
 from mnist.runs.tracking.jsonl import flush_records
 from mnist.system import ranks
 from mnist.system.files import RecordError, read_json, refuse_symlink, write_json
@@ -54,21 +54,12 @@ class RunDirectory:
         """The folder of the checkpoints."""
         return self.path / "checkpoints"
 
-    def write_start(self, config: dict[str, Any], environment: dict[str, Any], facts: dict[str, Any]) -> None:
-        """Writes what is known before the first step. Rank 0 alone calls it."""
-        write_json(self.path / "config.json", config)
-        write_json(self.path / "environment.json", environment)
-        self.write_result("running", **facts)
-
-    def write_result(self, status: str, **facts: Any) -> None:
-        """Replaces result.json, after the records that it stands for are on the disk. Rank 0 alone calls it.
-
-        Args:
-            status: running, finished, preempted, failed or diverged.
-            facts: everything else.
-        """
+    def write_result(self, status: Status, **facts: Any) -> RunRecord:
+        """Replaces result.json, after the records that it stands for are on the disk. Rank 0 alone calls it."""
+        path, content = self.path / "result.json", {"status": status, "job": job_id(), **facts}
         flush_records(self.path)
-        write_json(self.path / "result.json", {"status": status, "job": job_id(), **facts})
+        write_json(path, content)
+        return check_record(path, content, RunRecord)
 
 
 def open_run_directory(config: TrainConfig, dataset: str, accelerator: Accelerator) -> RunDirectory:

@@ -18,11 +18,11 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from mnist.config import RUNS, OutputConfig, TrainConfig, from_flat, to_flat
+from mnist.config import OutputConfig, TrainConfig, from_flat, to_flat
 from mnist.data.sources import DatasetInfo, take_info
 from mnist.data.transforms import BatchTransform
 from mnist.errors import RunError, UserError
-from mnist.runs.records import WEIGHTS_CHECKSUM
+from mnist.runs.records import WEIGHTS_CHECKSUM, runs_with
 from mnist.system.files import read_json, read_regular, refuse_symlink, remove_leftovers, write_atomically, write_json
 from mnist.training.build import build_network
 
@@ -83,20 +83,6 @@ def export_model(folder: Path, weights: dict[str, Tensor], config: dict[str, Any
         write_json(folder / CONFIG, {**public, WEIGHTS_CHECKSUM: hashlib.sha256(content).hexdigest()})
     except (OSError, SafetensorError) as error:
         raise RunError(f"{folder}: export not written ({error})") from error
-
-
-def runs_with(file: str) -> list[Path]:
-    """The run directories below runs/ that hold `file`, newest first by the time of that file.
-
-    Whatever else is in runs/ is passed over: folders of other users, pipes, files.
-    """
-    found = []
-    with contextlib.suppress(OSError):  # no runs/, or not ours to read
-        for run in RUNS.iterdir():
-            with contextlib.suppress(OSError):
-                if (run / file).is_file():
-                    found.append(((run / file).stat().st_mtime, run))
-    return [run for _, run in sorted(found, reverse=True)]
 
 
 def find_export(run: str | None, flag: str = "--run") -> Path:

@@ -20,8 +20,11 @@ from mnist.data.sources import DatasetInfo
 from mnist.recipes import RECIPES
 from mnist.runs.console import count
 from mnist.runs.export import CARD, ONNX, PT2
-from mnist.runs.records import RunRecord, ScoreRecord, read_run_record
+from mnist.runs.records import RunRecord
+from mnist.runs.report import worst_classes
+from mnist.runs.result import Result
 from mnist.system.files import MAX_JSON_BYTES, read_json, read_regular, write_atomically
+from mnist.training.metrics import Scores
 
 ON_THE_HUB = {
     "mnist": "ylecun/mnist",
@@ -93,21 +96,19 @@ print(class_names[probabilities[0].argmax()], probabilities[0].max())
 }
 
 
-def write_card(run_dir: Path, config: TrainConfig, info: DatasetInfo, warn: Callable[[str], None]) -> None:
+def write_card(result: Result, config: TrainConfig, info: DatasetInfo, warn: Callable[[str], None]) -> None:
     """Writes the card of a finished run's best model. Rank 0 alone calls it. Whatever fails is a warning."""
-    folder = run_dir / "export" / "best"
+    folder = result.run_dir / "export" / "best"
     try:
-        pictures = _copy_pictures(run_dir / "pictures", folder) if config.output.pictures else []
-        result, environment = read_run_record(run_dir), read_json(run_dir / "environment.json")
-        assert result is not None
-        text = render(result, config, environment, info, pictures)
-        write_atomically(folder / CARD, text.encode())
+        pictures = _copy_pictures(result.run_dir / "pictures", folder) if config.output.pictures else []
+        environment = read_json(result.run_dir / "environment.json")
+        write_atomically(folder / CARD, render(result, config, environment, info, pictures).encode())
     except Exception as error:  # a full disk, a damaged record: the model itself is there
         warn(f"no model card: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
 
 
 def render(
-    result: RunRecord, config: TrainConfig, environment: dict[str, Any], info: DatasetInfo, pictures: Sequence[str]
+    result: Result, config: TrainConfig, environment: dict[str, Any], info: DatasetInfo, pictures: Sequence[str]
 ) -> str:
     """The text of a card.
 
@@ -118,16 +119,17 @@ def render(
         info: of the data set that it was trained on.
         pictures: names in `PICTURES` that lie beside the card.
     """
-    assert result.test is not None
-    metadata = yaml.safe_dump(_metadata(result, result.test), sort_keys=False, allow_unicode=True, width=120)
+    record, test = result.record, result.test
+    assert test is not None
+    metadata = yaml.safe_dump(_metadata(record, test), sort_keys=False, allow_unicode=True, width=120)
     shown = [f"![{PICTURES[name]}]({name}.png)\n" for name in pictures]
     parts = [
         f"---\n{metadata}---\n",
-        f"# {escape(f'{result.recipe}-{result.dataset}')}\n",
-        _summary(result, result.test, config, info),
+        f"# {escape(f'{record.recipe}-{record.dataset}')}\n",
+        _summary(record, test, config, info),
         "## How it was trained\n",
-        f"```bash\n{command(config, result.world_size)}\n```\n",
-        _training(result, config, environment),
+        f"```bash\n{command(config, record.world_size)}\n```\n",
+        _training(record, config, environment),
         *shown,
         _LOADING.format(shape=_shape(info)),
     ]
@@ -185,26 +187,26 @@ def _resolved(config: TrainConfig) -> dict[str, Any]:
     return {**flat, **{name: flat[name] or value for name, value in defaults.items()}}
 
 
-def _metadata(result: RunRecord, test: ScoreRecord) -> dict[str, Any]:
+def _metadata(record: RunRecord, test: Scores) -> dict[str, Any]:
     """What the Hub reads: https://huggingface.co/docs/hub/model-cards."""
-    dataset_id = ON_THE_HUB.get(result.dataset, result.dataset)
-    conditions = f"test accuracy on {test['num_samples']} images, {result.precision}, seed {result.seed}"
-    score = {"type": "accuracy", "value": round(test["accuracy"], 6), "name": conditions}
+    dataset_id = ON_THE_HUB.get(record.dataset, record.dataset)
+    conditions = f"test accuracy on {test.num_samples} images, {record.precision}, seed {record.seed}"
+    score = {"type": "accuracy", "value": round(test.accuracy, 6), "name": conditions}
     task = "image-classification"
     return {
         "license": "mit",
         "library_name": "pytorch",
         "pipeline_tag": task,
-        "tags": [task, "accelerate", "safetensors", result.dataset],
+        "tags": [task, "accelerate", "safetensors", record.dataset],
         "datasets": [dataset_id],
         "metrics": ["accuracy"],
         "model-index": [
             {
-                "name": f"{result.recipe}-{result.dataset}",
+                "name": f"{record.recipe}-{record.dataset}",
                 "results": [
                     {
                         "task": {"type": task, "name": "Image classification"},
-                        "dataset": {"type": dataset_id, "name": result.dataset, "split": "test"},
+                        "dataset": {"type": dataset_id, "name": record.dataset, "split": "test"},
                         "metrics": [score],
                     }
                 ],
@@ -213,38 +215,36 @@ def _metadata(result: RunRecord, test: ScoreRecord) -> dict[str, Any]:
     }
 
 
-def _summary(result: RunRecord, test: ScoreRecord, config: TrainConfig, info: DatasetInfo) -> str:
+def _summary(record: RunRecord, test: Scores, config: TrainConfig, info: DatasetInfo) -> str:
     """What it is, and how good, with the conditions of the number."""
     channels, height, width = info.image_shape
     kind = "grey" if channels == 1 else f"{channels}-channel"
-    rates = [(row[k] / sum(row), info.class_names[k]) for k, row in enumerate(result.test_confusion or []) if any(row)]
-    faulty = sorted((rate, name) for rate, name in rates if rate < 1)
-    weakest = ", ".join(f"{escape(name)} ({rate:.2%})" for rate, name in faulty[:3])
+    worst = escape(worst_classes(test, info.class_names))
     ground = " (0 is paper)" if info.has_digits else ""
     chosen = "those with the best accuracy on held-out training images" if config.data.val_size else "the last ones"
     rows = [
-        ("accuracy", f"**{test['accuracy']:.2%}**: {test['num_correct']:,} of {test['num_samples']:,} test images"),
-        ("conditions", f"one run, seed {result.seed}, {result.precision}; another seed gives another number"),
+        ("accuracy", f"**{test.accuracy:.2%}**: {test.num_correct:,} of {test.num_samples:,} test images"),
+        ("conditions", f"one run, seed {record.seed}, {record.precision}; another seed gives another number"),
         ("weights", f"{chosen}; each test image was scored once"),
-        ("lowest accuracy", weakest or "none: all classes are right"),
+        ("lowest accuracy", worst or "none: all classes are right"),
         ("classes", ", ".join(escape(name) for name in info.class_names)),
         ("input", f"{height}x{width} {kind} pixels, 0 to 255, as the data set has them{ground}"),
     ]
-    name = "a folder of pictures" if result.dataset == "folder" else escape(result.dataset)
-    intro = f"The network `{config.optim.model}` ({result.num_params:,} parameters), trained on {name} with Accelerate."
+    name = "a folder of pictures" if record.dataset == "folder" else escape(record.dataset)
+    intro = f"The network `{config.optim.model}` ({record.num_params:,} parameters), trained on {name} with Accelerate."
     return "\n".join([intro, "", "| | |", "|---|---|", *(f"| {name} | {text} |" for name, text in rows), ""])
 
 
-def _training(result: RunRecord, config: TrainConfig, environment: dict[str, Any]) -> str:
+def _training(record: RunRecord, config: TrainConfig, environment: dict[str, Any]) -> str:
     device = escape(str(environment["ranks"][0]["device"]))
     threads = count(int(environment["threads_per_process"]), "thread")
     versions = ", ".join(f"{name} {environment['packages'][name]}" for name in ("torch", "accelerate"))
-    epochs = f"{result.epochs:g} {'epoch' if result.epochs == 1 else 'epochs'}"
+    epochs = f"{record.epochs:g} {'epoch' if record.epochs == 1 else 'epochs'}"
     begun = " It began with the weights of another run (WEIGHTS)." if config.optim.init_from else ""
     return (
-        f"{count(result.steps, 'step')} of {config.loop.global_batch_size} images ({epochs}) in "
-        f"{result.train_time_s:.1f} s, without evaluation; {count(result.world_size, 'process')}, {device}, {threads} "
-        f"each; {result.precision}; {escape(versions)}; code {escape(str(environment['git_commit']))}.{begun}\n"
+        f"{count(record.steps, 'step')} of {config.loop.global_batch_size} images ({epochs}) in "
+        f"{record.train_time_s:.1f} s, without evaluation; {count(record.world_size, 'process')}, {device}, {threads} "
+        f"each; {record.precision}; {escape(versions)}; code {escape(str(environment['git_commit']))}.{begun}\n"
     )
 
 

@@ -5,13 +5,14 @@ In: a JSON file, and a dataclass. Out: an object of that class, or one line that
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, TypedDict, TypeVar
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
-from mnist.config import TrainConfig, from_flat
+from mnist.config import RUNS, TrainConfig, from_flat
 from mnist.data.sources import DatasetInfo
 from mnist.errors import UserError
 from mnist.system.files import RecordError, read_json
@@ -22,22 +23,9 @@ MANIFEST = "manifest.json"  # what makes a folder a checkpoint
 
 Status = Literal["running", "finished", "preempted", "failed", "diverged"]
 
+Numbers = dict[str, int | float]  # what `Scores.as_dict` writes, with the step where it is that of the best evaluation
+
 T = TypeVar("T")
-
-
-class ScoreRecord(TypedDict):
-    """What `Scores.as_dict` has written."""
-
-    loss: float
-    accuracy: float
-    num_correct: int
-    num_samples: int
-
-
-class BestRecord(ScoreRecord):
-    """The best evaluation, and the step that it was of."""
-
-    step: int
 
 
 @dataclass(frozen=True)
@@ -59,9 +47,9 @@ class RunRecord:
     steps: int = 0
     planned_steps: int = 0
     stop_reason: str | None = None
-    test: ScoreRecord | None = None
-    val: ScoreRecord | None = None
-    best: BestRecord | None = None
+    test: Numbers | None = None
+    val: Numbers | None = None
+    best: Numbers | None = None
     test_confusion: list[list[int]] | None = None
     train_time_s: float = 0.0
     total_time_s: float = 0.0
@@ -70,8 +58,23 @@ class RunRecord:
         rows = self.test_confusion or []
         if any(len(row) != len(rows) or min(row) < 0 for row in rows):
             raise ValueError("test_confusion must be a square of counts")
-        if self.status == "finished" and self.test is None:
-            raise ValueError("test must be an object in a finished run")
+        expected = {"loss", "accuracy", "num_correct", "num_samples"}
+        if self.status == "finished" and not (rows and expected <= (self.test or {}).keys()):
+            raise ValueError(f"a finished run has test_confusion, and in test {', '.join(sorted(expected))}")
+
+
+def runs_with(file: str) -> list[Path]:
+    """The run directories below runs/ that hold `file`, newest first by the time of that file.
+
+    Whatever else is in runs/ is passed over: folders of other users, pipes, files.
+    """
+    found = []
+    with contextlib.suppress(OSError):  # no runs/, or not ours to read
+        for run in RUNS.iterdir():
+            with contextlib.suppress(OSError):
+                if (run / file).is_file():
+                    found.append(((run / file).stat().st_mtime, run))
+    return [run for _, run in sorted(found, reverse=True)]
 
 
 def read_run_record(run_dir: Path) -> RunRecord | None:
@@ -82,12 +85,7 @@ def read_run_record(run_dir: Path) -> RunRecord | None:
     """
     path = run_dir / "result.json"
     content = read_json(path)
-    if not content:
-        return None
-    record = check_record(path, content, RunRecord, complete=content.get("status") != "running")
-    if record.test is not None:
-        record.test.update(content["test"])  # with metrics that were added to METRICS, of which no type knows
-    return record
+    return check_record(path, content, RunRecord) if content else None
 
 
 def read_config(path: Path) -> TrainConfig:
@@ -107,23 +105,15 @@ def read_config(path: Path) -> TrainConfig:
         raise RecordError(f"{path}: {error}"[:300]) from error
 
 
-def check_record(path: Path, content: Any, kind: type[T], *, complete: bool) -> T:
-    """`content` as a `kind`, a dataclass; all fields, also nested ones, must have the declared types.
+def check_record(path: Path, content: Any, kind: type[T]) -> T:
+    """`content`, as JSON has it, as a `kind`, a dataclass; all fields, also nested ones, must have the declared types.
 
-    Args:
-        path: named in the message.
-        content: as JSON has it.
-        kind: the class.
-        complete: its own fields with a default must be there, too. Unknown names are ignored.
+    Unknown names are ignored.
 
     Raises:
-        RecordError: a field is missing or has another type; names file and field.
+        RecordError: a field is missing or has another type; names `path` and field.
     """
     try:
-        made = msgspec.convert(content, kind)
+        return msgspec.convert(content, kind)
     except msgspec.ValidationError as error:
         raise RecordError(f"{path}: {error}") from error
-    missing = [name for name in kind.__annotations__ if name not in content] if complete else []
-    if missing:
-        raise RecordError(f"{path}: {missing[0]} is missing")
-    return made

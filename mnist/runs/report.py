@@ -84,7 +84,10 @@ def warnings(setup: RunSetup, *, has_resumed: bool) -> list[str]:
         found.append(f"--run-dir {path}: no locks on this file system; start no second run there")
     if setup.directory.config is not None and not has_resumed:
         found.append(f"--run-dir {path}: the earlier start saved no checkpoint; the run begins at its first step")
-    return [*found, *injection_warnings(setup.config, has_resumed=has_resumed)]
+    if setup.config.output.inject:
+        meaning = "not repeated, because this run was resumed" if has_resumed else "this run is made to fail"
+        found.append(f"DRILL: --inject {' '.join(setup.config.output.inject)}: {meaning}")
+    return found
 
 
 def command_to_continue(run_dir: Path) -> str:
@@ -96,14 +99,6 @@ def command_to_continue(run_dir: Path) -> str:
     }
     start = starts.get(launcher(), "python train_ddp.py") if num_local != "1" else "python train_ddp.py"
     return f"{start} --resume {shlex.quote(str(run_dir))}"
-
-
-def injection_warnings(config: TrainConfig, *, has_resumed: bool) -> list[str]:
-    """A warning where --inject is used."""
-    if not config.output.inject:
-        return []
-    meaning = "not repeated, because this run was resumed" if has_resumed else "this run is made to fail"
-    return [f"DRILL: --inject {' '.join(config.output.inject)}: {meaning}"]
 
 
 def result(plan: Plan, state: TrainState, test: Scores | None) -> dict[str, Any]:

@@ -7,15 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from mnist.errors import UserError
 from mnist.runs.export import TrainedModel, find_export, load_model
-from mnist.runs.records import RunRecord, ScoreRecord, Status, read_run_record
+from mnist.runs.records import RunRecord, Status, read_run_record
 from mnist.runs.tracking.jsonl import read_rows
 from mnist.training.metrics import Scores
-
-_USUAL = tuple(ScoreRecord.__annotations__)  # the scores that every run has
 
 
 @dataclass(frozen=True)
@@ -38,12 +36,9 @@ class Result:
     @property
     def test(self) -> Scores | None:
         """Scores of the test set with the confusion matrix; None unless the run has finished."""
-        scores, confusion = self.record.test, self.record.test_confusion
-        if scores is None or confusion is None:
+        if self.record.test is None or self.record.test_confusion is None:
             return None
-        others = {name: value for name, value in cast("dict[str, float]", scores).items() if name not in _USUAL}
-        counts = tuple(map(tuple, confusion))
-        return Scores(scores["loss"], scores["num_correct"], scores["num_samples"], counts, others)
+        return Scores.from_dict(self.record.test, self.record.test_confusion)
 
     @property
     def history(self) -> list[dict[str, Any]]:

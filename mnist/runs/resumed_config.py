@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mnist.config import RUNS, TrainConfig, evolve, from_flat
 from mnist.errors import MachineError, UserError
-from mnist.runs.records import MANIFEST
+from mnist.runs.records import MANIFEST, runs_with
 from mnist.system.files import RecordError, read_json
 
 
@@ -26,18 +26,16 @@ def resumed_config(resume: str, run_dir: str | None) -> TrainConfig:
     path = _newest_run() if resume == "last" else Path(resume)
     is_checkpoint = (path / MANIFEST).is_file()
     try:
-        flat = read_json(path / MANIFEST).get("config") if is_checkpoint else read_json(path / "config.json")
-    except RecordError as error:
-        raise MachineError(f"--resume {resume}: {error}") from error
-    if not flat or not isinstance(flat, dict):
+        content = read_json(path / (MANIFEST if is_checkpoint else "config.json"))
+        flat = content["config"] if is_checkpoint else content
+        config = evolve(from_flat(flat), resume=str(path), run_dir=run_dir, inject=())
+    except (RecordError, UserError, KeyError, TypeError) as error:
+        raise MachineError(f"--resume {resume}: its configuration cannot be used ({error})") from error
+    if not content:
         raise MachineError(
             f"--resume {resume}: no run there; give auto, never, last, a run directory or one of its "
             "checkpoints/step-... directories"
         )
-    try:
-        config = evolve(from_flat(flat), resume=str(path), run_dir=run_dir, inject=())
-    except UserError as error:
-        raise MachineError(f"--resume {resume}: its configuration cannot be used ({error})") from error
     if is_checkpoint:
         return config
     if run_dir is not None and Path(run_dir).resolve() != path.resolve():
@@ -48,7 +46,7 @@ def resumed_config(resume: str, run_dir: str | None) -> TrainConfig:
 
 
 def _newest_run() -> Path:
-    started = {path.parent: path.stat().st_mtime for path in RUNS.glob("*/config.json") if path.is_file()}
-    if not started:
+    runs = runs_with("config.json")
+    if not runs:
         raise MachineError(f"--resume last: no run below {RUNS}/")
-    return max(started, key=lambda path: started[path])
+    return runs[0]

@@ -25,7 +25,7 @@ from mnist.runs.console import Console, count
 from mnist.runs.directory import RunDirectory, is_restart
 from mnist.runs.finish import Draw, export_and_score
 from mnist.runs.model_card import write_card
-from mnist.runs.records import RunRecord, Status, read_run_record
+from mnist.runs.records import Status
 from mnist.runs.result import Result
 from mnist.runs.resume import how_to_continue
 from mnist.runs.setup import RunSetup
@@ -37,6 +37,7 @@ from mnist.system import process, ranks, signals
 from mnist.system.accelerator import is_out_of_memory, set_step_timeouts
 from mnist.system.environment import describe_environment, peak_memory_mb
 from mnist.system.fault_injection import inject
+from mnist.system.files import write_json
 from mnist.system.heartbeats import Heartbeats
 from mnist.system.watchdog import Watchdog
 from mnist.training.cuda_graph import choose_step_mode
@@ -84,7 +85,9 @@ def _open_tracker(setup: RunSetup, facts: dict[str, Any], environment: dict[str,
     name, path, config = setup.dataset.name, setup.directory.path, setup.config
     if not setup.accelerator.is_main_process:
         return Tracker(None, name, console.warn)
-    setup.directory.write_start(to_flat(config), environment, facts)
+    write_json(path / "config.json", to_flat(config))
+    write_json(path / "environment.json", environment)
+    setup.directory.write_result("running", **facts)
     tracker = Tracker(path, name, console.warn)
     tags = [name, config.optim.model, facts["precision"], f"w{facts['world_size']}"]
     run_config = {**to_flat(config), "recipe": facts["recipe"], "environment": environment}
@@ -234,46 +237,41 @@ class Run:
         )
         if missed := report.missed_gate(self._setup.config, test.accuracy):
             self._console.warn(missed)
-        record, hints = self._together(lambda: self._end("finished", test, gate_passed=missed is None))
+        result, hints = self._together(lambda: self._end("finished", test, gate_passed=missed is None))
         starts, span = (" over all starts", "since this start") if self._has_resumed else ("", "in all")
-        times = f"{state.run_sums.time_s:.1f} s training{starts}, {record.total_time_s:.1f} s {span}"
+        times = f"{state.run_sums.time_s:.1f} s training{starts}, {result.record.total_time_s:.1f} s {span}"
         rows = [*report.closing(self._setup, test), ("time", times), ("run", str(path))]
         rows += [("pictures", str(path / "pictures"))] if pictures else []
         title, commands = report.headline(test.accuracy), report.next_commands(path, self._setup.dataset.name)
         self._console.summary(title, [*rows, *hints], commands)
-        return Result(path, record)
+        return result
 
     def _end_preempted(self) -> Result:
         path, signal = self._setup.directory.path, signals.signal_name()
         cause = signal or (f"--max-time {self._setup.config.runtime.max_time:g}" if self._is_time_over() else None)
-        record, _ = self._together(lambda: self._end("preempted", signal=signal, reason=cause))
+        result, _ = self._together(lambda: self._end("preempted", signal=signal, reason=cause))
         again = report.command_to_continue(path)
         where = f"after step {self._state.step}" + (f" ({cause})" if cause else "")
         self._console.summary("saved, not finished", [("preempted", where), ("continue", again)])
         if self._setup.accelerator.is_main_process and signal == "SIGINT":
             process.print_after_launcher(f"preempted after step {self._state.step}; to continue: {again}")
-        return Result(path, record)
+        return result
 
-    def _end(self, status: Status, test: Scores | None = None, **more: Any) -> tuple[RunRecord, list[Hint]]:
+    def _end(self, status: Status, test: Scores | None = None, **more: Any) -> tuple[Result, list[Hint]]:
         """Writes result.json and closes the trackers, on rank 0; returns what was written, and what to type next."""
-        record = self._write_result(status, test, **more)
+        result = self._write_result(status, test, **more)
         if test is not None:
-            write_card(self._setup.directory.path, self._setup.config, self._setup.dataset.info, self._console.warn)
+            write_card(result, self._setup.config, self._setup.dataset.info, self._console.warn)
         best = {f"best/{key}": value for key, value in (self._state.best or {}).items()}
-        times = {"warmup_time_s": self._warmup_time_s} | {
-            name: getattr(record, name) for name in ("total_time_s", "train_time_s")
-        }
+        times = {"train_time_s": result.record.train_time_s, "total_time_s": result.record.total_time_s}
         with self._console.doing("closing trackers"):
-            hints = self.tracker.finish(status, {**best, **times})
-        return record, hints
+            hints = self.tracker.finish(status, {**best, **times, "warmup_time_s": self._warmup_time_s})
+        return result, hints
 
-    def _write_result(self, status: Status, test: Scores | None, **more: Any) -> RunRecord:
+    def _write_result(self, status: Status, test: Scores | None, **more: Any) -> Result:
         times = {"warmup_time_s": self._warmup_time_s, "total_time_s": round(self._total_time_s(), 3)}
         content = {**self._facts, **report.result(self._plan, self._state, test), **times, **more}
-        self._setup.directory.write_result(status, **content)
-        record = read_run_record(self._setup.directory.path)
-        assert record is not None
-        return record
+        return Result(self._setup.directory.path, self._setup.directory.write_result(status, **content))
 
     def _total_time_s(self) -> float:
         return time.perf_counter() - self._started_s

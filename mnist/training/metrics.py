@@ -7,7 +7,7 @@ In: logits and labels of a batch. Out: sums on the device, and from them plain n
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,6 +91,14 @@ class Scores:
             "num_samples": self.num_samples,
             **self.others,
         }
+
+    @classmethod
+    def from_dict(cls, numbers: Mapping[str, float], confusion: Sequence[Sequence[int]]) -> Scores:
+        """The inverse of `as_dict`, from JSON."""
+        others = dict(numbers)
+        loss, num_correct, num_samples = (others.pop(name) for name in ("loss", "num_correct", "num_samples"))
+        del others["accuracy"]
+        return cls(loss, int(num_correct), int(num_samples), tuple(map(tuple, confusion)), others)
 
     @classmethod
     def from_sums(cls, loss_sum: float, confusion: Tensor, others: Mapping[str, float] | None = None) -> Scores:

@@ -55,7 +55,7 @@ def test_result_json_is_written_after_the_records_are_on_the_disk(
     seen: list[tuple[int, bool]] = []
     monkeypatch.setattr(os, "fsync", lambda file: seen.append((os.fstat(file).st_ino, result.exists())))
     result = tmp_path / "result.json"
-    run.write_result("finished")
+    run.write_result("running", **FACTS)
     assert seen[0] == ((tmp_path / "metrics.jsonl").stat().st_ino, False)
     assert result.exists()
 
