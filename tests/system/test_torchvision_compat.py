@@ -1,3 +1,4 @@
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -5,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from mnist.system import torchvision_compat
 from mnist.system.torchvision_compat import import_torchvision
 
 ROOT = Path(__file__).parents[2]
@@ -23,24 +23,19 @@ def test_a_fresh_process_can_import_what_is_used():
     assert (done.stdout.split(), done.stderr) == (["MNIST", "Resize", "make_grid", "torchvision"], "")
 
 
-def test_the_operators_are_declared_only_where_the_extension_cannot_load():
-    import_torchvision()
-    assert (torchvision_compat._library is None) == torchvision_compat._extension_loads()
-    assert hasattr(torch.ops.torchvision, "nms")
-
-
 def test_a_healthy_installation_is_left_alone(monkeypatch):
-    monkeypatch.setattr(torchvision_compat, "_library", None)
-    monkeypatch.setattr(torchvision_compat, "_extension_loads", lambda: True)
-    import_torchvision("datasets")
-    assert torchvision_compat._library is None
+    monkeypatch.setattr(importlib, "import_module", lambda name: name)
+    monkeypatch.setattr(torch.library, "define", lambda *_: pytest.fail("declared"))
+    assert import_torchvision("datasets") == "torchvision.datasets"
 
 
-def test_operators_are_declared_once(monkeypatch):
-    import_torchvision()
-    library = torchvision_compat._library
-    import_torchvision("transforms")
-    assert torchvision_compat._library is library
+def test_another_error_is_passed_on(monkeypatch):
+    def broken(name):
+        raise RuntimeError(f"{name} is broken")
+
+    monkeypatch.setattr(importlib, "import_module", broken)
+    with pytest.raises(RuntimeError, match="torchvision is broken"):
+        import_torchvision()
 
 
 def test_importing_again_gives_the_same_module():
@@ -49,8 +44,6 @@ def test_importing_again_gives_the_same_module():
 
 
 def test_a_missing_torchvision_is_an_import_error(monkeypatch):
-    monkeypatch.setattr(torchvision_compat, "_library", None)
     monkeypatch.setitem(sys.modules, "torchvision", None)
     with pytest.raises(ImportError, match="torchvision"):
         import_torchvision()
-    assert torchvision_compat._library is None
