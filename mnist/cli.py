@@ -77,7 +77,7 @@ def parse_command_line(argv: Sequence[str] | None = None) -> TrainConfig:
         SystemExit: 0 when something was asked to be printed, 2 at a mistake.
     """
     with _errors_in_one_line():
-        process.check_surroundings()
+        process.check_working_directory()
         launcher.check_variables()
         typed = _read_tokens(sys.argv[1:] if argv is None else argv)
         file = typed.pop("config", None)
@@ -141,7 +141,7 @@ def parse_options(options: type[T], command: str, description: str | None, *, ha
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             os.environ.pop(name, None)
     with _errors_in_one_line():
-        process.check_surroundings()
+        process.check_working_directory()
         launcher.check_variables()
         with contextlib.nullcontext() if is_first_rank() else contextlib.redirect_stderr(io.StringIO()):
             return tyro.cli(

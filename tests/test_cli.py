@@ -490,21 +490,6 @@ def test_a_deleted_working_directory_is_one_line(tmp_path):
     assert (done.returncode, done.stderr) == (2, "error: the working directory was deleted; change to another one\n")
 
 
-def test_too_few_open_files_are_one_line():
-    limited = f"ulimit -n 16; exec {sys.executable} train_ddp.py --recipe smoke"
-    done = subprocess.run(["bash", "-c", limited], cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
-    assert (done.returncode, done.stderr) == (2, "error: ulimit -n 16: too few open files; 256 are needed\n")
-
-
-def test_a_low_limit_on_open_files_is_raised_where_it_may_be():
-    code = "import resource; from mnist.cli import parse_command_line; parse_command_line([])"
-    limited = (
-        f"ulimit -S -n 20; exec {sys.executable} -c '{code}; print(resource.getrlimit(resource.RLIMIT_NOFILE)[0])'"
-    )
-    done = subprocess.run(["bash", "-c", limited], cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
-    assert (done.returncode, done.stdout) == (0, "256\n")
-
-
 FAILING = """
 import os, socket, sys
 from mnist.cli import run_command
