@@ -10,6 +10,8 @@ from pathlib import Path
 from string import ascii_lowercase, ascii_uppercase, digits
 from typing import Any
 
+import msgspec
+
 from mnist.errors import UserError
 
 _MNIST_FILES = (
@@ -27,7 +29,6 @@ class Source:
     class_names: tuple[str, ...] = _DIGIT_NAMES
     image_shape: tuple[int, int, int] = (1, 28, 28)  # channels, height, width
     files: tuple[str, ...] = _MNIST_FILES  # images and labels to train on, images and labels of the test set
-    max_bytes: int = 0  # of the largest packed file as published
     sha256: tuple[str, ...] = ()  # of `files`, unpacked; empty = not pinned
     train_copies: int = 1  # how often each training image is stored, and so seen in one epoch
     is_transposed: bool = False  # in the files; here all images are upright
@@ -67,7 +68,6 @@ def _emnist(split: str, class_names: str, *, first_label: int = 0, has_digits: b
         "EMNIST",
         tuple(class_names),
         files=tuple(f"{part}-{file}" for part in parts for file in ("images-idx3-ubyte", "labels-idx1-ubyte")),
-        max_bytes=570_000_000,
         is_transposed=True,
         first_label=first_label,
         has_digits=has_digits,
@@ -77,7 +77,6 @@ def _emnist(split: str, class_names: str, *, first_label: int = 0, has_digits: b
 SOURCES = {
     "mnist": Source(
         "MNIST",
-        max_bytes=9_912_422,
         sha256=(
             "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
             "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
@@ -89,16 +88,14 @@ SOURCES = {
     "fashion_mnist": Source(
         "FashionMNIST",
         ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"),
-        max_bytes=26_421_880,
     ),
-    "kmnist": Source("KMNIST", ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo"), max_bytes=18_165_135),
+    "kmnist": Source("KMNIST", ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo")),
     "qmnist": Source(  # MNIST made anew from its sources, with all 60,000 test images
         "QMNIST",
         files=(
             *("qmnist-train-images-idx3-ubyte", "qmnist-train-labels-idx2-int"),
             *("qmnist-test-images-idx3-ubyte", "qmnist-test-labels-idx2-int"),
         ),
-        max_bytes=10_000_000,
         has_digits=True,
     ),
     "emnist_letters": _emnist("letters", ascii_lowercase, first_label=1),  # capital and small letters are one class
@@ -123,13 +120,14 @@ def take_info(flat: dict[str, Any]) -> DatasetInfo:
     Raises:
         UserError: the fields are damaged.
     """
-    shape, names, has_digits = (flat.pop(name, None) for name in ("image_shape", "class_names", "has_digits"))
-    if shape is None:
+    names = ("image_shape", "class_names", "has_digits")
+    values = {name: flat.pop(name) for name in names if name in flat}
+    if not values:
         return info_of(str(flat.get("dataset")))
-    is_whole = isinstance(shape, list) and len(shape) == 3 and all(isinstance(n, int) and n > 0 for n in shape)
-    if not (is_whole and isinstance(names, list) and names and all(isinstance(name, str) for name in names)):
-        raise UserError("image_shape or class_names is damaged")
-    return DatasetInfo((shape[0], shape[1], shape[2]), tuple(names), bool(has_digits))
+    try:
+        return msgspec.convert(values, DatasetInfo)
+    except msgspec.ValidationError as error:
+        raise UserError(f"image_shape or class_names is damaged ({error})") from error
 
 
 def is_present(name: str, data_dir: str) -> bool:
