@@ -16,11 +16,7 @@ from datetime import timedelta
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    GradientAccumulationPlugin,
-    InitProcessGroupKwargs,
-)
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, InitProcessGroupKwargs
 from torch.optim import Optimizer
 
 from mnist.config import RuntimeConfig
@@ -46,7 +42,7 @@ def open_accelerator(config: RuntimeConfig, trackers: Sequence[str] = ()) -> Ite
         accelerator = build_accelerator(config, trackers)
         yield accelerator
     except BaseException as error:
-        if torch.distributed.is_available() and torch.distributed.is_initialized() and _backend() == "nccl":
+        if _backend() == "nccl":
             atexit.register(os._exit, 1)  # where the interpreter prints the traceback; `process.leave` has the code
             raise
         cause: BaseException | None = error
@@ -65,7 +61,7 @@ def _close(accelerator: Accelerator | None, is_first: bool) -> None:
     for gloo's threads with Python's global lock held, for which one of them may be waiting.
     """
     with ended_after(CLOSE_S):
-        has_group = torch.distributed.is_available() and torch.distributed.is_initialized()
+        has_group = _backend() is not None
         if accelerator is not None and (has_group or accelerator.device.type != "cpu"):
             accelerator.free_memory()  # it collects garbage, for 0.3 s: one process on a CPU does without
         if not is_first:  # they are the caller's
@@ -76,8 +72,10 @@ def _close(accelerator: Accelerator | None, is_first: bool) -> None:
         GradientState._reset_state()
 
 
-def _backend() -> str:
-    return str(torch.distributed.get_backend())
+def _backend() -> str | None:
+    """Of the process group; None where there is none."""
+    has_group = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_backend() if has_group else None
 
 
 def set_step_timeouts(timeout_s: int) -> float:
@@ -87,9 +85,9 @@ def set_step_timeouts(timeout_s: int) -> float:
     stopped. Communication has been set up by now: on NCCL a sixth of --timeout-s is enough, and NCCL's own watchdog
     follows 30 s later, in case Python does not run. Gloo notices by itself when another process ends.
     """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if (backend := _backend()) is None:
         return timeout_s
-    is_nccl = _backend() == "nccl"
+    is_nccl = backend == "nccl"
     watchdog_s = min(timeout_s, max(60.0, timeout_s / 6)) if is_nccl else timeout_s
     group_timeout = timedelta(seconds=watchdog_s + 30) if is_nccl else timedelta(days=30)
     torch.distributed.distributed_c10d._set_pg_timeout(group_timeout)
@@ -108,17 +106,32 @@ def build_accelerator(config: RuntimeConfig, trackers: Sequence[str] = ()) -> Ac
     """
     config = fill_in_runtime(config)
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    cpu = config.cpu or not _has_accelerator()
+    cpu = config.cpu or not (torch.cuda.is_available() or torch.backends.mps.is_available())
     _check_machine(config, cpu, local_world_size)
     # OpenMP's threads are not there in a forked process, such as one of `notebook_launcher`'s, which would wait for
     # them for ever where the process that it was forked from had several.
     num_threads = 1 if os.getpid() != _IMPORTED_IN and torch.get_num_threads() > 1 else config.num_threads
+    accelerator = _start_accelerate(config, cpu, trackers)
+    # After Accelerate, which sets threads on CPUs, and TF32 with a dynamo backend.
+    _set_determinism(config.deterministic)
+    # Launchers set OMP_NUM_THREADS=1 by themselves; a rank is faster with its share of the usable cores.
+    torch.set_num_threads(num_threads or max(1, num_usable_cores() // local_world_size))
+    announced = int(os.environ.get("WORLD_SIZE", "1"))
+    if announced != accelerator.num_processes:
+        raise MachineError(
+            f"the launcher announces {announced} processes, but Accelerate sees {accelerator.num_processes}: "
+            f"each would train alone; use accelerate launch or torchrun, or unset RANK and WORLD_SIZE"
+        )
+    return accelerator
+
+
+def _start_accelerate(config: RuntimeConfig, cpu: bool, trackers: Sequence[str]) -> Accelerator:
     # NCCL's watchdog sleeps four times as long before it ends a process after an error: a minute by default.
     os.environ.setdefault("TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC", "500")
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # or Accelerate sets threads, and warns; they are set below
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # or Accelerate sets threads, and warns
     _restart_with_fresh_keys("gloo" if cpu else "nccl", config.timeout_s)
     try:
-        accelerator = Accelerator(
+        return Accelerator(
             cpu=cpu,
             mixed_precision=config.mixed_precision,
             log_with=list(trackers) or None,
@@ -132,16 +145,6 @@ def build_accelerator(config: RuntimeConfig, trackers: Sequence[str] = ()) -> Ac
         name = "ACCELERATE_DYNAMO_BACKEND"
         place = f"{name}={os.environ.get(name)}: " if "DynamoBackend" in str(error) else ""
         raise MachineError(f"{place}Accelerate cannot start: {error}") from error
-    # After Accelerate, which sets threads on CPUs, and TF32 with a dynamo backend.
-    _set_determinism(config.deterministic)
-    _set_threads(num_threads, local_world_size)
-    announced = int(os.environ.get("WORLD_SIZE", "1"))
-    if announced != accelerator.num_processes:
-        raise MachineError(
-            f"the launcher announces {announced} processes, but Accelerate sees {accelerator.num_processes}: "
-            f"each would train alone; use accelerate launch or torchrun, or unset RANK and WORLD_SIZE"
-        )
-    return accelerator
 
 
 def _check_machine(config: RuntimeConfig, cpu: bool, local_world_size: int) -> None:
@@ -177,15 +180,6 @@ def _restart_with_fresh_keys(backend: str, timeout_s: int) -> None:
         world_size=int(world_size),
         timeout=timeout,
     )
-
-
-def _has_accelerator() -> bool:
-    return torch.cuda.is_available() or torch.backends.mps.is_available()
-
-
-def _set_threads(num_threads: int, local_world_size: int) -> None:
-    """Launchers set OMP_NUM_THREADS=1 by themselves; a rank is faster with its share of the usable cores."""
-    torch.set_num_threads(num_threads or max(1, num_usable_cores() // local_world_size))
 
 
 def _set_determinism(deterministic: bool) -> None:

@@ -17,9 +17,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import (
-    gather_object,
-)
+from accelerate.utils import gather_object
 
 try:
     import resource

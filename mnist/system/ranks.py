@@ -9,10 +9,7 @@ from collections.abc import Callable
 from typing import Any, Literal, TypeVar
 
 from accelerate import Accelerator
-from accelerate.utils import (
-    broadcast_object_list,
-    gather_object,
-)
+from accelerate.utils import broadcast_object_list, gather_object
 
 from mnist.errors import RunError, UserError
 
