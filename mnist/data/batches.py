@@ -8,7 +8,7 @@ images in the split, P ranks, A micro-batches per step and rank.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
@@ -76,29 +76,24 @@ class MicroBatch:
         return self.split.labels.index_select(0, self.indices)
 
 
+@dataclass(frozen=True, kw_only=True)
 class TrainLoader:
     """Serves the training split to one rank, in a new order each epoch; nothing in it ever needs to be saved.
 
     Not for `accelerator.prepare`: a prepared loader replays the first epoch's order after a resume (accelerate#3996).
     """
 
-    def __init__(
-        self,
-        split: Split,
-        *,
-        global_batch_size: int,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-        accumulation_steps: int = 1,
-    ) -> None:
-        self.split = split
-        self.global_batch_size = global_batch_size
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
-        self.accumulation_steps = accumulation_steps
-        self.epoch_steps = -(-len(split) // global_batch_size)
+    split: Split = field(kw_only=False)
+    global_batch_size: int
+    seed: int
+    rank: int = 0
+    world_size: int = 1
+    accumulation_steps: int = 1
+
+    @property
+    def epoch_steps(self) -> int:
+        """Steps in one epoch; its last batch may be short."""
+        return -(-len(self.split) // self.global_batch_size)
 
     def order(self, epoch: int) -> Tensor:
         """The permutation (N,) int64 of `epoch`, counted from 0, equal on every rank and device."""

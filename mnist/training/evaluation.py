@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -50,10 +51,8 @@ def evaluate(
     num_chunks = math.ceil(len(split) / EVAL_CHUNK)
     rank, world_size = accelerator.process_index, accelerator.num_processes
     mine = range(rank, num_chunks, world_size) if sharded else range(num_chunks if rank == 0 else 0)
-    device = split.images.device
-    others = [name for name in METRICS if name not in ("loss", "accuracy")]  # the confusion counts hold the accuracy
-    totals = torch.zeros(1 + len(others), num_chunks, dtype=sum_dtype(device), device=device)
-    confusion = torch.zeros(num_classes**2, dtype=sum_dtype(device), device=device)
+    zeros = partial(torch.zeros, dtype=sum_dtype(split.images.device), device=split.images.device)
+    totals, confusion = zeros(len(METRICS), num_chunks), zeros(num_classes**2)
     if sharded and world_size > 1:
         _broadcast_buffers(model)
     was_training = model.training
@@ -61,20 +60,26 @@ def evaluate(
     for chunk in mine:
         batch = split[chunk * EVAL_CHUNK : (chunk + 1) * EVAL_CHUNK]
         logits = model(transform(batch.images))
-        totals[0, chunk] = loss_sum = loss_fn(logits, batch.labels).sum()
-        for row, name in enumerate(others, start=1):
-            totals[row, chunk] = METRICS[name](loss_sum, logits, batch.labels)
+        loss_sum = loss_fn(logits, batch.labels).sum()
+        for row, metric in zip(totals, METRICS.values(), strict=True):
+            row[chunk] = metric(loss_sum, logits, batch.labels)
         add_to_confusion(confusion, logits, batch.labels)
         if after_chunk is not None:
             after_chunk(confusion)
     model.train(was_training)
-    sums = accelerator.reduce(torch.cat([totals.flatten(), confusion]), reduction="sum").cpu().double()
-    loss_sum_of_all, *sums_of_others = (math.fsum(row) for row in sums[: totals.numel()].view_as(totals).tolist())
-    counts = sums[totals.numel() :].round().long().view(num_classes, num_classes)
-    scores = Scores.from_sums(loss_sum_of_all, counts, dict(zip(others, sums_of_others, strict=True)))
+    scores = _add_up(accelerator, totals, confusion)
     if scores.num_samples != len(split):
         raise RuntimeError(f"scored {scores.num_samples} of {len(split)} samples")
     return scores
+
+
+def _add_up(accelerator: Accelerator, totals: Tensor, confusion: Tensor) -> Scores:
+    """Adds up the sums (metrics, chunks) and counts (K * K,) of all ranks."""
+    sums = accelerator.reduce(torch.cat([totals.flatten(), confusion]), reduction="sum").cpu().double()
+    rows, counts = sums.split([totals.numel(), confusion.numel()])
+    sum_of = {name: math.fsum(row) for name, row in zip(METRICS, rows.view_as(totals).tolist(), strict=True)}
+    num_classes = math.isqrt(confusion.numel())
+    return Scores.from_sums(sum_of, counts.round().long().view(num_classes, num_classes))
 
 
 def _broadcast_buffers(model: nn.Module) -> None:

@@ -101,15 +101,16 @@ class Scores:
         return cls(loss, int(num_correct), int(num_samples), tuple(map(tuple, confusion)), others)
 
     @classmethod
-    def from_sums(cls, loss_sum: float, confusion: Tensor, others: Mapping[str, float] | None = None) -> Scores:
-        """From the sum of all losses, the confusion counts (K, K), int64, and sums of other metrics by name."""
+    def from_sums(cls, totals: Mapping[str, float], confusion: Tensor) -> Scores:
+        """From the sum of each metric over all samples, and the confusion counts (K, K), int64."""
         num_samples = int(confusion.sum())
+        means = {name: total / num_samples for name, total in totals.items()}
         return cls(
-            loss=loss_sum / num_samples,
+            loss=means["loss"],
             num_correct=int(confusion.diagonal().sum()),
             num_samples=num_samples,
-            confusion=tuple(tuple(row) for row in confusion.tolist()),
-            others={name: total / num_samples for name, total in (others or {}).items()},
+            confusion=tuple(map(tuple, confusion.tolist())),
+            others={name: mean for name, mean in means.items() if name not in ("loss", "accuracy")},
         )
 
 

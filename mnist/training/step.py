@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
@@ -25,6 +26,7 @@ from mnist.training.metrics import METRICS
 from mnist.training.optim import LearningRate, WeightAverage
 
 
+@dataclass(eq=False, kw_only=True)
 class TrainStep:
     """One optimizer step, called with this rank's micro-batches of one global batch.
 
@@ -48,45 +50,32 @@ class TrainStep:
         replay: takes the step if it can and returns whether it did; None = every step runs eagerly.
     """
 
-    def __init__(
-        self,
-        *,
-        accelerator: Accelerator,
-        model: nn.Module,
-        bare_model: nn.Module,
-        optimizer: Optimizer,
-        learning_rate: LearningRate,
-        loss_fn: Callable[[Tensor, Tensor], Tensor],
-        transform: Callable[[Tensor], Tensor],
-        augment: Augmentation,
-        grad_clip: float = 0.0,
-        average: WeightAverage | None = None,
-        seed: int = 0,
-    ) -> None:
-        self.accelerator = accelerator
-        self.model = model
-        self.bare_model = bare_model
-        self.optimizer = optimizer
-        self.learning_rate = learning_rate
-        self.loss_fn = loss_fn
-        self.transform = transform
-        self.augment = augment
-        self.grad_clip = grad_clip
-        self.average = average
-        self.seed = seed
-        self.rank: int = accelerator.process_index
+    accelerator: Accelerator
+    model: nn.Module
+    bare_model: nn.Module
+    optimizer: Optimizer
+    learning_rate: LearningRate
+    loss_fn: Callable[[Tensor, Tensor], Tensor]
+    transform: Callable[[Tensor], Tensor]
+    augment: Augmentation
+    grad_clip: float = 0.0
+    average: WeightAverage | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self.rank: int = self.accelerator.process_index
         self.replay: Callable[[Sequence[MicroBatch], int], bool] | None = None
         self.lr = math.nan
         self.grad_norm: float | Tensor = math.nan
         self.num_samples = 0
-        device = accelerator.device
+        device = self.accelerator.device
         self.sums = torch.zeros(len(METRICS) + 1, dtype=sum_dtype(device), device=device)
         *totals, self._finite_steps = self.sums.unbind()
         self._totals = dict(zip(METRICS, totals, strict=True))
         self._seed_dropout = _dropout_seeder(device)
         # accelerator.backward is needed for the scaler of fp16 only. It also divides by its accumulation count, which
         # is 1 here: two operations for nothing, 2 % of LeNet-5's step on a CPU.
-        self._backward = Tensor.backward if accelerator.scaler is None else accelerator.backward
+        self._backward = Tensor.backward if self.accelerator.scaler is None else self.accelerator.backward
 
     @property
     def eval_model(self) -> nn.Module:

@@ -41,7 +41,7 @@ def test_counts_add_up_over_uneven_batches():
 def test_scores_agree_with_scikit_learn():
     logits, labels = random_batch(2)
     predictions = logits.argmax(dim=1)
-    scores = Scores.from_sums(50.0, torch.from_numpy(confusion_matrix(labels, predictions, labels=range(10))))
+    scores = Scores.from_sums({"loss": 50.0}, torch.from_numpy(confusion_matrix(labels, predictions, labels=range(10))))
     assert scores.accuracy == accuracy_score(labels, predictions)
     assert scores.accuracy_per_class == pytest.approx(recall_score(labels, predictions, average=None).tolist())
     assert scores.num_correct == int((predictions == labels).sum())
@@ -50,7 +50,7 @@ def test_scores_agree_with_scikit_learn():
 def test_sums_are_divided_once_by_the_number_of_samples():
     confusion = torch.zeros(10, 10, dtype=torch.int64)
     confusion[3, 3], confusion[3, 5] = 3, 1
-    scores = Scores.from_sums(2.0, confusion)
+    scores = Scores.from_sums({"loss": 2.0}, confusion)
     assert scores.as_dict() == {"loss": 0.5, "accuracy": 0.75, "num_correct": 3, "num_samples": 4}
     assert scores.confusion[3][5] == 1
 
@@ -58,7 +58,7 @@ def test_sums_are_divided_once_by_the_number_of_samples():
 def test_a_class_without_samples_has_no_accuracy():
     confusion = torch.zeros(10, 10, dtype=torch.int64)
     confusion[3, 3], confusion[3, 5] = 3, 1
-    per_class = Scores.from_sums(2.0, confusion).accuracy_per_class
+    per_class = Scores.from_sums({"loss": 2.0}, confusion).accuracy_per_class
     assert per_class[3] == 0.75
     assert [accuracy is None for accuracy in per_class] == [k != 3 for k in range(10)]
 
