@@ -15,9 +15,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any, Literal
 
 from mnist.cli import RunOption, parse_options, run_command
@@ -71,7 +69,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console as RichConsole
 from rich.progress import Progress
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 
 from mnist.data import datasets
 from mnist.data.batches import Split
@@ -81,9 +79,27 @@ from mnist.runs.console import Console
 from mnist.runs.export import TrainedModel, find_export, load_model
 from mnist.runs.records import Numbers, read_run_record
 from mnist.system.accelerator import open_accelerator
-from mnist.training.evaluation import evaluate
+from mnist.training.evaluation import EVAL_CHUNK, evaluate
 from mnist.training.losses import build_loss
 from mnist.training.metrics import Scores
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A model's scores on a split, and whether each image was right, bool (N,); empty on ranks that saw not all."""
+
+    trained: TrainedModel
+    scores: Scores
+    is_correct: Tensor
+
+    def batches(self) -> list[tuple[int, float, float]]:
+        """Of each batch: images up to its end, its own accuracy, and that of all images so far."""
+        rows, num_correct, end = [], 0, 0
+        for batch in self.is_correct.split(EVAL_CHUNK):
+            correct, end = int(batch.sum()), end + len(batch)
+            num_correct += correct
+            rows.append((end, correct / len(batch), num_correct / end))
+        return rows
 
 
 def main(options: Options) -> int:
@@ -99,12 +115,10 @@ def main(options: Options) -> int:
         for line in (*(model.warning for model in (trained, other) if model), *dataset.warnings):
             if line is not None:
                 console.warn(line)
-        scores, batches, is_correct = _score(trained, split, accelerator, options)
-        report = Report(trained, dataset.name, options.split, dataset.class_names, scores, batches)
-        if other is not None:
-            other_scores, _, other_is_correct = _score(other, theirs, accelerator, options)
-            report = replace(report, versus=Comparison.of(other, other_scores, is_correct, other_is_correct))
+        scored = _score(trained, split, accelerator, options)
+        versus = None if other is None else _score(other, theirs, accelerator, options)
         if accelerator.is_main_process:
+            report = Report(dataset, options, scored, versus)
             sys.stdout.write(report.as_json() if options.json else report.as_text())
     return 0
 
@@ -125,42 +139,31 @@ def _split_of(dataset: Dataset, options: Options) -> Split:
     return split
 
 
-def _score(
-    trained: TrainedModel, split: Split, accelerator: Accelerator, options: Options
-) -> tuple[Scores, list[tuple[int, int]], Tensor]:
-    """Scores a model. Every rank must call this.
-
-    Returns:
-        Its scores; images right and images scored up to the end of each batch, where --per-batch asks for them; and
-        whether each image was right, bool (N,), where two models are compared (else empty).
-    """
-    batches: list[tuple[int, int]] = []
-    num_classes = trained.info.num_classes
+def _score(trained: TrainedModel, split: Split, accelerator: Accelerator, options: Options) -> Scored:
+    """Scores a model. Every rank must call this."""
     predictions: list[Tensor] = []
 
-    def watch(counts: Tensor) -> None:
-        bar.update(task, completed=int(counts.sum()))
-        if options.per_batch:
-            batches.append((int(counts.view(num_classes, num_classes).trace()), int(counts.sum())))
+    def watch(_model: nn.Module, _images: tuple[Tensor, ...], logits: Tensor) -> None:
+        predictions.append(logits.argmax(dim=1))
+        bar.advance(task, len(logits))
 
     placed = trained.model.to(accelerator.device)  # to place it, Accelerate would first import much, for 0.4 s
     model = accelerator.prepare_model(placed, device_placement=False, evaluation_mode=True)  # without DDP
-    if options.versus is not None:
-        model.register_forward_hook(lambda _model, _images, logits: predictions.append(logits.argmax(dim=1)))
+    model.register_forward_hook(watch)
     with Progress(console=RichConsole(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task(options.split, total=len(split))
         scores = evaluate(
             model,
             split,
-            num_classes=num_classes,
+            num_classes=trained.info.num_classes,
             accelerator=accelerator,
             loss_fn=build_loss(trained.config.optim.loss),
             transform=trained.transform,
             sharded=options.evaluation == "sharded",
-            after_chunk=watch if options.per_batch or not bar.disable else None,
         )
-    is_correct = torch.cat(predictions) == split.labels if predictions else torch.empty(0, dtype=torch.bool)
-    return scores, batches, is_correct
+    has_seen_all = accelerator.is_main_process and options.evaluation == "rank0"
+    is_correct = torch.cat(predictions) == split.labels if has_seen_all else torch.empty(0, dtype=torch.bool)
+    return Scored(trained, scores, is_correct)
 
 
 def check_fits(info: DatasetInfo, dataset: Dataset, flag: str = "--run") -> None:
@@ -191,120 +194,91 @@ def _runtime_here(trained: RuntimeConfig, options: Options) -> RuntimeConfig:
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """Another model on the same images: its scores, and the images that only one of the two models gets right."""
-
-    trained: TrainedModel
-    scores: Scores
-    only_first: int
-    only_second: int
-
-    @classmethod
-    def of(cls, other: TrainedModel, scores: Scores, first: Tensor, second: Tensor) -> Comparison:
-        """From whether each image was right, bool (N,), for the first model and for the other."""
-        return cls(other, scores, int((first & ~second).sum()), int((second & ~first).sum()))
-
-    @property
-    def p_value(self) -> float:
-        """McNemar's exact test, two-sided: how likely so uneven a split is where both models are equally good."""
-        return mcnemar(self.only_first, self.only_second)
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        counts = {"only_first_correct": self.only_first, "only_versus_correct": self.only_second}
-        return {"model": str(self.trained.folder), **self.scores.as_dict(), **counts, "p_value": self.p_value}
-
-    def as_text(self) -> str:
-        """Two lines."""
-        line = f"versus {self.trained.folder}: accuracy {self.scores.accuracy:.2%}\nimages that one model alone gets "
-        line += f"right: {self.only_first} the first, {self.only_second} the other; "
-        verdict = "they differ" if self.p_value < 0.05 else "no difference shown"
-        return f"{line}McNemar's exact test p = {self.p_value:.3g}: {verdict}\n"
-
-
-def mcnemar(only_first: int, only_second: int) -> float:
-    """The two-sided exact p-value of McNemar's test: a fair coin's, for that many heads and tails."""
-    n, fewer = only_first + only_second, min(only_first, only_second)
-    p_value: float = 2 * sum(math.comb(n, k) for k in range(fewer + 1)) / 2**n
-    return min(1.0, p_value)
-
-
-@dataclass(frozen=True)
 class Report:
-    """How a trained model did on a split.
+    """How one model, or two, did on the images that `options` asks for."""
 
-    `batches` has the images that were right, and those that were scored, up to the end of each batch; empty where this
-    was not asked for.
-    """
-
-    trained: TrainedModel
-    dataset: str
-    split: str
-    class_names: tuple[str, ...]
-    scores: Scores
-    batches: Sequence[tuple[int, int]] = ()
-    versus: Comparison | None = None
+    dataset: Dataset
+    options: Options
+    scored: Scored
+    versus: Scored | None = None
 
     def as_trained(self) -> Numbers | None:
         """The training's own scores of these weights on this split; None where it has none."""
-        if self.trained.folder.name != "best" or self.split != "test":
+        folder = self.scored.trained.folder
+        if folder.name != "best" or self.options.split != "test":
             return None
-        result = read_run_record(self.trained.folder.resolve().parents[1])
-        return result.test if result is not None and result.dataset == self.dataset else None
+        result = read_run_record(folder.resolve().parents[1])
+        return result.test if result is not None and result.dataset == self.dataset.name else None
 
     def as_json(self) -> str:
         """One object: scores, accuracy per class, confusion matrix, and the training's own scores."""
-        content = {
-            "model": str(self.trained.folder),
-            "dataset": self.dataset,
-            "split": self.split,
-            **self.scores.as_dict(),
-            "accuracy_per_class": dict(zip(self.class_names, self.scores.accuracy_per_class, strict=True)),
-            "confusion": self.scores.confusion,
+        scores = self.scored.scores
+        content: dict[str, Any] = {
+            "model": str(self.scored.trained.folder),
+            "dataset": self.dataset.name,
+            "split": self.options.split,
+            **scores.as_dict(),
+            "accuracy_per_class": dict(zip(self.dataset.class_names, scores.accuracy_per_class, strict=True)),
+            "confusion": scores.confusion,
             "as_trained": self.as_trained(),
         }
         if self.versus is not None:
-            content["versus"] = self.versus.as_dict()
-        if self.batches:
-            content["accuracy_per_batch"] = [batch for batch, _ in self._batch_accuracies()]
-            content["accuracy_so_far"] = [so_far for _, so_far in self._batch_accuracies()]
+            other, comparison = self.versus, compare(self.scored.is_correct, self.versus.is_correct)
+            content["versus"] = {"model": str(other.trained.folder), **other.scores.as_dict(), **comparison}
+        if self.options.per_batch:
+            _, content["accuracy_per_batch"], content["accuracy_so_far"] = zip(*self.scored.batches(), strict=True)
         return json.dumps(content, indent=2) + "\n"
 
     def as_text(self) -> str:
         """A line per batch, and a table with a row per class: its accuracy, and the predicted classes of its images."""
         lines = ""
-        for (batch, so_far), (_, scored) in zip(self._batch_accuracies(), self.batches, strict=True):
-            lines += f"{scored:>6,} images: accuracy of this batch {batch:7.2%}, so far {so_far:7.2%}\n"
-        table = Table("class", "accuracy", *self.class_names, box=SIMPLE_HEAD, pad_edge=False)
+        for end, rate, so_far in self.scored.batches() if self.options.per_batch else []:
+            lines += f"{end:>6,} images: accuracy of this batch {rate:7.2%}, so far {so_far:7.2%}\n"
+        names, scores = self.dataset.class_names, self.scored.scores
+        table = Table("class", "accuracy", *names, box=SIMPLE_HEAD, pad_edge=False)
         table.title = "rows: true class, columns: predicted class"
-        scores = self.scores
-        for name, accuracy, row in zip(self.class_names, scores.accuracy_per_class, scores.confusion, strict=True):
+        for name, accuracy, row in zip(names, scores.accuracy_per_class, scores.confusion, strict=True):
             shown = "-" if accuracy is None else f"{accuracy:.2%}"
             table.add_row(name, shown, *(str(count) if count else "" for count in row))
         for column in table.columns[1:]:
             column.justify = "right"
-        console = RichConsole(
-            width=200, markup=False, emoji=False
-        )  # a terminal may wrap long class names; nothing is cut
+        console = RichConsole(width=200, markup=False, emoji=False)  # a terminal may wrap long names; nothing is cut
         with console.capture() as captured:
             console.print(table)
-        versus = "" if self.versus is None else self.versus.as_text()
-        return lines + captured.get() + self._closing_line() + versus
+        return lines + captured.get() + self._closing_lines()
 
-    def _batch_accuracies(self) -> list[tuple[float, float]]:
-        """Of each batch: its own accuracy, and that of all images so far."""
-        ends = [(0, 0), *self.batches]
-        return [((c - b) / (n - m), c / n) for (b, m), (c, n) in pairwise(ends)]
-
-    def _closing_line(self) -> str:
-        scores, trained = self.scores, self.as_trained()
-        line = f"{self.dataset} {self.split}: accuracy {scores.accuracy:.2%}"
+    def _closing_lines(self) -> str:
+        scores, trained = self.scored.scores, self.as_trained()
+        line = f"{self.dataset.name} {self.options.split}: accuracy {scores.accuracy:.2%}"
         line += f" ({scores.num_correct:,}/{scores.num_samples:,}), loss {scores.loss:.4f}"
         if trained is not None:
             is_same = (trained["num_correct"], trained["loss"]) == (scores.num_correct, scores.loss)
             theirs = f", in training {trained['num_correct']:,} and {trained['loss']}"
             line += ", exactly as in training" if is_same else theirs
-        return f"{line}\n{self.trained.folder}\n"
+        lines = [line, str(self.scored.trained.folder)]
+        if self.versus is not None:
+            only_first, only_second, p_value = compare(self.scored.is_correct, self.versus.is_correct).values()
+            verdict = "they differ" if p_value < 0.05 else "no difference shown"
+            found = f"images that one model alone gets right: {only_first} the first, {only_second} the other"
+            lines += [
+                f"versus {self.versus.trained.folder}: accuracy {self.versus.scores.accuracy:.2%}",
+                f"{found}; McNemar's exact test p = {p_value:.3g}: {verdict}",
+            ]
+        return "\n".join(lines) + "\n"
+
+
+def compare(first: Tensor, second: Tensor) -> dict[str, float]:
+    """Two models, from whether each image was right, bool (N,): images that one alone gets right, and the p-value."""
+    only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
+    p_value = mcnemar(only_first, only_second)
+    return {"only_first_correct": only_first, "only_versus_correct": only_second, "p_value": p_value}
+
+
+def mcnemar(only_first: int, only_second: int) -> float:
+    """The two-sided exact p-value of McNemar's test: how likely so uneven a split is where both models are as good."""
+    n, fewer = only_first + only_second, min(only_first, only_second)
+    p_value: float = 2 * sum(math.comb(n, k) for k in range(fewer + 1)) / 2**n
+    return min(1.0, p_value)
 
 
 if __name__ == "__main__":

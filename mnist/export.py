@@ -16,7 +16,7 @@ import importlib
 import io
 import json
 import sys
-import time
+import timeit
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -59,7 +59,6 @@ from mnist.system.files import write_atomically
 
 MAX_DIFFERENCE = 1e-3  # of a probability; rounding makes about 1e-6
 BATCH = 1000  # images that are compared at a time
-TIMED_S = 0.3  # how long each time is measured, at least
 METADATA = "metadata.json"  # within a program of torch.export
 
 Recogniser = Callable[[Tensor], Tensor]  # uint8 images -> probabilities
@@ -247,13 +246,8 @@ def _times(recogniser: Recogniser, model: WholeModel, split: Split) -> str:
 
 
 def _mean_time_s(answer: Recogniser, images: Tensor) -> float:
-    for _ in range(3):
-        answer(images)
-    num_answers, start = 0, time.perf_counter()
-    while (elapsed := time.perf_counter() - start) < TIMED_S or not num_answers:
-        answer(images)
-        num_answers += 1
-    return elapsed / num_answers
+    num_answers, seconds = timeit.Timer(lambda: answer(images)).autorange()
+    return seconds / num_answers
 
 
 if __name__ == "__main__":

@@ -21,17 +21,17 @@ from torch import Tensor
 
 from mnist.config import MNIST_SIDE
 from mnist.demo.reader import Reading, read
+from mnist.errors import UserError
 from mnist.plots.canvas import as_rgb, signed
 from mnist.plots.features import INPUT, describe_shape
 from mnist.plots.pictures import MOST_MAPS
-from mnist.predict.answers import Answer
+from mnist.predict.answers import MOST_BARS, Answer, shown_classes
 
 
 def _text(file: str) -> str:
     return (Path(__file__).parent / file).read_text(encoding="utf-8")
 
 
-MOST_BARS = 12  # of more classes the ten most probable ones get a bar
 _FONTS = (gr.themes.utils.fonts.LocalFont("Source Sans Pro", weights=(400, 700)), "system-ui", "sans-serif")
 LOOK: dict[str, Any] = {
     "theme": gr.themes.Default(primary_hue="blue", font=_FONTS, font_mono=("ui-monospace", "monospace")),
@@ -67,7 +67,7 @@ def build_page(models: Callable[[], Mapping[str, str]]) -> gr.Blocks:
         run.change(_read, **reads)
         accordion.expand(lambda: True, None, is_open, **_QUICK).then(_read, **reads)
         accordion.collapse(lambda: False, None, is_open, **_QUICK)
-        page.load(lambda: _choices(models()), None, run, **_QUICK)
+        page.load(lambda: _choices(models), None, run, **_QUICK)
     return page
 
 
@@ -77,8 +77,12 @@ def _read(picture: str, run: str, is_open: bool) -> tuple[str, str]:
     return answers_html(reading), layers_html(reading)
 
 
-def _choices(models: Mapping[str, str]) -> Any:
-    return gr.Dropdown(choices=[(text, folder) for folder, text in models.items()], value=next(iter(models)))
+def _choices(models: Callable[[], Mapping[str, str]]) -> Any:
+    try:
+        found = models()
+    except UserError as error:  # all of them were removed
+        raise gr.Error(str(error), print_exception=False) from error
+    return gr.Dropdown(choices=[(text, folder) for folder, text in found.items()], value=next(iter(found)))
 
 
 def answers_html(reading: Reading) -> str:
@@ -108,13 +112,9 @@ def _seen(pixels: npt.NDArray[np.uint8]) -> str:
 
 
 def _bars(class_names: tuple[str, ...], answer: Answer | None) -> str:
-    """A row for each class in order, or, of many classes, for the ten most probable ones."""
     shares = answer.probabilities if answer is not None else (0.0,) * len(class_names)
-    shown = list(range(len(class_names)))
-    if len(shown) > MOST_BARS:
-        shown = sorted(shown, key=lambda k: -shares[k])[:10]
     rows = ""
-    for k in shown:
+    for k in shown_classes(shares):
         best = " best" if answer is not None and k == answer.digit else ""
         width = f'<div style="width: {shares[k]:.1%}"></div>'
         text = f"{shares[k]:.1%}" if answer is not None else ""

@@ -12,14 +12,13 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from mnist.data.picture_file import PictureError
 from mnist.errors import UserError
 from mnist.plots.features import activations, main_activations
-from mnist.predict.answers import Answer, answer_digits, see, training_likeness
+from mnist.predict.answers import Answer, answer_digits, largest_of, see, training_likeness
 from mnist.predict.not_a_digit import Likeness
 from mnist.recipes import run_name
 from mnist.runs.export import CONFIG, WEIGHTS, TrainedModel, find_export, load_model
@@ -98,8 +97,7 @@ def read(content: bytes, folder: str, *, with_layers: bool) -> Reading:
         return Reading(class_names, error=str(error))
     outputs = {}
     if with_layers:
-        largest = max(answers, key=lambda answer: answer.seen.box[3] - answer.seen.box[1])
-        images = trained.transform(torch.from_numpy(np.stack([largest.seen.pixels])))
+        images = trained.transform(torch.tensor(largest_of(answers).seen.pixels)[None])
         outputs = main_activations(activations(trained.model, images))
     return Reading(class_names, answers, outputs=outputs)
 

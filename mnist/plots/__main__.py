@@ -9,10 +9,11 @@ In: a run directory, or a recipe. Out: a picture, in the run's pictures/; its pa
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,14 +31,12 @@ _Runs = Annotated[tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]], tyro.c
 _Dir = Annotated[str | None, tyro.conf.arg(metavar="DIR")]
 _DATA_DIR_HELP = "Where the data are; default: $MNIST_DATA_DIR, else what the run was given."
 _DataDir = Annotated[str | None, tyro.conf.arg(metavar="DIR", help=_DATA_DIR_HELP)]
-_Recipe = Annotated[str | None, tyro.conf.arg(metavar="NAME", help="A recipe instead of a run; untrained.")]
-_Images = Annotated[tuple[int, ...], tyro.conf.arg(metavar="N [N ...]", help="Places of images in the test set.")]
 _Untrained = Annotated[_Flag, tyro.conf.arg(help="With the random weights with which the run began.")]
 
 
 @dataclass(frozen=True)
-class Place:
-    """Which run, and where the picture goes."""
+class OfRun:
+    """Which run is drawn, and where the picture goes."""
 
     run: _Dir = None
     """A run directory, or a folder with an exported model; default: the newest finished run below runs/."""
@@ -46,23 +45,28 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Samples:
+class OfRunOrRecipe(OfRun):
+    """Which run or recipe is drawn, and where the picture goes."""
+
+    recipe: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    """A recipe instead of a run; untrained."""
+
+
+@dataclass(frozen=True)
+class Samples(OfRunOrRecipe):
     """The first hundred training images in the order in which a run sees them, with their labels."""
 
-    place: Place = field(default_factory=Place)
-    recipe: _Recipe = None
     augmented: _Flag = False
     """Below each image what augmentation makes of it."""
     data_dir: _DataDir = None
 
 
 @dataclass(frozen=True)
-class Pixels:
+class Pixels(OfRunOrRecipe):
     """The numbers of one test image, printed too: 0 = paper, 255 = ink; of colours one table each."""
 
-    place: Place = field(default_factory=Place)
-    recipe: _Recipe = None
-    image: Annotated[int, tyro.conf.arg(help="Place of the image in the test set.")] = 0
+    image: int = 0
+    """Place of the image in the test set."""
     data_dir: _DataDir = None
 
 
@@ -77,12 +81,11 @@ class Curves:
 
 
 @dataclass(frozen=True)
-class Features:
+class Features(OfRunOrRecipe):
     """What test images become from layer to layer, up to the logits."""
 
-    place: Place = field(default_factory=Place)
-    recipe: _Recipe = None
-    image: _Images = (0,)
+    image: Annotated[tuple[int, ...], tyro.conf.arg(metavar="N [N ...]")] = (0,)
+    """Places of images in the test set."""
     every_layer: _Flag = False
     """Also the layers between a convolution and the ReLU that follows it, such as batch norm."""
     untrained: _Untrained = False
@@ -90,35 +93,28 @@ class Features:
 
 
 @dataclass(frozen=True)
-class Filters:
+class Filters(OfRunOrRecipe):
     """The weights of the first layer, and of small convolutions after it, as images."""
 
-    place: Place = field(default_factory=Place)
-    recipe: _Recipe = None
     untrained: _Untrained = False
 
 
 @dataclass(frozen=True)
-class Confusion:
+class Confusion(OfRun):
     """Which classes of the test set are taken for which others: counts and rates."""
-
-    place: Place = field(default_factory=Place)
 
 
 @dataclass(frozen=True)
-class Mistakes:
+class Mistakes(OfRun):
     """The test images that the model gets wrong with the greatest confidence."""
 
-    place: Place = field(default_factory=Place)
     data_dir: _DataDir = None
 
 
 @dataclass(frozen=True)
-class Architecture:
+class Architecture(OfRunOrRecipe):
     """A diagram and the table of layers, printed too: output shapes, neurons, parameters, connections, costs."""
 
-    place: Place = field(default_factory=Place)
-    recipe: _Recipe = None
     model: Model | None = None
     """A network instead of a run."""
 
@@ -142,7 +138,7 @@ from mnist.data.sources import DatasetInfo, info_of
 from mnist.data.transforms import Augmentation, BatchTransform
 from mnist.models import seed_initial_weights
 from mnist.plots import pictures, run_pictures
-from mnist.plots.features import as_table, layer_costs
+from mnist.plots.architecture import as_table, draw_architecture, layer_costs
 from mnist.plots.history import read_history
 from mnist.runs.console import Console
 from mnist.runs.export import CONFIG, find_export, load_model, read_info
@@ -168,22 +164,20 @@ def main(options: Options) -> int:
 
 
 def _samples(options: Samples) -> Path:
-    subject = _find_subject(options.place.run, options.recipe)
-    path = subject.path("augmented" if options.augmented else "samples", options.place.out)
+    subject = _find_subject(options.run, options.recipe, options.data_dir)
+    path = subject.path("augmented" if options.augmented else "samples", options.out)
     config = subject.config
     augment = Augmentation(config.image, config.loop.seed, torch.device("cpu"))
     if options.augmented and augment.is_identity:
         raise UserError(f"--augmented: {config.recipe} trains on its images as they are; another recipe may not")
-    dataset = _read_data(config, options.data_dir)
-    return pictures.save_picture(
-        run_pictures.sample_figure(config, dataset, augment if options.augmented else None), path
-    )
+    figure = run_pictures.sample_figure(config, subject.dataset, augment if options.augmented else None)
+    return pictures.save_picture(figure, path)
 
 
 def _pixels(options: Pixels) -> Path:
-    subject = _find_subject(options.place.run, options.recipe)
-    path = subject.path(f"pixels-{options.image}", options.place.out)
-    dataset = _read_data(subject.config, options.data_dir)
+    subject = _find_subject(options.run, options.recipe, options.data_dir)
+    path = subject.path(f"pixels-{options.image}", options.out)
+    dataset = subject.dataset
     _check_images([options.image], dataset)
     image, label = dataset.test.images[options.image], int(dataset.test.labels[options.image])
     channels = image.reshape(-1, *image.shape[-2:]).tolist()
@@ -204,7 +198,9 @@ def _check_images(indices: Sequence[int], dataset: datasets.Dataset) -> None:
 
 
 def _curves(options: Curves) -> Path:
-    runs = list(dict.fromkeys(Path(run) for group in options.run for run in group)) or _newest_run()
+    runs = list(dict.fromkeys(Path(run) for group in options.run for run in group)) or runs_with("metrics.jsonl")[:1]
+    if not runs:
+        raise UserError("--run: no run below runs/; train one (python train_ddp.py), or name its directory")
     histories, left_out = {}, []
     for run in runs:  # runs/*/ also names folders without records, such as runs/reproduce
         try:
@@ -220,48 +216,31 @@ def _curves(options: Curves) -> Path:
     return pictures.save_picture(run_pictures.curve_figure(list(histories.values())), path)
 
 
-def _newest_run() -> list[Path]:
-    found = runs_with("metrics.jsonl")[:1]
-    if not found:
-        raise UserError("--run: no run below runs/; train one (python train_ddp.py), or name its directory")
-    return found
-
-
 def _features(options: Features) -> Path:
-    subject = _find_subject(options.place.run, options.recipe)
-    untrained = options.untrained or subject.folder is None
+    subject = _find_subject(options.run, options.recipe, options.data_dir, untrained=options.untrained)
     places = "-".join(map(str, options.image)) if len(options.image) <= 8 else f"{len(options.image)}-images"
     name = "features" if options.image == (0,) else f"features-{places}"
-    path = subject.path(f"{name}-untrained" if untrained else name, options.place.out)
-    dataset = _read_data(subject.config, options.data_dir)
+    path = subject.path(name + "-untrained" * subject.untrained, options.out)
+    dataset = subject.dataset
     _check_images(options.image, dataset)
+    network, title, is_every = subject.network(), subject.title(dataset.name), options.every_layer
     figure = run_pictures.feature_figure(
-        dataset,
-        _build(subject, untrained),
-        BatchTransform(datasets.resolve(subject.config, dataset).image),
-        subject.title(dataset.name, untrained),
-        options.image,
-        every_layer=options.every_layer,
+        dataset, network, subject.transform(), title, options.image, every_layer=is_every
     )
     return pictures.save_picture(figure, path)
 
 
 def _filters(options: Filters) -> Path:
-    subject = _find_subject(options.place.run, options.recipe)
-    untrained = options.untrained or subject.folder is None
-    path = subject.path("filters-untrained" if untrained else "filters", options.place.out)
-    title = subject.title(None, untrained)
-    return pictures.save_picture(
-        run_pictures.filter_figure(_build(subject, untrained), subject.image_shape, title), path
-    )
+    subject = _find_subject(options.run, options.recipe, untrained=options.untrained)
+    path = subject.path("filters" + "-untrained" * subject.untrained, options.out)
+    figure = run_pictures.filter_figure(subject.network(), subject.image_shape, subject.title(None))
+    return pictures.save_picture(figure, path)
 
 
 def _confusion(options: Confusion) -> Path:
-    subject = dataclasses.replace(_find_subject(options.place.run), export="best")  # the one that is scored
-    if subject.folder is None:
-        raise UserError("plots confusion: no finished run found; name one with --run")
-    path = subject.path("confusion", options.place.out)
-    result = read_run_record(subject.folder)
+    subject = _find_subject(options.run)
+    path = subject.path("confusion", options.out)
+    result = None if subject.folder is None else read_run_record(subject.folder)
     if result is None or result.test_confusion is None:
         raise UserError(f"--run {subject.folder}: no test scores in result.json; a run writes them when it finishes")
     dataset, names, counts = subject.config.data.dataset, subject.info.class_names, result.test_confusion
@@ -269,33 +248,30 @@ def _confusion(options: Confusion) -> Path:
         raise UserError(
             f"--run {subject.folder}: {len(counts)} rows of test_confusion, but {dataset} has {len(names)} classes"
         )
-    return pictures.save_picture(pictures.draw_confusion(counts, names, subject.title(dataset)), path)
+    title = replace(subject, weights=None).title(dataset)  # the best weights are those that are scored
+    return pictures.save_picture(pictures.draw_confusion(counts, names, title), path)
 
 
 def _mistakes(options: Mistakes) -> Path:
-    subject = _find_subject(options.place.run)
-    path = subject.path("mistakes", options.place.out)
-    model = _build(subject)
-    dataset = _read_data(subject.config, options.data_dir)
-    transform = BatchTransform(datasets.resolve(subject.config, dataset).image)
-    title = subject.title(dataset.name)
-    return pictures.save_picture(run_pictures.mistake_figure(dataset, model, transform, title), path)
+    subject = _find_subject(options.run, data_dir=options.data_dir)
+    path = subject.path("mistakes", options.out)
+    network, dataset = subject.network(), subject.dataset
+    figure = run_pictures.mistake_figure(dataset, network, subject.transform(), subject.title(dataset.name))
+    return pictures.save_picture(figure, path)
 
 
 def _architecture(options: Architecture) -> Path:
-    given = [name for name in (options.place.run, options.recipe, options.model) if name is not None]
-    if len(given) > 1:
+    if sum(name is not None for name in (options.run, options.recipe, options.model)) > 1:
         raise UserError("--run, --recipe, --model: give one of them")
     if options.model is None:
-        subject = _find_subject(options.place.run, options.recipe)
+        subject = _find_subject(options.run, options.recipe)
     else:
         size = IMAGE_SIZES.get(options.model, TrainConfig().image.image_size)
-        subject = Subject(evolve(TrainConfig(), recipe=options.model, model=options.model, image_size=size), None)
-    path = subject.path("architecture", options.place.out)
-    name = subject.config.optim.model
+        subject = Subject(evolve(TrainConfig(), recipe=options.model, model=options.model, image_size=size))
+    path = subject.path("architecture", options.out)
     layers = layer_costs(build_network(subject.config, subject.info), subject.image_shape)
     sys.stdout.write(_align(as_table(layers)))
-    return pictures.save_picture(pictures.draw_architecture(layers, name), path)
+    return pictures.save_picture(draw_architecture(layers, subject.config.optim.model), path)
 
 
 def _align(rows: Sequence[Sequence[str]]) -> str:
@@ -314,21 +290,33 @@ class Subject:
 
     Attributes:
         config: resolved, as far as it is known.
-        folder: the run directory, or None.
-        export: "best" or "last", which of the run's weights are meant.
+        folder: the run directory, or a copy of an exported model; None of a recipe.
+        weights: the folder of the exported weights, best or last; None where the run has none yet.
+        untrained: show the random weights that training begins with.
     """
 
     config: TrainConfig
-    folder: Path | None
-    export: str = "best"
+    folder: Path | None = None
+    weights: Path | None = None
+    untrained: bool = True
+
+    @cached_property
+    def dataset(self) -> datasets.Dataset:
+        """The images, read when they are first asked for."""
+        choice = datasets.choose(self.config.data)
+        size = self.config.image.image_size
+        dataset = datasets.read(choice.name, self.config.data, choice.fallback_reason, size)
+        for line in dataset.warnings:
+            Console().warn(line)
+        return dataset
 
     @property
     def info(self) -> DatasetInfo:
-        """Of the data set: from the exported model, else from the table of data sets."""
-        if self.folder is None:
-            return info_of(self.config.data.dataset)
-        exported = self.folder / "export" / self.export
-        return read_info(exported if exported.is_dir() else self.folder)  # which may be a copy of an exported model
+        """Of the data set: from the exported model, or the table of data sets; of own pictures, from themselves."""
+        if self.weights is not None:
+            return read_info(self.weights)
+        name = self.config.data.dataset
+        return self.dataset.info if name == "folder" else info_of(name)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -336,12 +324,26 @@ class Subject:
         size = self.config.image.image_size
         return self.info.in_channels, size, size
 
-    def title(self, dataset: str | None, untrained: bool = False) -> str:
+    def network(self) -> nn.Module:
+        """The network, with the exported weights or untrained."""
+        if self.untrained:
+            seed_initial_weights(self.config.loop.seed)
+            return build_network(self.config, self.info)
+        trained = load_model(self.weights or find_export(str(self.folder)))
+        if trained.warning is not None:
+            Console().warn(trained.warning)
+        return trained.model
+
+    def transform(self) -> BatchTransform:
+        """Pixels -> what the network sees."""
+        return BatchTransform(datasets.resolve(self.config, self.dataset).image)
+
+    def title(self, dataset: str | None) -> str:
         """Recipe, data set, seed, and at which step the weights are."""
         result = None if self.folder is None else read_run_record(self.folder)
-        best = result and result.best
-        step = (result and result.steps) if self.export == "last" else (best and best["step"])
-        when = ["before training"] if untrained else [] if step is None else [f"step {step:,}"]
+        best, is_last = result and result.best, self.weights is not None and self.weights.name == "last"
+        step = (result and result.steps) if is_last else (best and best["step"])
+        when = ["before training"] if self.untrained else [] if step is None else [f"step {step:,}"]
         return run_pictures.title_of(self.config, dataset, *when)
 
     def path(self, name: str, out: str | None) -> Path:
@@ -357,40 +359,28 @@ def _picture_path(out: str | None, folder: Path, name: str) -> Path:
     return folder / f"{name}.png" if out is None else Path(out)
 
 
-def _find_subject(run: str | None, recipe: str | None = None) -> Subject:
-    if recipe is not None and run is not None:
-        raise UserError("--run and --recipe: give one of them")
+def _find_subject(
+    run: str | None, recipe: str | None = None, data_dir: str | None = None, *, untrained: bool = False
+) -> Subject:
+    """What the flags of these names mean. The images are where `data_dir` says, or else where the run had them."""
+    folder, weights = None, None
     if recipe is not None:
+        if run is not None:
+            raise UserError("--run and --recipe: give one of them")
         check_choice("--recipe", recipe, list(RECIPES))
-        return Subject(RECIPES[recipe](), None)
-    folder, export = find_export(None) if run is None else Path(run), "best"
-    if folder.parent.name == "export":
-        folder, export = folder.parent.parent, folder.name
-    if not (folder / CONFIG).exists():
-        raise UserError(f"--run {folder}: no run there (it has no {CONFIG})")
-    return Subject(read_config(folder / CONFIG), folder, export)
-
-
-def _build(subject: Subject, untrained: bool = False) -> nn.Module:
-    """The network with the run's exported weights, or with those that it began with."""
-    if not untrained and subject.folder is not None:
-        exported = subject.folder / "export" / subject.export
-        trained = load_model(find_export(str(exported if exported.is_dir() else subject.folder)))
-        if trained.warning is not None:
-            Console().warn(trained.warning)
-        return trained.model
-    seed_initial_weights(subject.config.loop.seed)
-    return build_network(subject.config, subject.info)
-
-
-def _read_data(config: TrainConfig, data_dir: str | None) -> datasets.Dataset:
-    """The run's data set, from the folder that is named now, or else from where the run had it."""
-    wanted = datasets.relocate(config.data, None, data_dir)
-    choice = datasets.choose(wanted)
-    dataset = datasets.read(choice.name, wanted, choice.fallback_reason, config.image.image_size)
-    for line in dataset.warnings:
-        Console().warn(line)
-    return dataset
+        config, untrained = RECIPES[recipe](), True
+    else:
+        run = run or str(find_export(None))
+        with contextlib.suppress(UserError):  # a run that has not finished has no weights
+            weights = find_export(run)
+        folder = Path(run)
+        if folder.parent.name == "export":
+            folder = folder.parent.parent
+        if not (folder / CONFIG).exists():
+            raise UserError(f"--run {folder}: no run there (it has no {CONFIG})")
+        config = read_config(folder / CONFIG)
+    config = replace(config, data=datasets.relocate(config.data, None, data_dir))
+    return Subject(config, folder, weights, untrained)
 
 
 if __name__ == "__main__":

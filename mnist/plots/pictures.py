@@ -15,11 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from mnist.data.batches import Split
 from mnist.errors import RunError
 from mnist.plots.canvas import (
     BLUE,
@@ -45,7 +44,7 @@ from mnist.plots.canvas import (
     signed,
     text_width,
 )
-from mnist.plots.features import INPUT, LayerCost, Mistakes, as_table, describe_shape
+from mnist.plots.features import INPUT, describe_shape
 from mnist.system.files import write_atomically
 
 if TYPE_CHECKING:
@@ -56,7 +55,6 @@ SUFFIXES = (".png", ".pdf", ".svg")
 MOST_MAPS, MOST_FILTERS = 32, 64  # of one layer
 COLUMNS = 16  # of maps
 MAPS_WIDTH = COLUMNS * PITCH - GAP  # in pixels
-MOST_BARS = 10  # classes of a prediction, the most probable ones
 # Where matplotlib's own font lacks a letter of a class name, the first of these that is installed has it.
 FONTS = ("Noto Sans CJK JP", "Noto Sans CJK SC", "Hiragino Sans", "Yu Gothic", "Microsoft YaHei", "Arial Unicode MS")
 SMALL_PITCH, LEAST_PITCH = 40, MAPS_WIDTH // 40  # pixels from map to map of several images, and from filter to filter
@@ -304,73 +302,29 @@ def _draw_table(
     axes.tick_params(length=0)
 
 
-def draw_mistakes(mistakes: Mistakes, class_names: Sequence[str], title: str) -> Figure:
-    """Images that were taken for something else, with both classes, the confidence, and their place in the test set."""
+def draw_mistakes(
+    split: Split, mistakes: tuple[Tensor, Tensor, Tensor], class_names: Sequence[str], title: str
+) -> Figure:
+    """What `find_mistakes` has found in a split: images, both classes, the confidence, and the place in the split."""
     columns, pitch, line = 7, (140, 146), 14
-    rows = max(1, math.ceil(len(mistakes.labels) / columns))
-    rate = f"{mistakes.num_mistakes:,} mistakes among {mistakes.num_samples:,} test images"
-    subtitle = f"{rate}; the most confident first" if mistakes.num_mistakes else f"{rate}: nothing to show"
-    height = HEAD + rows * pitch[1] if mistakes.num_mistakes else HEAD
+    wrong, predicted, confidences = mistakes
+    shown = wrong[: 4 * columns]
+    rate = f"{len(wrong):,} mistakes among {len(split):,} test images"
+    subtitle = f"{rate}; the most confident first" if len(wrong) else f"{rate}: nothing to show"
+    height = HEAD + math.ceil(len(shown) / columns) * pitch[1]
     figure, axes = new_canvas(2 * MARGIN + columns * pitch[0] - 30, height, title, subtitle)
-    if not mistakes.num_mistakes:
+    if not len(shown):
         return figure
-    places = draw_tiles(axes, as_rgb(mistakes.images), left=MARGIN, top=HEAD, columns=columns, pitch=pitch, size=84)
-    facts = (mistakes.indices, mistakes.labels, mistakes.predicted, mistakes.confidences)
-    for (x, y), index, label, predicted, confidence in zip(places, *(fact.tolist() for fact in facts), strict=True):
+    tiles = as_rgb(split.images[shown])
+    places = draw_tiles(axes, tiles, left=MARGIN, top=HEAD, columns=columns, pitch=pitch, size=84)
+    facts = (fact.tolist() for fact in (shown, split.labels[shown], predicted[shown], confidences[shown]))
+    for (x, y), index, label, guess, confidence in zip(places, *facts, strict=True):
         left = x - 43
         axes.text(left, y + line, fit(f"true {class_names[label]}", pitch[0] - 6, 8), size=8, color=INK)
-        taken_for = fit(f"taken for {class_names[predicted]}", pitch[0] - 6, 8)
+        taken_for = fit(f"taken for {class_names[guess]}", pitch[0] - 6, 8)
         axes.text(left, y + 2 * line, taken_for, size=8, color=LINES[1])
         axes.text(left, y + 3 * line, f"{confidence:.1%}  #{index}", size=7, color=GREY)
     return figure
-
-
-def draw_architecture(layers: Sequence[LayerCost], title: str) -> Figure:
-    """A diagram of the network, and the table of its layers: output shapes, parameters, costs, and their sums."""
-    rows = as_table(layers)
-    line, diagram = 22, 170
-    left, middle = (12 + round(max(text_width(row[column], 8) for row in rows)) for column in (0, 1))
-    left, middle = max(110, left), max(310, middle)
-    rights = [left + middle + right for right in (0, 0, 85, 155, 245, 345, 450)]  # edges of the columns of numbers
-    boxes = [layer for number, layer in enumerate(layers) if number == 0 or layer.shape != layers[number - 1].shape]
-    labels = [text for layer in boxes for text in (layer.name, describe_shape(layer.shape))]
-    widest_label = max((text_width(text, 7) for text in labels), default=0)
-    width = 2 * MARGIN + max(rights[-1], round(len(boxes) * (widest_label + 6)))
-    height = HEAD + diagram + line * (len(rows) + 1) + MARGIN
-    subtitle = (
-        "shapes: channels x height x width; connections count biases, MAC (multiply-accumulates per image) do not"
-    )
-    figure, axes = new_canvas(width, height, title, subtitle)
-    _draw_diagram(axes, boxes, width, diagram - 20)
-    top = HEAD + diagram
-    for number, row in enumerate(rows):
-        y = top + line * (number + 0.5) + (6 if number == len(rows) - 1 else 0)
-        weight = "bold" if number in (0, len(rows) - 1) else "normal"
-        for column, text in enumerate(row):
-            x, side = (MARGIN + (0, left)[column], "left") if column < 2 else (MARGIN + rights[column], "right")
-            axes.text(x, y, text, size=8, color=INK, weight=weight, ha=side, va="center")
-    for y in (top, top + line, top + line * (len(rows) - 1) + 3):
-        axes.plot([MARGIN, width - MARGIN], [y, y], color=GREY, linewidth=0.8)
-    return figure
-
-
-def _draw_diagram(axes: Axes, boxes: Sequence[LayerCost], width: int, height: int) -> None:
-    """A box per layer that changes the shape: as high as its maps (or its units), as wide as it has channels."""
-    step, middle = (width - 2 * MARGIN) / max(len(boxes), 1), HEAD + (height - 34) / 2
-    sides = [layer.shape[-1] if len(layer.shape) > 1 else math.sqrt(layer.shape[0]) for layer in boxes]
-    depths = [layer.shape[0] if len(layer.shape) > 1 else 0 for layer in boxes]
-    ends: list[float] = []
-    for number, (layer, side, depth) in enumerate(zip(boxes, sides, depths, strict=True)):
-        x, tall = MARGIN + step * (number + 0.5), 8 + (height - 42) * side / max(sides)
-        half = 4 + 0.28 * step * depth / max(1, *depths)
-        left, right, top, bottom = x - half, x + half, middle - tall / 2, middle + tall / 2
-        colour = LINES[5] if depth else LINES[4]
-        axes.fill([left, right, right, left], [top, top, bottom, bottom], fc=colour, ec=INK, linewidth=0.8)
-        ends += [left, right]
-        label = f"{layer.name}\n{describe_shape(layer.shape)}"
-        axes.text(x, HEAD + height - 26, label, size=7, color=INK, ha="center", va="top", linespacing=1.3)
-    for start, end in zip(ends[1:-1:2], ends[2::2], strict=True):
-        axes.annotate("", (end - 1, middle), (start + 1, middle), arrowprops={"arrowstyle": "->", "color": GREY})
 
 
 def draw_pixels(image: Tensor, title: str, subtitle: str) -> Figure:
@@ -386,57 +340,4 @@ def draw_pixels(image: Tensor, title: str, subtitle: str) -> Figure:
             colour = "white" if value > 127 else INK if value else PALE
             axes.text(column, row, str(round(value)), size=6.5, color=colour, ha="center", va="center")
     axes.set(xticks=[], yticks=[])
-    return figure
-
-
-def draw_prediction(
-    source: npt.NDArray[np.uint8],
-    seen: npt.NDArray[np.uint8],
-    probabilities: Sequence[float],
-    class_names: Sequence[str],
-    box: tuple[int, int, int, int],
-    *,
-    warning: str | None = None,
-) -> Figure:
-    """Three panels: a person's picture, what the network sees of it, what it says.
-
-    Args:
-        source: grey (H, W) or RGB (H, W, 3).
-        seen: (H, W), 255 = ink; or (C, H, W), a picture as it is.
-        probabilities: of the classes.
-        class_names: likewise.
-        box: left, top, right, bottom of the digit in `source`; all 0 where the whole picture is seen.
-        warning: why the answer may be wrong; shown below the title.
-    """
-    best = max(range(len(probabilities)), key=probabilities.__getitem__)
-    title = fit(f"{class_names[best]}, {probabilities[best]:.1%}", 860, 11)
-    has_frame = any(box)
-    subtitle = "on the left the picture" + ", with the digit framed" * has_frame
-    figure = new_figure(960, 360, title, f"warning: {warning}" if warning else subtitle)
-    picture = add_axes(figure, MARGIN, HEAD, 270, 270)
-    network = add_axes(figure, MARGIN + 300, HEAD, 270, 270)
-    bars = add_axes(figure, MARGIN + 660, HEAD, 240, 270)
-    picture.imshow(source, cmap="gray", vmin=0, vmax=255)
-    left, top, right, bottom = (edge - 0.5 for edge in box)
-    if has_frame:
-        picture.plot([left, right, right, left, left], [top, top, bottom, bottom, top], color=RED, linewidth=1.5)
-    if seen.ndim == 3:
-        network.imshow(seen.transpose(1, 2, 0), cmap="gray", vmin=0, vmax=255)
-    else:
-        network.imshow(seen, cmap="gray_r", vmin=0, vmax=255)
-    network.set_title("what the network sees", size=9, color=GREY)
-    for axes in (picture, network):
-        axes.set(xticks=[], yticks=[])
-    shown = list(range(len(class_names)))
-    if len(class_names) > MOST_BARS:
-        shown = sorted(shown, key=lambda k: -probabilities[k])[:MOST_BARS]
-    bars.barh(range(len(shown)), [probabilities[k] for k in shown], color=[BLUE if k == best else PALE for k in shown])
-    for row, k in enumerate(shown):
-        bars.text(probabilities[k] + 0.02, row, f"{probabilities[k]:.1%}", va="center", size=8, color=INK)
-    bars.set(xlim=(0, 1.3), xticks=[], yticks=range(len(shown)))
-    bars.set_yticklabels([fit(class_names[k], 82, 8) for k in shown])
-    bars.tick_params(length=0)  # a tick before a number looks like a minus sign
-    bars.invert_yaxis()
-    said = "what it says" if len(shown) == len(class_names) else f"what it says: {len(shown)} of {len(class_names)}"
-    bars.set_title(said, size=9, color=GREY)
     return figure

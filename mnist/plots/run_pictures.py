@@ -25,7 +25,9 @@ from mnist.plots.curves import draw_curves
 from mnist.plots.features import activations, filters, find_mistakes, main_activations
 from mnist.plots.history import History, read_history
 from mnist.recipes import run_name
+from mnist.runs.setup import RunSetup
 from mnist.system.files import refuse_symlink
+from mnist.training.metrics import Scores
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,54 +38,38 @@ ENDINGS = ("preempted", "failed", "diverged")  # of a run, those that its curves
 Transform = Callable[[Tensor], Tensor]
 
 
-def write_run_pictures(
-    run_dir: Path,
-    *,
-    config: TrainConfig,
-    dataset: Dataset,
-    model: nn.Module,
-    transform: Transform,
-    augment: Augmentation,
-    confusion: Sequence[Sequence[int]],
-    step: int,
-    warn: Callable[[str], None],
-) -> dict[str, Path]:
-    """Draws what a finished training has to show into `run_dir`/pictures; rank 0 alone calls it.
+def write_run_pictures(setup: RunSetup, scores: Scores, step: int, warn: Callable[[str], None]) -> dict[str, Path]:
+    """Draws what a finished training has to show into the pictures/ of its directory; rank 0 alone calls it.
 
     Args:
-        run_dir: holds metrics.jsonl.
-        config: resolved.
-        dataset: on the model's device.
-        model: the bare network that was scored (under EMA the averaged one).
-        transform: of the run.
-        augment: likewise.
-        confusion: of the test set.
+        setup: of the run, whose network has the weights that were scored.
+        scores: of the test set.
         step: at which the scored weights were.
         warn: is told of each picture that could not be drawn or written; the others are.
 
     Returns:
         The files by name: samples, curves, features, filters, confusion, mistakes.
     """
+    config, dataset, folder = setup.config, setup.dataset, setup.directory.path / "pictures"
+    model, transform, augment = setup.train_step.eval_model, setup.train_step.transform, setup.train_step.augment
     title = title_of(config, dataset.name, f"step {step:,}")
     drawings: dict[str, Callable[[], Figure]] = {
         "samples": lambda: sample_figure(config, dataset, None if augment.is_identity else augment),
-        "curves": lambda: curve_figure([read_history(run_dir)]),
+        "curves": lambda: curve_figure([read_history(setup.directory.path)]),
         "features": lambda: feature_figure(dataset, model, transform, title),
         "filters": lambda: filter_figure(model, input_shape(transform, dataset), title),
-        "confusion": lambda: pictures.draw_confusion(confusion, dataset.class_names, title),
+        "confusion": lambda: pictures.draw_confusion(scores.confusion, dataset.class_names, title),
         "mistakes": lambda: mistake_figure(dataset, model, transform, title),
     }
     paths: dict[str, Path] = {}
     try:
-        refuse_symlink(run_dir / "pictures")
+        refuse_symlink(folder)
     except UserError as error:
         warn(f"no pictures: {error}")
         return paths
     for name, draw in drawings.items():
-        path = run_dir / "pictures" / f"{name}.png"
         try:
-            pictures.save_picture(draw(), path)
-            paths[name] = path
+            paths[name] = pictures.save_picture(draw(), folder / f"{name}.png")
         except Exception as error:  # a full disk, a GPU without room, a network that cannot be drawn
             warn(f"picture {name} not drawn: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
     return paths
@@ -164,5 +150,5 @@ def filter_figure(model: nn.Module, image_shape: tuple[int, int, int], title: st
 
 def mistake_figure(dataset: Dataset, model: nn.Module, transform: Transform, title: str) -> Figure:
     """The worst mistakes on the test set."""
-    mistakes = find_mistakes(model, transform, dataset.test.images, dataset.test.labels)
-    return pictures.draw_mistakes(mistakes, dataset.class_names, title)
+    found = find_mistakes(model, transform, dataset.test)
+    return pictures.draw_mistakes(dataset.test, found, dataset.class_names, title)

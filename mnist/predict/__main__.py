@@ -54,9 +54,10 @@ from rich.markup import escape
 
 from mnist.data.picture_file import IGNORED, MAX_BYTES, PictureError, decode, is_picture_name, natural_order, read_file
 from mnist.data.sources import DatasetInfo
-from mnist.plots.pictures import SUFFIXES, draw_prediction, save_picture
-from mnist.predict.answers import Answer, answer_digits, largest_of, see, training_likeness
+from mnist.plots.pictures import SUFFIXES, save_picture
+from mnist.predict.answers import Answer, answer_digits, largest_of, see, shown_classes, training_likeness
 from mnist.predict.digit_image import SeenDigit
+from mnist.predict.drawing import draw_prediction
 from mnist.predict.ink import MAX_SIDE, read_picture
 from mnist.predict.not_a_digit import Likeness
 from mnist.recipes import run_name
@@ -65,7 +66,6 @@ from mnist.runs.export import TrainedModel, find_export, load_model
 
 BATCH = 100  # pictures that go through the network together, and are reported together
 NUM_BARS = 20  # for so many pictures at most all probabilities are shown, for more a line each
-MOST_BARS = 20  # classes, the most probable ones
 BAR_WIDTH = 40
 
 
@@ -109,7 +109,7 @@ def main(options: Options) -> int:
         Console().warn(trained.warning)
     class_names = trained.info.class_names
     likeness = training_likeness(trained)
-    console = _stdout_console()
+    console = RichConsole(highlight=False, emoji=False, soft_wrap=True)
     printed, num_errors = [], 0
     for first in range(0, len(files), BATCH):
         for index, prediction in enumerate(predict(trained, files[first : first + BATCH], likeness), start=first):
@@ -231,40 +231,26 @@ def show(console: RichConsole, prediction: Prediction, class_names: Sequence[str
 
 
 def _print_bars(console: RichConsole, answer: Answer, class_names: Sequence[str]) -> None:
-    width = max(map(len, class_names))
-    filled, empty = ("\u2588", "\u2591") if _can_print(console, "\u2588\u2591") else ("#", ".")
-    likely = sorted(range(len(class_names)), key=lambda k: -answer.probabilities[k])[:MOST_BARS]
-    for k in sorted(likely):
+    shown = shown_classes(answer.probabilities)
+    width = max(len(class_names[k]) for k in shown)
+    has_blocks = console.is_terminal and not console.options.ascii_only
+    filled, empty = ("\u2588", "\u2591") if has_blocks else ("#", ".")
+    for k in shown:
         label, p = class_names[k], answer.probabilities[k]
         length = round(p * BAR_WIDTH)
         bar = f"{escape(f'{label:>{width}}')}  {filled * length}{empty * (BAR_WIDTH - length)}  {p:6.1%}"
         console.print(f"  [bold]{bar}[/bold]" if k == answer.digit else f"  {bar}")
 
 
-def _can_print(console: RichConsole, characters: str) -> bool:
-    try:
-        characters.encode(console.encoding)
-    except (UnicodeEncodeError, LookupError):
-        return False
-    return console.is_terminal
-
-
-def _stdout_console() -> RichConsole:
-    if sys.stdout.isatty():
-        return RichConsole(highlight=False, emoji=False, soft_wrap=True)
-    return RichConsole(highlight=False, emoji=False, soft_wrap=True, color_system=None, force_terminal=False)
-
-
 def _draw(prediction: Prediction, path: Path, info: DatasetInfo) -> None:
     """A drawing for each digit; of several in one picture the names end in -digit1, -digit2, ..."""
+    if prediction.error is not None:
+        return
+    content, suffix = _content(prediction.file), Path(prediction.file).suffix
+    source = np.asarray(read_picture(content, suffix) if info.has_digits else decode(content, suffix, MAX_SIDE))
     for number, answer in enumerate(prediction.answers, start=1):
-        content, suffix, seen = _content(prediction.file), Path(prediction.file).suffix, answer.seen
-        source = np.asarray(read_picture(content, suffix) if info.has_digits else decode(content, suffix, MAX_SIDE))
-        figure = draw_prediction(
-            source, seen.pixels, answer.probabilities, info.class_names, seen.box, warning=answer.warning
-        )
         place = path if len(prediction.answers) == 1 else path.with_stem(f"{path.stem}-digit{number}")
-        save_picture(figure, place)
+        save_picture(draw_prediction(source, answer, info.class_names), place)
         Console().note(f"drawn: {place}")
 
 

@@ -24,6 +24,7 @@ from mnist.runs.console import Console
 from mnist.runs.export import TrainedModel
 
 UNSURE = 0.6  # a probability below it is a guess
+MOST_BARS = 10  # classes of which the probabilities are shown
 UNSURE_WARNING = "not sure: no {} is much more probable than the others"
 UNLIKE_WARNING = "unlike all training images: perhaps no digit"
 
@@ -106,6 +107,14 @@ def _answer(seen: SeenDigit, probabilities: list[float], unsure: str, is_unlike:
     best = max(range(len(probabilities)), key=probabilities.__getitem__)
     doubt = UNLIKE_WARNING if is_unlike else unsure if probabilities[best] < UNSURE else None
     return Answer(best, tuple(probabilities), seen.warning or doubt, seen)
+
+
+def shown_classes(probabilities: Sequence[float]) -> list[int]:
+    """The classes that get a bar: all, in their order, or of more than ten the ten most probable, those first."""
+    classes = range(len(probabilities))
+    if len(classes) <= MOST_BARS:
+        return list(classes)
+    return sorted(classes, key=lambda k: -probabilities[k])[:MOST_BARS]
 
 
 def largest_of(answers: Sequence[Answer]) -> Answer:

@@ -24,7 +24,7 @@ from mnist.runs.validation import Validation
 from mnist.system import ranks
 from mnist.training.metrics import Scores
 
-Draw = Callable[..., dict[str, Path]]  # run directory and keyword arguments of `_draw_pictures` -> files by name
+Draw = Callable[[RunSetup, Scores, int, Callable[[str], None]], dict[str, Path]]  # as `write_run_pictures`
 
 
 def export_and_score(
@@ -50,7 +50,7 @@ def export_and_score(
         paths: dict[str, Path] = {}
         if setup.config.output.pictures:
             with console.doing("drawing pictures"):
-                paths = _draw_pictures(setup, test, scored_step, console, draw)
+                paths = draw(setup, test, scored_step, console.warn)
                 tracker.pictures(setup.state.step, paths)
         _show_in_trackers(setup, test, scored_step, tracker)
         return paths
@@ -63,20 +63,6 @@ def _export(setup: RunSetup, name: str) -> None:
     weights = partial(module_tensors, setup.train_step.eval_model)
     folder, info = setup.directory.path / "export" / name, setup.dataset.info
     ranks.together(setup.accelerator, lambda: export_model(folder, weights(), {**to_flat(executed), **asdict(info)}))
-
-
-def _draw_pictures(setup: RunSetup, test: Scores, scored_step: int, console: Console, draw: Draw) -> dict[str, Path]:
-    return draw(
-        setup.directory.path,
-        config=setup.config,
-        dataset=setup.dataset,
-        model=setup.train_step.eval_model,
-        transform=setup.train_step.transform,
-        augment=setup.train_step.augment,
-        confusion=test.confusion,
-        step=scored_step,
-        warn=console.warn,
-    )
 
 
 def _show_in_trackers(setup: RunSetup, test: Scores, scored_step: int, tracker: Tracker) -> None:

@@ -13,12 +13,15 @@ import torch
 from PIL import Image
 
 from mnist.demo.reader import Reading
+from mnist.errors import UserError
 from mnist.predict.answers import Answer
 from mnist.predict.digit_image import SeenDigit
 
 pytest.importorskip("gradio", reason="gradio is not installed")
 
-from mnist.demo.page import answers_html, layers_html
+import gradio as gr
+
+from mnist.demo.page import _choices, answers_html, layers_html
 
 DIGITS = tuple("0123456789")
 PIXELS = np.random.default_rng(0).integers(0, 256, (28, 28), dtype=np.uint8)
@@ -98,3 +101,12 @@ def test_maps_are_red_above_zero_and_blue_below_and_at_most_32_of_a_layer_are_sh
     (red, blue), (white, _) = shown[1]
     assert (red[0] > red[2], blue[2] > blue[0], white.tolist()) == (True, True, [255, 255, 255])
     assert "conv1: 40x2x2, -1 to 1, first 32 of 40 maps" in html
+
+
+def test_a_page_that_is_loaded_when_all_runs_are_gone_says_so_without_a_traceback_in_the_terminal() -> None:
+    def models() -> dict[str, str]:
+        raise UserError("--run: no finished run below runs/")
+
+    with pytest.raises(gr.Error, match="no finished run below runs/") as caught:
+        _choices(models)
+    assert not caught.value.print_exception

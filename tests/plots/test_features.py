@@ -5,8 +5,10 @@ import torch
 from torch import nn
 
 from mnist.config import IMAGE_SIZES
+from mnist.data.batches import Split
 from mnist.models import MODELS, count_parameters
-from mnist.plots.features import activations, as_table, filters, find_mistakes, layer_costs, main_activations
+from mnist.plots.architecture import as_table, layer_costs
+from mnist.plots.features import activations, filters, find_mistakes, main_activations
 from tests.networks import mnist_model
 
 # By hand, layer by layer: outputs x weights per output.
@@ -214,17 +216,15 @@ def test_the_worst_mistakes_come_first() -> None:
     for index, sureness in ((3, 4), (1203, 7), (44, 2)):
         images[index, 0, 1] = sureness
         labels[index] = 9
-    found = find_mistakes(Brightness(), lambda batch: batch.unsqueeze(1).float(), images, labels, most=2)
-    assert (found.num_mistakes, found.num_samples) == (3, 1500)
-    assert found.indices.tolist() == [1203, 3]
-    assert found.labels.tolist() == [9, 9]
-    assert found.predicted.tolist() == [3, 3]
-    expected = [torch.tensor([float(sure), *[0.0] * 9]).softmax(0)[0].item() for sure in (7, 4)]
-    assert found.confidences.tolist() == pytest.approx(expected)
-    assert torch.equal(found.images, images[[1203, 3]])
+    split = Split(images, labels)
+    wrong, predicted, confidences = find_mistakes(Brightness(), lambda batch: batch.unsqueeze(1).float(), split)
+    assert wrong.tolist() == [1203, 3, 44]
+    assert predicted[wrong].tolist() == [3, 3, 4]
+    expected = [torch.tensor([float(sure), *[0.0] * 9]).softmax(0)[0].item() for sure in (7, 4, 2)]
+    assert confidences[wrong].tolist() == pytest.approx(expected)
 
 
 def test_a_model_without_mistakes_has_none() -> None:
-    images = torch.full((20, 28, 28), 5, dtype=torch.uint8)
-    found = find_mistakes(Brightness(), lambda batch: batch.unsqueeze(1).float(), images, torch.full((20,), 5))
-    assert (found.num_mistakes, len(found.indices), found.images.shape) == (0, 0, (0, 28, 28))
+    split = Split(torch.full((20, 28, 28), 5, dtype=torch.uint8), torch.full((20,), 5))
+    wrong, predicted, _ = find_mistakes(Brightness(), lambda batch: batch.unsqueeze(1).float(), split)
+    assert (len(wrong), predicted.tolist()) == (0, [5] * 20)

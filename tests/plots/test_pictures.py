@@ -12,11 +12,16 @@ import torch
 from PIL import Image
 
 from mnist.config import IMAGE_SIZES
+from mnist.data.batches import Split
 from mnist.data.sources import SOURCES
 from mnist.errors import RunError
 from mnist.models import MODELS
 from mnist.plots import canvas, pictures
-from mnist.plots.features import Mistakes, activations, filters, layer_costs
+from mnist.plots.architecture import draw_architecture, layer_costs
+from mnist.plots.features import activations, filters
+from mnist.predict.answers import Answer
+from mnist.predict.digit_image import NO_BOX, SeenDigit
+from mnist.predict.drawing import draw_prediction
 from tests.networks import mnist_model
 
 if TYPE_CHECKING:
@@ -71,17 +76,12 @@ def overlapping_texts(figure: Figure) -> list[tuple[str, str]]:
     ]
 
 
-def mistakes(count: int, total: int) -> Mistakes:
-    generator = torch.Generator().manual_seed(0)
-    return Mistakes(
-        num_mistakes=total,
-        num_samples=10_000,
-        indices=torch.arange(count) + 9900,
-        images=torch.randint(0, 256, (count, 28, 28), dtype=torch.uint8, generator=generator),
-        labels=torch.full((count,), 9),
-        predicted=torch.full((count,), 2),
-        confidences=torch.linspace(0.99, 0.4, count),
-    )
+def draw_mistakes(count: int) -> Figure:
+    """Of 100 images of a 9, so many are taken for a 2."""
+    images = torch.randint(0, 256, (100, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    wrong, predicted, confidences = torch.arange(count) + 10, torch.full((100,), 2), torch.linspace(1.09, 0.1, 100)
+    split = Split(images, torch.full((100,), 9))
+    return pictures.draw_mistakes(split, (wrong, predicted, confidences), WORDS, "title")
 
 
 def confusion(mistaken: int) -> list[list[int]]:
@@ -181,7 +181,7 @@ def test_pixels_are_written_as_numbers(tmp_path: Path) -> None:
 
 
 def test_the_diagram_names_each_change_of_shape_once() -> None:
-    figure = pictures.draw_architecture(layer_costs(mnist_model("lenet5"), (1, 32, 32)), "lenet5")
+    figure = draw_architecture(layer_costs(mnist_model("lenet5"), (1, 32, 32)), "lenet5")
     written = texts(figure)
     assert [written.count(name) for name in ("conv1", "pool1", "linear1", "relu1")] == [2, 2, 2, 1]
     assert {"4,704", "122,304"} <= set(written)
@@ -246,15 +246,15 @@ def test_names_of_classes_of_any_length_and_number_stay_apart_and_in_the_picture
     two = {layer: values.repeat(2, *[1] * (values.ndim - 1)) for layer, values in outputs.items()}
     said = [f"test image {k}: true {names[0]}, predicted {names[1]}" for k in range(2)]
     counts = (100 * torch.eye(count) + 3 * torch.eye(count).roll(1, dims=0)).int().tolist()
-    worst = Mistakes(8, 100, torch.arange(8), images, labels, others, torch.full((8,), 0.9))
-    grey, seen, chances = np.zeros((50, 50), np.uint8), np.zeros((3, 32, 32), np.uint8), [1 / count] * count
+    worst = torch.arange(8), others, torch.full((8,), 0.9)
+    answer = Answer(0, (1 / count,) * count, None, SeenDigit(np.zeros((3, 32, 32), np.uint8), NO_BOX))
     figure = {
         "confusion": lambda: pictures.draw_confusion(counts, names, "title"),
         "features": lambda: pictures.draw_features(outputs, names, "title", "subtitle", []),
         "several": lambda: pictures.draw_features(two, names, "title", "subtitle", said),
         "samples": lambda: pictures.draw_samples(images, labels, names, "title", "subtitle"),
-        "mistakes": lambda: pictures.draw_mistakes(worst, names, "title"),
-        "prediction": lambda: pictures.draw_prediction(grey, seen, chances, names, (0, 0, 0, 0)),
+        "mistakes": lambda: pictures.draw_mistakes(Split(images, labels), worst, names, "title"),
+        "prediction": lambda: draw_prediction(np.zeros((50, 50), np.uint8), answer, names),
     }[picture]()
     assert written_outside(figure) == []
     assert overlapping_texts(figure) == []
@@ -269,9 +269,9 @@ def test_a_name_that_is_too_wide_is_cut_and_a_short_one_is_not() -> None:
 
 @pytest.mark.parametrize("counts", [47, 10])
 def test_a_prediction_shows_at_most_the_ten_most_probable_classes(counts: int) -> None:
-    chances = torch.arange(float(counts)).softmax(0).tolist()
-    picture = np.zeros((50, 50), np.uint8)
-    figure = pictures.draw_prediction(picture, picture, chances, LETTERS[:counts], (0, 0, 0, 0))
+    picture, chances = np.zeros((50, 50), np.uint8), torch.arange(float(counts)).softmax(0).tolist()
+    answer = Answer(counts - 1, tuple(chances), None, SeenDigit(picture, NO_BOX))
+    figure = draw_prediction(picture, answer, LETTERS[:counts])
     shown = [label.get_text() for label in figure.axes[2].get_yticklabels()]
     assert shown == (list(LETTERS[:36:-1]) if counts == 47 else list(LETTERS[:10]))
 
@@ -305,26 +305,26 @@ def test_confusion_without_mistakes_or_without_a_class(tmp_path: Path, counts: l
     pixels_of(pictures.draw_confusion(counts, DIGITS, "title"), tmp_path / "confusion.png")
 
 
-@pytest.mark.parametrize("count", [1, 28])
-def test_mistakes_say_what_was_taken_for_what(tmp_path: Path, count: int) -> None:
-    figure = pictures.draw_mistakes(mistakes(count, 74), WORDS, "title")
+@pytest.mark.parametrize(("count", "num_shown"), [(1, 1), (28, 28), (74, 28)])
+def test_mistakes_say_what_was_taken_for_what(tmp_path: Path, count: int, num_shown: int) -> None:
+    figure = draw_mistakes(count)
     pixels_of(figure, tmp_path / "mistakes.png")
     written = texts(figure)
-    assert written.count("true ankle boot") == written.count("taken for pullover") == count
-    assert "99.0%  #9900" in written
-    assert "74 mistakes among 10,000 test images; the most confident first" in written
+    assert written.count("true ankle boot") == written.count("taken for pullover") == num_shown
+    assert "99.0%  #10" in written
+    assert f"{count} mistakes among 100 test images; the most confident first" in written
     assert overlapping_texts(figure) == []
 
 
 def test_no_mistakes_are_a_line(tmp_path: Path) -> None:
-    figure = pictures.draw_mistakes(mistakes(0, 0), DIGITS, "title")
+    figure = draw_mistakes(0)
     pictures.save_picture(figure, tmp_path / "mistakes.png")
-    assert "0 mistakes among 10,000 test images: nothing to show" in texts(figure)
+    assert "0 mistakes among 100 test images: nothing to show" in texts(figure)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_table_of_layers_fits(tmp_path: Path, name: str) -> None:
-    figure = pictures.draw_architecture(layer_costs(mnist_model(name), shape_of(name)), name)
+    figure = draw_architecture(layer_costs(mnist_model(name), shape_of(name)), name)
     pixels_of(figure, tmp_path / "architecture.png")
     assert overlapping_texts(figure) == []
 
@@ -332,7 +332,7 @@ def test_the_table_of_layers_fits(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(("suffix", "start"), [(".png", b"\x89PNG"), (".pdf", b"%PDF"), (".svg", b"<?xml")])
 def test_a_picture_is_written_in_the_format_of_its_name(tmp_path: Path, suffix: str, start: bytes) -> None:
     path = tmp_path / "new" / f"table{suffix}"
-    pictures.save_picture(pictures.draw_architecture([], "empty"), path)
+    pictures.save_picture(draw_architecture([], "empty"), path)
     assert path.read_bytes().startswith(start)
     assert list(path.parent.iterdir()) == [path]
 
@@ -340,10 +340,10 @@ def test_a_picture_is_written_in_the_format_of_its_name(tmp_path: Path, suffix: 
 def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(RunError, match="picture not written"):
-        pictures.save_picture(pictures.draw_architecture([], "empty"), tmp_path / "file" / "table.png")
+        pictures.save_picture(draw_architecture([], "empty"), tmp_path / "file" / "table.png")
 
 
-@pytest.mark.parametrize("module", ["canvas", "curves", "pictures", "run_pictures", "__main__"])
+@pytest.mark.parametrize("module", ["architecture", "canvas", "curves", "pictures", "run_pictures", "__main__"])
 def test_matplotlib_waits_for_the_first_figure_and_its_global_state_is_left_alone(module: str) -> None:
     spec = importlib.util.find_spec(f"mnist.plots.{module}")
     assert spec is not None

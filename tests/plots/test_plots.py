@@ -26,7 +26,6 @@ from mnist.plots.__main__ import (
     Mistakes,
     Options,
     Pixels,
-    Place,
     Samples,
 )
 from mnist.plots.features import activations
@@ -95,7 +94,7 @@ def test_a_picture_of_the_newest_run_lies_with_it(
 @pytest.mark.parametrize("kind", [Samples, Pixels, Features, Filters, Confusion, Mistakes, Architecture])
 def test_run_and_out_are_obeyed(run: str, capsys: pytest.CaptureFixture[str], kind: Any) -> None:
     for folder in (run, f"{run}/export/last"):
-        lines = draw(kind(place=Place(run=folder, out="elsewhere/picture.png")), capsys)
+        lines = draw(kind(run=folder, out="elsewhere/picture.png"), capsys)
         assert lines[-1] == "elsewhere/picture.png"
     assert not Path(run, "pictures").exists()
 
@@ -112,14 +111,14 @@ def test_the_last_weights_are_shown_where_they_are_asked_for(run: str) -> None:
     trained = load_model(Path(run, "export", "best"))
     other = {name: value + 1 for name, value in trained.model.state_dict().items()}
     export_model(Path(run, "export", "last"), other, to_flat(trained.config))
-    best, last = (plots._build(plots._find_subject(run + folder)).state_dict() for folder in ("", "/export/last"))
+    best, last = (plots._find_subject(run + folder).network().state_dict() for folder in ("", "/export/last"))
     assert all(torch.equal(last[name], best[name] + 1) for name in best)
 
 
 def test_an_export_without_its_run_is_enough(run: str, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(Path(run, "export", "best"), "model")
-    assert draw(Features(place=Place(run="model")), capsys) == ["model/pictures/features.png"]
-    assert draw(Mistakes(place=Place(run="model")), capsys) == ["model/pictures/mistakes.png"]
+    assert draw(Features(run="model"), capsys) == ["model/pictures/features.png"]
+    assert draw(Mistakes(run="model"), capsys) == ["model/pictures/mistakes.png"]
 
 
 @pytest.mark.parametrize(
@@ -164,7 +163,7 @@ def test_features_are_those_of_the_image_that_was_asked_for(run: str, monkeypatc
     monkeypatch.setattr(plots.pictures, "save_picture", lambda figure, path: path)
     plots.main(Options(Features(image=(11,), every_layer=True)))
     trained = load_model(Path(run, "export", "best"))
-    dataset = plots._read_data(trained.config, None)
+    dataset = plots._find_subject(run).dataset
     expected = activations(trained.model, trained.transform(dataset.test.images[11:12]))
     assert all(torch.equal(drawn["outputs"][name], output) for name, output in expected.items())
     assert drawn["title"] == "smoke-changed on digits, seed 0, step 69"
@@ -173,13 +172,13 @@ def test_features_are_those_of_the_image_that_was_asked_for(run: str, monkeypatc
 
 def test_the_mistakes_of_a_run_are_as_many_as_it_counted(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[Any] = []
-    monkeypatch.setattr(run_pictures.pictures, "draw_mistakes", lambda mistakes, *rest: found.append(mistakes))
+    monkeypatch.setattr(run_pictures.pictures, "draw_mistakes", lambda _split, mistakes, *rest: found.extend(mistakes))
     monkeypatch.setattr(plots.pictures, "save_picture", lambda figure, path: path)
     plots.main(Options(Mistakes()))
     scores = json.loads(Path(run, "result.json").read_text())["test"]
-    assert found[0].num_mistakes == scores["num_samples"] - scores["num_correct"]
-    confidences = found[0].confidences.tolist()
-    assert confidences == sorted(confidences, reverse=True)
+    wrong, _, confidences = found
+    assert len(wrong) == scores["num_samples"] - scores["num_correct"]
+    assert confidences[wrong].tolist() == sorted(confidences[wrong].tolist(), reverse=True)
 
 
 def test_curves_of_a_run_that_has_not_finished(run: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -188,7 +187,7 @@ def test_curves_of_a_run_that_has_not_finished(run: str, capsys: pytest.CaptureF
     with Path(run, "metrics.jsonl").open("a") as file:
         file.write('{"step": 70, "epo')
     assert draw(Curves(), capsys) == [f"{run}/pictures/curves.png"]
-    assert draw(Samples(place=Place(run=run)), capsys) == [f"{run}/pictures/samples.png"]
+    assert draw(Samples(run=run), capsys) == [f"{run}/pictures/samples.png"]
 
 
 @pytest.mark.parametrize("runs", [(("runs/one", "runs/two"),), (("runs/one",), ("runs/two",))])
@@ -217,24 +216,23 @@ def test_the_table_of_layers_is_printed(run: str, capsys: pytest.CaptureFixture[
 
 def test_the_numbers_of_an_image_are_printed(run: str, capsys: pytest.CaptureFixture[str]) -> None:
     *lines, _ = draw(Pixels(image=3), capsys)
-    config = load_model(Path(run, "export", "best")).config
-    expected = plots._read_data(config, None).test.images[3].tolist()
+    expected = plots._find_subject(run).dataset.test.images[3].tolist()
     assert [[int(number) for number in line.split()] for line in lines] == expected
 
 
 @pytest.mark.parametrize(
     ("picture", "message"),
     [
-        (Samples(place=Place(run="none")), "--run none: no run there"),
+        (Samples(run="none"), "--run none: no run there"),
         (Curves(run=(("none",),)), "--run none: no metrics.jsonl there"),
-        (Features(place=Place(run="none")), "--run none: no run there"),
-        (Filters(place=Place(run="bare")), "--run bare: no exported model there"),
-        (Confusion(place=Place(run="bare")), "--run bare: no test scores in result.json"),
-        (Mistakes(place=Place(run="bare")), "--run bare: no exported model there"),
-        (Samples(place=Place(run="broken")), "broken/config.json: holds no JSON object"),
+        (Features(run="none"), "--run none: no run there"),
+        (Filters(run="bare"), "--run bare: no exported model there"),
+        (Confusion(run="bare"), "--run bare: no test scores in result.json"),
+        (Mistakes(run="bare"), "--run bare: no exported model there"),
+        (Samples(run="broken"), "broken/config.json: holds no JSON object"),
         (Curves(run=(("bare",),)), "--run bare: no record in metrics.jsonl yet"),
         (Samples(recipe="lenet"), "--recipe lenet: unknown; did you mean lenet5"),
-        (Samples(recipe="smoke", place=Place(run="bare")), "--run and --recipe: give one of them"),
+        (Samples(recipe="smoke", run="bare"), "--run and --recipe: give one of them"),
         (Architecture(recipe="smoke", model="mlp"), "--run, --recipe, --model: give one of them"),
         (Samples(augmented=True), "--augmented: smoke trains on its images as they are"),
         (Features(image=(0, 360)), r"--image 360: must lie in 0\.\.359"),
@@ -242,7 +240,7 @@ def test_the_numbers_of_an_image_are_printed(run: str, capsys: pytest.CaptureFix
         (Pixels(image=360), r"--image 360: must lie in 0\.\.359"),
         (Features(image=(-1,)), r"--image -1: must lie in 0\.\.359"),
         (Curves(out="picture.gif"), r"--out picture.gif: must end in \.png, \.pdf, \.svg"),
-        (Confusion(place=Place(out="picture")), "--out picture: must end in"),
+        (Confusion(out="picture"), "--out picture: must end in"),
     ],
 )
 def test_a_mistake_is_one_line(run: str, picture: Any, message: str) -> None:
@@ -279,9 +277,9 @@ def test_the_data_folder_of_now_counts_more_than_the_one_of_then(
 ) -> None:
     config = json.loads(Path(run, "config.json").read_text())
     Path(run, "config.json").write_text(json.dumps({**config, "dataset": "mnist", "data_dir": "gone"}))
-    draw(Samples(place=Place(run=run), data_dir=REAL_DIR), capsys)
+    draw(Samples(run=run, data_dir=REAL_DIR), capsys)
     monkeypatch.setenv("MNIST_DATA_DIR", REAL_DIR)
-    draw(Samples(place=Place(run=run)), capsys)
+    draw(Samples(run=run), capsys)
 
 
 @pytest.mark.launch

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -18,6 +19,7 @@ from mnist.plots import pictures, run_pictures
 from mnist.plots.history import Curve, History, read_history
 from mnist.recipes import RECIPES
 from mnist.runs.records import RunRecord
+from mnist.training.metrics import Scores
 from tests.networks import mnist_model
 
 if TYPE_CHECKING:
@@ -40,17 +42,16 @@ def write_all(
     facts = {"step": 20, "epoch": 0.5, "split": "train", "dataset": "digits", "loss": 1.0, "accuracy": 0.5}
     run_dir.mkdir(exist_ok=True)
     (run_dir / "metrics.jsonl").write_text(json.dumps(facts) + "\n")
-    return run_pictures.write_run_pictures(
-        run_dir,
-        config=config,
-        dataset=digits(config),
-        model=model,
-        transform=BatchTransform(config.image),
-        augment=augmentation(config),
-        confusion=[[36 * (i == j) for j in range(10)] for i in range(10)],
-        step=20,
-        warn=pytest.fail if warn is None else warn,
-    )
+    step = SimpleNamespace(eval_model=model, transform=BatchTransform(config.image), augment=augmentation(config))
+    parts = {
+        "config": config,
+        "dataset": digits(config),
+        "train_step": step,
+        "directory": SimpleNamespace(path=run_dir),
+    }
+    setup: Any = SimpleNamespace(**parts)
+    scores = Scores.from_sums(36.0, 36 * torch.eye(10).long())
+    return run_pictures.write_run_pictures(setup, scores, 20, pytest.fail if warn is None else warn)
 
 
 def test_pictures_are_not_written_through_a_symbolic_link(tmp_path: Path) -> None:

@@ -106,10 +106,22 @@ def test_the_numbers_of_a_coloured_picture_are_three_tables(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(run.parent)
-    place = plots.Place(run=str(run), out=str(tmp_path / "pixels.png"))
-    assert plots.main(plots.Options(plots.Pixels(place, image=3))) == 0
+    picture = plots.Pixels(run=str(run), out=str(tmp_path / "pixels.png"), image=3)
+    assert plots.main(plots.Options(picture)) == 0
     *tables, _file = capsys.readouterr().out.splitlines()
     assert [len(line.split()) for line in tables] == [*[28] * 28, 0, *[28] * 28, 0, *[28] * 28]
+
+
+def test_a_run_without_an_export_is_drawn_with_the_classes_of_its_pictures(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(run.parent)
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("export", "checkpoints", "result.json"))
+    assert plots.main(plots.Options(plots.Architecture(run=str(tmp_path / "run")))) == 0
+    *_, last, _total, _file = capsys.readouterr().out.splitlines()
+    assert "  3 units  " in last
+    assert plots.main(plots.Options(plots.Features(run=str(tmp_path / "run"), untrained=True))) == 0
+    assert (tmp_path / "run" / "pictures" / "features-untrained.png").is_file()
 
 
 def test_evaluate_gives_the_same_numbers_and_finds_the_pictures_by_itself(
