@@ -80,8 +80,8 @@ def _read(picture: str, run: str, is_open: bool) -> tuple[str, str]:
 def _choices(models: Callable[[], Mapping[str, str]]) -> Any:
     try:
         found = models()
-    except UserError as error:  # all of them were removed
-        raise gr.Error(str(error), print_exception=False) from error
+    except UserError as error:  # all have been removed: the choice says so, and `read` finds no model there
+        found = {"runs": str(error)}
     return gr.Dropdown(choices=[(text, folder) for folder, text in found.items()], value=next(iter(found)))
 
 

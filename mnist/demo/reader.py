@@ -111,7 +111,7 @@ def load(folder: str) -> tuple[TrainedModel, Likeness | None]:
     try:
         return _load(folder, (Path(folder) / WEIGHTS).stat().st_mtime_ns)
     except OSError as error:
-        raise UserError(f"{folder}: no longer there; reload the page") from error
+        raise UserError(f"{folder}: no model there any more; reload the page") from error
 
 
 @lru_cache(maxsize=8)

@@ -261,7 +261,8 @@ def _mistakes(options: Mistakes) -> Path:
 
 
 def _architecture(options: Architecture) -> Path:
-    if sum(name is not None for name in (options.run, options.recipe, options.model)) > 1:
+    given = [name for name in (options.run, options.recipe, options.model) if name is not None]
+    if len(given) > 1:
         raise UserError("--run, --recipe, --model: give one of them")
     if options.model is None:
         subject = _find_subject(options.run, options.recipe)

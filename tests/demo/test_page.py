@@ -6,22 +6,20 @@ import base64
 import io
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from mnist.demo.reader import Reading
-from mnist.errors import UserError
+from mnist.demo.reader import Reading, find_models
 from mnist.predict.answers import Answer
 from mnist.predict.digit_image import SeenDigit
 
 pytest.importorskip("gradio", reason="gradio is not installed")
 
-import gradio as gr
-
-from mnist.demo.page import _choices, answers_html, layers_html
+from mnist.demo.page import _choices, _read, answers_html, layers_html
 
 DIGITS = tuple("0123456789")
 PIXELS = np.random.default_rng(0).integers(0, 256, (28, 28), dtype=np.uint8)
@@ -103,10 +101,10 @@ def test_maps_are_red_above_zero_and_blue_below_and_at_most_32_of_a_layer_are_sh
     assert "conv1: 40x2x2, -1 to 1, first 32 of 40 maps" in html
 
 
-def test_a_page_that_is_loaded_when_all_runs_are_gone_says_so_without_a_traceback_in_the_terminal() -> None:
-    def models() -> dict[str, str]:
-        raise UserError("--run: no finished run below runs/")
-
-    with pytest.raises(gr.Error, match="no finished run below runs/") as caught:
-        _choices(models)
-    assert not caught.value.print_exception
+def test_a_page_that_is_loaded_when_all_runs_are_gone_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    choice = _choices(lambda: find_models(None))
+    (text, folder), *others = choice.choices
+    assert others == []
+    assert text.startswith("--run: no finished run below runs/; train one")
+    assert texts("notice", _read("", folder, is_open=True)[0]) == ["runs: no model there any more; reload the page"]

@@ -84,10 +84,8 @@ def test_a_model_that_was_trained_again_is_read_again_and_one_that_is_gone_is_na
     os.utime(folder / "model.safetensors", (5, 5))
     assert load(str(folder))[0] is not trained
     shutil.rmtree(folder)
-    assert (
-        read(PICTURE.read_bytes(), str(folder), with_layers=False).error
-        == f"{folder}: no longer there; reload the page"
-    )
+    error = read(PICTURE.read_bytes(), str(folder), with_layers=False).error
+    assert error == f"{folder}: no model there any more; reload the page"
 
 
 @pytest.mark.filterwarnings("error::UserWarning")  # of arrays that torch may not write to
