@@ -52,7 +52,7 @@ _FOREIGN = {
     "resume_from_checkpoint": "--resume",
     "max_grad_norm": "--grad-clip",
 }
-_LARGEST_FILE = 1_000_000  # bytes of a --config file
+_SWITCHES = ("help", "list_recipes", "print_config")
 
 T = TypeVar("T")
 RunOption = Annotated[str | None, tyro.conf.arg(aliases=("--run-dir",))]  # torchrun takes --run for one of its own
@@ -81,7 +81,7 @@ def parse_command_line(argv: Sequence[str] | None = None) -> TrainConfig:
         launcher.check_variables()
         typed = _read_tokens(sys.argv[1:] if argv is None else argv)
         file = typed.pop("config", None)
-        asked = {name for name in ("help", "list_recipes", "print_config") if typed.pop(name, False)}
+        asked = {name for name in _SWITCHES if typed.pop(name, False)}
         from_file = _read_file(Path(file)) if file is not None else {}
         recipe = typed.get("recipe", from_file.get("recipe", "fast"))
         check_choice("--recipe", recipe, list(RECIPES))
@@ -219,9 +219,8 @@ def run_command(command: Callable[[T], int], options: T) -> NoReturn:
 
 def _fields() -> dict[str, tuple[Any, bool]]:
     """Every field that the command line may set: its type, and whether it is a path."""
-    switches = ("help", "list_recipes", "print_config")
     found: dict[str, tuple[Any, bool]] = {"recipe": (str, False), "config": (str, True)}
-    found |= dict.fromkeys(switches, (bool, False))
+    found |= dict.fromkeys(_SWITCHES, (bool, False))
     for section in sections().values():
         hints = get_type_hints(section)
         found |= {f.name: (hints[f.name], f.metadata["is_path"]) for f in fields(section)}
@@ -290,42 +289,33 @@ def _convert(flag: str, values: Sequence[str], hint: Any, is_path: bool) -> Any:
 def _read_file(path: Path) -> dict[str, Any]:
     """The fields that a YAML file sets, as their text was written: YAML 1.1 would read 010 as 8 and 1:30 as 90."""
     known, place, found = _fields(), f"--config {path}", dict[str, Any]()
-    for key, node in _read_mapping(path):
+    try:
+        root = yaml.compose(path.read_bytes(), Loader=yaml.SafeLoader)
+    except OSError as error:
+        raise MachineError(f"{place}: cannot be read ({error.strerror})") from error
+    except RecursionError as error:
+        raise UserError(f"{place}: cannot be read as YAML (nested too deeply)") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{place}: cannot be read as YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(root, yaml.MappingNode):
+        raise UserError(f"{place}: expected lines like 'lr: 0.001'")
+    for key_node, node in root.value:
+        key = str(key_node.value)
         name = key.replace("-", "_")
-        if name not in known or name in ("config", "help", "list_recipes", "print_config"):
+        if name not in known or name in ("config", *_SWITCHES):
             raise UserError(f"{place}: {key}: unknown{_suggest(name, known, str)}")
         if name in found:
             raise UserError(f"{place}: {key}: given twice")
-        is_list = isinstance(node, yaml.SequenceNode)
+        is_list = isinstance(node, yaml.SequenceNode) and get_origin(known[name][0]) is tuple
         nodes = node.value if is_list else [node]
-        if not all(isinstance(item, yaml.ScalarNode) for item in nodes) or (
-            is_list and get_origin(known[name][0]) is not tuple
-        ):
-            raise UserError(f"{place}: {key}: must be one value" + (", or a list" if is_list else ""))
-        is_null = (
-            isinstance(node, yaml.ScalarNode) and node.style is None and node.value in ("", "~", "null", "Null", "NULL")
-        )
+        if not all(isinstance(item, yaml.ScalarNode) for item in nodes):
+            raise UserError(f"{place}: {key}: must be one value, or a list of values where several are possible")
+        words = ["None"] if node.tag == "tag:yaml.org,2002:null" else [item.value for item in nodes]
         try:
-            found[name] = _convert(_flag(name), ["None" if is_null else item.value for item in nodes], *known[name])
+            found[name] = _convert(_flag(name), words, *known[name])
         except UserError as error:
             raise UserError(f"{place}: {error}") from None
     return found
-
-
-def _read_mapping(path: Path) -> list[tuple[str, yaml.Node]]:
-    try:
-        with path.open("rb") as file:
-            content = file.read(_LARGEST_FILE + 1)
-        root = yaml.compose(content, Loader=yaml.SafeLoader) if len(content) <= _LARGEST_FILE else None
-    except OSError as error:
-        raise MachineError(f"--config {path}: cannot be read ({error.strerror})") from error
-    except RecursionError as error:
-        raise UserError(f"--config {path}: cannot be read as YAML (nested too deeply)") from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"--config {path}: cannot be read as YAML ({' '.join(str(error).split())})") from error
-    if not isinstance(root, yaml.MappingNode):
-        raise UserError(f"--config {path}: expected lines like 'lr: 0.001'")
-    return [(str(key.value), value) for key, value in root.value]
 
 
 def to_yaml(config: TrainConfig) -> str:

@@ -285,10 +285,10 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
 
 
 def run_name(config: TrainConfig) -> str:
-    """What a run calls itself: its recipe; or, where it does not train as the recipe does, "<recipe>-changed".
+    """The name of a run: its recipe; or "<recipe>-changed" where a field that matters for training was changed.
 
-    The seed, the data set with its mean and std, the machine's side and what is kept may be others. A recipe that is
-    not in `RECIPES` is known to its owner only, and keeps its name.
+    Seed, data set with its mean and std, and the sections `runtime` and `output` do not count. A recipe that is not in
+    `RECIPES` keeps its name.
     """
     not_ours = {"dataset", "channels", "mean", "std", "seed", "sync_bn"}
     length = ("epochs", "max_steps", "target_accuracy", "target_loss", "patience")

@@ -566,7 +566,6 @@ def test_a_value_in_a_file_is_what_is_written_there(config_file, text, changes):
         ("deterministic: yes\n", "--deterministic yes: must be true or false"),
         ("lr: null\n", "--lr None: must be a number"),
         ("learning_rate: 0.5\n", "learning_rate: unknown; here it is --lr"),
-        ("# " + "x" * 1_000_000, "expected lines like"),
     ],
 )  # fmt: skip
 def test_a_file_that_says_something_odd_is_refused_in_one_line(config_file, capsys, text, words):

@@ -56,7 +56,7 @@ class Job:
 
 
 class PILImages(Dataset[tuple[Any, int]]):
-    """Images in memory, returned one by one as PIL images, as torchvision's MNIST class does."""
+    """Images in memory, returned one by one as PIL images: what torchvision's MNIST class does with its own files."""
 
     def __init__(self, split: Split, transform: Callable[[Image.Image], Tensor]) -> None:
         self.split = split
@@ -151,7 +151,7 @@ def prepared(job: Job) -> Pass:
 
 
 def bare(job: Job) -> Pass:
-    """The least that a step can be: resident tensors, one index operation, nothing counted, nothing checked.
+    """The least work that a step can be: images on the device, one index operation, no metrics, no checks.
 
     It has this project's memory format, fused optimizer and order of images, so that its losses are comparable too.
     Captured, it is one CUDA graph for batches of the full size.

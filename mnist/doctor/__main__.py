@@ -61,7 +61,7 @@ class Options:
         self.config()
 
     def config(self) -> TrainConfig:
-        """The run that would be started; deterministic, so that repeating it can be asked for.
+        """The configuration of the run that would be started, deterministic, because the same steps are taken twice.
 
         Raises:
             UserError: no such recipe, or a value out of its range.
@@ -143,7 +143,7 @@ def main(options: Options) -> int:
 
 
 def _end(_number: int, _frame: FrameType | None) -> None:
-    """So that rank 0 can say what has happened until a launcher ended it, because another rank was killed."""
+    """Lets rank 0 report what it has found so far when a launcher ends it because another rank was killed."""
     raise SystemExit("ended by SIGTERM, as launchers do when another rank has died")
 
 
@@ -195,7 +195,7 @@ def _say_stalled(doing: str, reason: str) -> None:
 
 
 def reach_rank_0(timeout_s: float) -> None:
-    """Waits until rank 0 takes connections, on the other ranks; torch alone would not say who does not reach whom.
+    """Waits, on the other ranks, until rank 0 accepts connections; torch would print pages and not name the rank.
 
     Raises:
         RunError: it does not within `timeout_s`.
@@ -206,7 +206,8 @@ def reach_rank_0(timeout_s: float) -> None:
     deadline = time.monotonic() + timeout_s
     while True:
         try:
-            socket.create_connection((address, port), timeout=max(0.1, deadline - time.monotonic())).close()
+            with socket.create_connection((address, port), timeout=max(0.1, deadline - time.monotonic())):
+                return
         except OSError as error:
             if time.monotonic() > deadline - 0.2:
                 raise RunError(
@@ -214,8 +215,6 @@ def reach_rank_0(timeout_s: float) -> None:
                     "it running, are MASTER_ADDR and MASTER_PORT right, does a firewall let them through?"
                 ) from error
             time.sleep(0.2)
-        else:
-            return
 
 
 def to_json(findings: Sequence[Finding], is_fit: bool, seconds: float) -> str:

@@ -97,7 +97,17 @@ def judge_determinism(facts: Sequence[Fact]) -> Judgement:
 
 def measure_speed(probe: Probe) -> float:
     """Seconds of a training step of this rank's share of a batch, without communication, all ranks at the same time."""
-    return _step_time_s(probe, SPEED_TIME_S)
+    device = probe.accelerator.device
+    step, _ = _build_step(probe, _share_of_batch(probe))
+    for _ in range(3):
+        step()
+    wait_for_device(device)
+    started, num_steps = time.perf_counter(), 0
+    while num_steps < 3 or time.perf_counter() - started < SPEED_TIME_S:
+        step()
+        wait_for_device(device)
+        num_steps += 1
+    return (time.perf_counter() - started) / num_steps
 
 
 def judge_speed(facts: Sequence[Fact]) -> Judgement:
@@ -115,10 +125,9 @@ def judge_speed(facts: Sequence[Fact]) -> Judgement:
 
 def measure_one_thread(probe: Probe) -> str | None:
     """The advice that training would give: a line where one thread is faster than this rank's threads."""
-    side, batch = probe.config.image.image_size, probe.config.loop.global_batch_size
-    zeros = torch.zeros(math.ceil(batch / probe.accelerator.num_processes), _info(probe).in_channels, side, side)
-    device = probe.accelerator.device
-    return advise_on_threads(_build_model(probe).to(device), zeros.to(device))
+    side, device = probe.config.image.image_size, probe.accelerator.device
+    zeros = torch.zeros(_share_of_batch(probe), _info(probe).in_channels, side, side, device=device)
+    return advise_on_threads(_build_model(probe).to(device), zeros)
 
 
 def judge_one_thread(facts: Sequence[Fact]) -> Judgement:
@@ -146,18 +155,9 @@ def _sample(probe: Probe, batch: int) -> tuple[Tensor, Tensor]:
     return images.to(probe.accelerator.device), labels.to(probe.accelerator.device)
 
 
-def _step_time_s(probe: Probe, duration_s: float) -> float:
-    batch = math.ceil(probe.config.loop.global_batch_size / probe.accelerator.num_processes)
-    step, _ = _build_step(probe, batch)
-    for _ in range(3):
-        step()
-    wait_for_device(probe.accelerator.device)
-    started, num_steps = time.perf_counter(), 0
-    while num_steps < 3 or time.perf_counter() - started < duration_s:
-        step()
-        wait_for_device(probe.accelerator.device)
-        num_steps += 1
-    return (time.perf_counter() - started) / num_steps
+def _share_of_batch(probe: Probe) -> int:
+    num_processes: int = probe.accelerator.num_processes
+    return math.ceil(probe.config.loop.global_batch_size / num_processes)
 
 
 def _build_step(probe: Probe, batch: int) -> tuple[Callable[[], None], nn.Module]:

@@ -15,6 +15,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -226,55 +227,40 @@ def judge_clock(facts: Sequence[Fact]) -> Judgement:
 
 
 def measure_run_dir(probe: Probe) -> dict[str, Any]:
-    """Whether rank 0 can write to the run's folder, and whether this rank sees the file."""
-    folder = _existing_folder(probe)
+    """Rank 0 writes a file as large as a checkpoint: how fast, how much room is left, and whether this rank sees it."""
+    wanted = Path(probe.config.output.run_dir or RUNS)
+    folder = next(path for path in (wanted, *wanted.parents, Path.cwd()) if path.exists())
+    with ExitStack() as stack:
 
-    def write() -> str:
-        descriptor, name = tempfile.mkstemp(prefix=".doctor-", dir=folder)
-        os.close(descriptor)
-        return name
+        def write() -> tuple[str, dict[str, Any]]:
+            temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix=".doctor-", dir=folder))
+            content = os.urandom(1 << 20) * (DISK_PROBE_BYTES >> 20)
+            started = time.perf_counter()
+            write_and_flush(Path(temporary, "checkpoint"), content)
+            speed = DISK_PROBE_BYTES / (time.perf_counter() - started)
+            return temporary, {"bytes_per_s": speed, "free_gib": _gib(shutil.disk_usage(folder).free)}
 
-    file = Path(ranks.together(probe.accelerator, write))
-    is_seen = file.exists()
-    probe.accelerator.wait_for_everyone()
-    if probe.accelerator.is_main_process:
-        file.unlink()
-    return {"folder": str(folder), "is_seen": is_seen}
+        temporary, disk = ranks.together(probe.accelerator, write)
+        is_seen = Path(temporary).exists()
+        probe.accelerator.wait_for_everyone()
+    return {"folder": str(folder), "is_seen": is_seen, **disk}
 
 
 def judge_run_dir(facts: Sequence[Fact]) -> Judgement:
-    """Rank 0 can write; the others need not see it."""
-    folder = Path(facts[0].value["folder"]).resolve()
+    """Checkpoints have room and do not take long. Rank 0 writes them; the others need not see them."""
+    disk = facts[0].value
+    folder, speed, free = Path(disk["folder"]).resolve(), disk["bytes_per_s"], disk["free_gib"]
+    line = f"{folder} of {facts[0].where}: {speed / 1e6:,.0f} MB/s, {free:,} GiB free"
+    if free < MIN_DISK_FREE_GIB:
+        return "warn", f"{line}: too little for many checkpoints; make room, or choose another --run-dir"
+    if speed < MIN_DISK_SPEED:
+        return "warn", f"{line}: checkpoints will be slow; choose a local disk with --run-dir"
     blind = [fact for fact in facts if not fact.value["is_seen"]]
     if blind:
         return "warn", (
             f"{blind[0].where} does not see {folder} of rank 0: fine, rank 0 alone writes there; but to resume, rank 0 "
             "must run on the same host again"
         )
-    return "pass", f"{folder} can be written"
-
-
-def measure_disk(probe: Probe) -> dict[str, Any] | None:
-    """On rank 0, where checkpoints are written: bytes per second to the disk, GiB free."""
-    if not probe.accelerator.is_main_process:
-        return None
-    folder = _existing_folder(probe)
-    content = os.urandom(1 << 20) * (DISK_PROBE_BYTES >> 20)
-    with tempfile.TemporaryDirectory(prefix=".doctor-", dir=folder) as temporary:
-        started = time.perf_counter()
-        write_and_flush(Path(temporary, "checkpoint"), content)
-        seconds = time.perf_counter() - started
-    return {"bytes_per_s": DISK_PROBE_BYTES / seconds, "free_gib": _gib(shutil.disk_usage(folder).free)}
-
-
-def judge_disk(facts: Sequence[Fact]) -> Judgement:
-    """Checkpoints have room, and do not take long."""
-    speed, free = facts[0].value["bytes_per_s"], facts[0].value["free_gib"]
-    line = f"{speed / 1e6:,.0f} MB/s, {free:,} GiB free on {facts[0].where}"
-    if free < MIN_DISK_FREE_GIB:
-        return "warn", f"{line}: too little for many checkpoints; make room, or choose another --run-dir"
-    if speed < MIN_DISK_SPEED:
-        return "warn", f"{line}: checkpoints will be slow; choose a local disk with --run-dir"
     return "pass", line
 
 
@@ -292,12 +278,6 @@ def judge_wandb(facts: Sequence[Fact]) -> Judgement:
     return ("pass", mode) if reason is None else ("warn", f"runs will be tracked {mode} on {facts[0].where}: {reason}")
 
 
-def _existing_folder(probe: Probe) -> Path:
-    """The run directory, or the nearest folder above it that exists."""
-    wanted = Path(probe.config.output.run_dir or RUNS)
-    return next(path for path in (wanted, *wanted.parents, Path.cwd()) if path.exists())
-
-
 def _gib(num_bytes: int | None) -> float | None:
     return None if num_bytes is None else round(num_bytes / (1 << 30), 1)
 
@@ -313,6 +293,5 @@ MACHINE_CHECKS = (
     Check("memory", measure_memory, judge_memory),
     Check("clock", measure_clock, judge_clock),
     Check("run directory", measure_run_dir, judge_run_dir),
-    Check("disk", measure_disk, judge_disk),
     Check("W&B", measure_wandb, judge_wandb),
 )

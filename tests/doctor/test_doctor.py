@@ -125,12 +125,12 @@ def test_an_unwritable_run_directory_is_one_failed_check(tmp_path: Path, capfd: 
     (tmp_path / "file").touch()
 
     def unwritable() -> int:
-        only("run directory", "disk", "all-reduce")
+        only("run directory", "all-reduce")
         return examine(tmp_path, run_dir=str(tmp_path / "file" / "run"))
 
     assert run_ranks(unwritable, 2) == [1, 1]
     found = report(capfd.readouterr().out)
-    assert found["run directory"][0] == found["disk"][0] == "fail"
+    assert found["run directory"][0] == "fail"
     assert "Not a directory" in found["run directory"][1]
     assert found["all-reduce"][0] == "pass", "the doctor goes on"
 
@@ -146,10 +146,10 @@ def test_a_full_disk_and_broken_data_are_two_failed_checks(tmp_path: Path, capfd
 
     assert run_ranks(full, 1) == [1]
     found = report(capfd.readouterr().out)
-    assert {name for name, (verdict, _) in found.items() if verdict == "fail"} == {"data", "disk"}
+    assert {name for name, (verdict, _) in found.items() if verdict == "fail"} == {"data", "run directory"}
     assert found["data"][1].startswith("rank 0 on ")
     assert f"{path}: " in found["data"][1]
-    assert "File too large" in found["disk"][1]
+    assert "File too large" in found["run directory"][1]
     assert [entry.name for entry in tmp_path.iterdir()] == ["MNIST"]
 
 
@@ -339,6 +339,10 @@ def memory(host: float, device_free: float | None = None) -> dict[str, Any]:
     return {"host_gib": host, "device_gib": 80.0 if device_free else None, "device_free_gib": device_free}
 
 
+def disk(bytes_per_s: float, free_gib: float, is_seen: bool = True) -> dict[str, Any]:
+    return {"folder": "/", "is_seen": is_seen, "bytes_per_s": bytes_per_s, "free_gib": free_gib}
+
+
 def precision(asked: str, *works: str) -> dict[str, Any]:
     return {"asked": asked, "works": ["no", *works]}
 
@@ -387,16 +391,10 @@ CASES: list[tuple[Callable[[Any], Judgement], list[Any], str, str]] = [
     (machine.judge_clock, [{"time_s": 100.0}, {"time_s": 100.2}], "pass", "200 ms"),
     (machine.judge_clock, [{"time_s": 100.0}, {"time_s": 101.0}, {"time_s": 97.0}], "warn", "rank 2 on b is -3.0 s"),
     (machine.judge_clock, [{"time_s": 100.0}], "skip", "one process"),
-    (machine.judge_run_dir, [{"folder": "/", "is_seen": True}] * 2, "pass", "can be written"),
-    (
-        machine.judge_run_dir,
-        [{"folder": "/", "is_seen": True}] * 2 + [{"folder": "/", "is_seen": False}],
-        "warn",
-        "rank 2 on b does not see /",
-    ),
-    (machine.judge_disk, [{"bytes_per_s": 1e9, "free_gib": 50.0}, None], "pass", "1,000 MB/s, 50.0 GiB free"),
-    (machine.judge_disk, [{"bytes_per_s": 1e9, "free_gib": 0.5}], "warn", "too little"),
-    (machine.judge_disk, [{"bytes_per_s": 2e6, "free_gib": 50.0}], "warn", "checkpoints will be slow"),
+    (machine.judge_run_dir, [disk(1e9, 50.0)] * 2, "pass", "/ of rank 0 on a: 1,000 MB/s, 50.0 GiB free"),
+    (machine.judge_run_dir, [*[disk(1e9, 50.0)] * 2, disk(1e9, 50.0, False)], "warn", "rank 2 on b does not see /"),
+    (machine.judge_run_dir, [disk(1e9, 0.5)], "warn", "too little"),
+    (machine.judge_run_dir, [disk(2e6, 50.0)], "warn", "checkpoints will be slow"),
     (machine.judge_wandb, [{"mode": "disabled", "reason": None}], "pass", "disabled"),
     (machine.judge_wandb, [{"mode": "offline", "reason": None}], "pass", "offline"),
     (machine.judge_wandb, [{"mode": "offline", "reason": "no key is configured"}], "warn", "no key"),
