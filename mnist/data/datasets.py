@@ -7,6 +7,7 @@ In: the `data` section. Out: `Dataset`, three splits of uint8 images and int64 l
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -82,7 +83,9 @@ def relocate(config: DataConfig, dataset: DatasetName | None, data_dir: str | No
     )
 
 
-def load(config: DataConfig, accelerator: Accelerator, size: int, show: folder.Show = lambda _: None) -> Dataset:
+def load(
+    config: DataConfig, accelerator: Accelerator, size: int, show: Callable[[str], object] = lambda _: None
+) -> Dataset:
     """The data set of a run, on the device of this rank. Every rank must call this.
 
     Rank 0 decides what --dataset means, one process a node downloads or decodes what is missing, every rank reads.
@@ -91,12 +94,12 @@ def load(config: DataConfig, accelerator: Accelerator, size: int, show: folder.S
         config: which data set.
         accelerator: knows the ranks.
         size: side of the network's input, which people's own pictures are brought to.
-        show: is told how far decoding them is.
+        show: is told how far the download, or decoding the pictures, is.
 
     Raises:
         UserError: on all ranks, if any of them has no data, broken data, other data than rank 0, or no room for it.
     """
-    choice = ranks.together(accelerator, lambda: choose(config))
+    choice = ranks.together(accelerator, lambda: choose(config, show))
     ranks.together(accelerator, lambda: _fetch_or_decode(choice.name, config, size, show), on="local_main")
     dataset = ranks.together(accelerator, lambda: read(choice.name, config, choice.fallback_reason, size), on="all")
     ranks.require_agreement(accelerator, data_files=dataset.fingerprint)
@@ -147,24 +150,24 @@ def _mean_and_std(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]
     return tuple(means), tuple(stds)
 
 
-def _fetch_or_decode(name: str, config: DataConfig, size: int, show: folder.Show) -> None:
+def _fetch_or_decode(name: str, config: DataConfig, size: int, show: Callable[[str], object]) -> None:
     if name == "folder":
         folder.prepare(config.data_dir, config.channels or folder.CHANNELS, size, show)
     else:
-        fetch(name, config.data_dir)
+        fetch(name, config.data_dir, show)
 
 
-def choose(config: DataConfig) -> Choice:
+def choose(config: DataConfig, show: Callable[[str], object] = lambda _: None) -> Choice:
     """Decides what `--dataset` means on this machine, and downloads what is missing. Rank 0 calls it for all.
 
     Raises:
         UserError: the data set was not found and could not be downloaded.
     """
     if config.dataset != "auto":
-        fetch(config.dataset, config.data_dir)
+        fetch(config.dataset, config.data_dir, show)
         return Choice(config.dataset)
     try:
-        fetch("mnist", config.data_dir)
+        fetch("mnist", config.data_dir, show)
     except UserError as error:
         return Choice("digits", fallback_reason=str(error).partition("; ")[0].removeprefix("--dataset mnist: "))
     return Choice("mnist")

@@ -12,13 +12,13 @@ import gzip
 import hashlib
 import os
 import shutil
-import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import IO
 from urllib.request import urlopen
 from zipfile import BadZipFile, ZipFile
@@ -56,8 +56,10 @@ class Transfer:
     error: Exception | None = None
 
 
-def fetch(name: str, data_dir: str) -> None:
+def fetch(name: str, data_dir: str, show: Callable[[str], object] = lambda _: None) -> None:
     """Downloads the data set unless all its files are there; then nothing is written and no lock is taken.
+
+    `show` is told how much has come in.
 
     Raises:
         UserError: it could not be downloaded. Says what was tried, and what to do.
@@ -67,7 +69,7 @@ def fetch(name: str, data_dir: str) -> None:
         return
     folder = Path(data_dir, source.torchvision_class, "raw")
     try:
-        download(_transfer(source), Path(data_dir), folder, lambda: is_present(name, data_dir))
+        download(name, Path(data_dir), folder, show)
     except (OSError, ImportError, AttributeError) as error:  # torchvision may have no class of that name
         raise UserError(
             f"--dataset {name}: not in {folder} and the download failed ({error}); either name the folder that holds "
@@ -90,23 +92,23 @@ def _transfer(source: Source) -> Transfer:
     return Transfer(mirrors, files, {file for other in same_archive for file in other.files})
 
 
-def download(transfer: Transfer, data_dir: Path, raw: Path, is_complete: Callable[[], bool]) -> None:
-    """Fetches all files into `raw`, a folder below `data_dir`; one process per node calls this.
+def download(name: str, data_dir: Path, raw: Path, show: Callable[[str], object] = lambda _: None) -> None:
+    """Fetches all files of a data set into `raw`, a folder below `data_dir`; one process per node calls this.
 
-    The files arrive in `<data_dir>/.download-<pid>` and are renamed into place when all are complete. A second job on
-    the same folder waits for the first, and then finds it complete.
+    A second job on the same folder waits for the first, and then finds it complete.
 
     Raises:
         OSError: no network, no answer in time, wrong checksums, or `data_dir` not writable. New folders are removed.
     """
+    transfer = _transfer(SOURCES[name])
     new_folders = [folder for folder in (raw, *raw.parents) if not folder.exists()]
     lock = data_dir / ".download.lock"
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
         with FileLock(lock, timeout=LOCK_TIMEOUT_S):
             try:
-                if not is_complete():  # or else another job was faster
-                    _download_by_way_of(data_dir / f".download-{os.getpid()}", transfer, raw)
+                if not is_present(name, str(data_dir)):  # or else another job was faster
+                    _download_whole(transfer, data_dir, raw, show)
             finally:
                 with contextlib.suppress(OSError):  # Windows does not remove an open file
                     lock.unlink()
@@ -118,27 +120,23 @@ def download(transfer: Transfer, data_dir: Path, raw: Path, is_complete: Callabl
                 folder.rmdir()
 
 
-def _download_by_way_of(staging: Path, transfer: Transfer, raw: Path) -> None:
-    """Fetches all files into `staging`, which is removed in any case, and moves them to `raw` when all are there."""
-    try:
-        staging.mkdir(exist_ok=True)
-        _download_within_time(transfer, staging)
+def _download_whole(transfer: Transfer, data_dir: Path, raw: Path, show: Callable[[str], object]) -> None:
+    """Fetches all files into a temporary folder of `data_dir`, and moves them to `raw` when all are there."""
+    with TemporaryDirectory(prefix=".download-", dir=data_dir, ignore_cleanup_errors=True) as folder:
+        _download_within_time(transfer, Path(folder), show)
         raw.mkdir(parents=True, exist_ok=True)
-        for path in staging.iterdir():
+        for path in Path(folder).iterdir():
             path.replace(raw / path.name)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
-def _download_within_time(transfer: Transfer, staging: Path) -> None:
+def _download_within_time(transfer: Transfer, folder: Path, show: Callable[[str], object]) -> None:
     """Waits for a thread as long as enough comes in, then leaves it: looking up a host name has no time-out."""
-    thread = threading.Thread(target=_fetch_files, args=(transfer, staging), daemon=True, name="download")
+    thread = threading.Thread(target=_fetch_files, args=(transfer, folder), daemon=True, name="download")
     start = time.monotonic()
     thread.start()
     while thread.is_alive():
         thread.join(timeout=0.1)
-        if sys.stderr.isatty():
-            sys.stderr.write(f"\rdownloading: {transfer.num_bytes / 1e6:.1f} MB " if thread.is_alive() else "\r\033[K")
+        show(f"downloading  {transfer.num_bytes / 1e6:.1f} MB")
         elapsed = time.monotonic() - start
         if elapsed > GIVE_UP_AFTER_S and transfer.num_bytes < elapsed * MIN_BYTES_PER_S:
             transfer.is_given_up = True
@@ -147,12 +145,12 @@ def _download_within_time(transfer: Transfer, staging: Path) -> None:
         raise OSError(" ".join(str(transfer.error).split())) from transfer.error
 
 
-def _fetch_files(transfer: Transfer, staging: Path) -> None:
+def _fetch_files(transfer: Transfer, folder: Path) -> None:
     own = os.environ.get(MIRROR_VARIABLE)
     transfer.mirrors = [*([own] if own else []), *transfer.mirrors]
     try:
         for name, md5 in transfer.files:
-            _fetch_from_mirrors(transfer, staging / name, md5)
+            _fetch_from_mirrors(transfer, folder / name, md5)
     except Exception as error:  # handed over to the thread that waits, whatever it is
         transfer.error = error
 

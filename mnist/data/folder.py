@@ -35,8 +35,6 @@ LOCK_TIMEOUT_S = 600.0
 PICTURES_PER_TASK = 64
 NUM_NAMED = 3  # unreadable files in a warning
 
-Show = Callable[[str], object]
-
 
 class Pictures(NamedTuple):
     """Both splits as uint8 images (N, C, S, S), the training set in an order that mixes the classes.
@@ -69,7 +67,7 @@ class Pictures(NamedTuple):
         return [*remarks, left_out]
 
 
-def prepare(data_dir: str, num_channels: int, size: int, show: Show = lambda _: None) -> None:
+def prepare(data_dir: str, num_channels: int, size: int, show: Callable[[str], object] = lambda _: None) -> None:
     """Decodes all pictures into the cache, unless they are there; one process per node calls this.
 
     `show` is told how many have been decoded. Where the cache cannot be written nothing is done: `read` decodes then.
@@ -148,7 +146,7 @@ class Listing:
         finally:
             temporary.unlink(missing_ok=True)
 
-    def decode(self, show: Show = lambda _: None) -> Decoded:
+    def decode(self, show: Callable[[str], object] = lambda _: None) -> Decoded:
         """Decodes all files, on all cores; a UserError where the images would not fit into memory."""
         self._check_memory()
         images = torch.empty(len(self.files), *self.shape, dtype=torch.uint8)

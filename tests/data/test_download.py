@@ -9,7 +9,6 @@ import threading
 import time
 import zipfile
 from collections import Counter
-from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
@@ -17,7 +16,7 @@ import pytest
 
 from mnist.data import datasets
 from mnist.data import download as module
-from mnist.data.sources import SOURCES, is_present
+from mnist.data.sources import SOURCES
 from mnist.errors import UserError
 from mnist.system.torchvision_compat import import_torchvision
 from tests.ranks import run_ranks
@@ -42,10 +41,7 @@ CONTENTS = {
 
 def download(class_name, data_dir):
     """As `datasets.fetch` calls it; "MNIST" and "KMNIST" are the data sets mnist and kmnist."""
-    published = getattr(import_torchvision("datasets"), class_name)
-    transfer = module.Transfer(list(published.mirrors), published.resources)
-    is_complete = partial(is_present, class_name.lower(), str(data_dir))
-    module.download(transfer, data_dir, data_dir / class_name / "raw", is_complete)
+    module.download(class_name.lower(), data_dir, data_dir / class_name / "raw")
 
 
 class Server:
