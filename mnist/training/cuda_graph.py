@@ -157,8 +157,5 @@ def _tensors(train_step: TrainStep) -> list[Tensor]:
     moments = [value for state in states for value in state.values() if isinstance(value, Tensor)]
     modules = [train_step.model, *([train_step.average.module] if train_step.average is not None else [])]
     weights = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
-    return [*weights, train_step.sums, *moments, *_learning_rates(train_step)]
-
-
-def _learning_rates(train_step: TrainStep) -> list[Tensor]:
-    return [group["lr"] for group in train_step.optimizer.param_groups if isinstance(group["lr"], Tensor)]
+    rates = [group["lr"] for group in train_step.optimizer.param_groups if isinstance(group["lr"], Tensor)]
+    return [*weights, train_step.sums, *moments, *rates]

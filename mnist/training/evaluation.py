@@ -67,19 +67,19 @@ def evaluate(
         if after_chunk is not None:
             after_chunk(confusion)
     model.train(was_training)
-    scores = _add_up(accelerator, totals, confusion)
-    if scores.num_samples != len(split):
-        raise RuntimeError(f"scored {scores.num_samples} of {len(split)} samples")
-    return scores
+    return _add_up(accelerator, totals, confusion, num_samples=len(split))
 
 
-def _add_up(accelerator: Accelerator, totals: Tensor, confusion: Tensor) -> Scores:
-    """Adds up the sums (metrics, chunks) and counts (K * K,) of all ranks."""
+def _add_up(accelerator: Accelerator, totals: Tensor, confusion: Tensor, num_samples: int) -> Scores:
+    """Adds up the sums (metrics, chunks) and counts (K * K,) of all ranks; a RuntimeError where images are missing."""
     sums = accelerator.reduce(torch.cat([totals.flatten(), confusion]), reduction="sum").cpu().double()
     rows, counts = sums.split([totals.numel(), confusion.numel()])
     sum_of = {name: math.fsum(row) for name, row in zip(METRICS, rows.view_as(totals).tolist(), strict=True)}
     num_classes = math.isqrt(confusion.numel())
-    return Scores.from_sums(sum_of, counts.round().long().view(num_classes, num_classes))
+    scores = Scores.from_sums(sum_of, counts.round().long().view(num_classes, num_classes))
+    if scores.num_samples != num_samples:
+        raise RuntimeError(f"scored {scores.num_samples} of {num_samples} samples")
+    return scores
 
 
 def _broadcast_buffers(model: nn.Module) -> None:

@@ -121,7 +121,6 @@ def train_one_epoch(
             record = TrainRecord(state.step, state.interval_sums, train_step.lr, float(train_step.grad_norm))
             state.interval_sums = TrainSums()
             yield record
-            train_step.model.train()  # the caller may have evaluated
         if state.is_stopping or state.stop_reason is not None:
             return
         num_steps, started = 0, time.perf_counter()

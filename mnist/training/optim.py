@@ -44,13 +44,14 @@ def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig, *, 
 
 
 def _without_compiler(kind: type[Optimizer]) -> Callable[..., Optimizer]:
-    """`kind` without the wrappers that keep torch.compile out of its methods.
+    """A subclass of `kind` whose methods have lost the wrappers that torch.compile needs.
 
-    They import torch.compile, which takes most of a second, although nothing here compiles an optimizer.
+    Such a wrapper imports torch.compile when it is first called, which takes most of a second.
     """
     names = ("add_param_group", "zero_grad", "state_dict", "load_state_dict", "step")
     methods = {name: inspect.unwrap(getattr(kind, name)) for name in names}
-    return type(kind.__name__, (kind,), {**methods, "step": torch.no_grad()(methods["step"])})
+    methods["step"] = torch.no_grad()(methods["step"])
+    return type(kind.__name__, (kind,), methods)
 
 
 def _adam_arguments(config: OptimConfig) -> dict[str, Any]:
