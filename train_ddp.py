@@ -36,7 +36,7 @@ from mnist.runs.checkpointing import Checkpointing, resume_run
 from mnist.runs.console import Console
 from mnist.runs.directory import open_run_directory
 from mnist.runs.result import Result
-from mnist.runs.run import exit_code, report_finished, start_run
+from mnist.runs.run import Run, exit_code, report_finished
 from mnist.runs.setup import RunSetup
 from mnist.runs.tracking.tracker import tracker_names
 from mnist.runs.validation import Validation
@@ -89,7 +89,7 @@ def run_training(config: TrainConfig, accelerator: Accelerator, console: Console
     setup = RunSetup(config, plan, dataset, directory, train_step, state)
     notes = resume_run(setup)
 
-    with start_run(setup, console, notes=notes, started_s=started_s, draw=write_run_pictures) as run:
+    with Run(setup, console, notes=notes, started_s=started_s, draw=write_run_pictures) as run:
         validation = Validation(setup, run.tracker, console, run.heartbeat)
         checkpointing = Checkpointing(setup, run.tracker, validation)
         run.warm_up(train_loader)

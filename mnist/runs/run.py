@@ -9,10 +9,9 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Self
 
 from accelerate.utils import ProfileKwargs
 
@@ -46,14 +45,11 @@ from mnist.training.metrics import Scores
 from mnist.training.step import DivergedError, warm_up
 from mnist.training.threads import advise_on_threads
 
-T = TypeVar("T")
 
+class Run:
+    """A run in progress, a context manager. It shows the plan, writes it down and opens the trackers at the start.
 
-@contextmanager
-def start_run(
-    setup: RunSetup, console: Console, *, notes: Sequence[str], started_s: float, draw: Draw
-) -> Iterator[Run]:
-    """Shows the plan, writes it down and opens the trackers; however the block ends, result.json says how.
+    However the block ends, result.json says how.
 
     Args:
         setup: the parts of the run.
@@ -62,72 +58,45 @@ def start_run(
         started_s: `time.perf_counter()` at the start; --max-time counts from there.
         draw: writes the pictures of a finished run and returns the files by name.
     """
-    has_resumed = is_restart() or bool(notes)
-    environment = describe_environment(setup.accelerator)
-    facts = {**report.run_facts(setup), **environment["ranks"][0]}
-    console.banner(report.banner(setup, facts, environment))
-    for line in notes[:1]:
-        console.say(line)
-    for line in [*notes[1:], *report.warnings(setup, has_resumed=has_resumed)]:
-        console.warn(line)
-    tracker = ranks.together(setup.accelerator, lambda: _open_tracker(setup, facts, environment, console), on="all")
-    run = Run(setup, console, tracker, facts=facts, has_resumed=has_resumed, started_s=started_s, draw=draw)
-    try:
-        yield run
-    except BaseException as error:
-        run.record_failure(error)
-        raise
-    finally:
-        run.close()
-
-
-def _open_tracker(setup: RunSetup, facts: dict[str, Any], environment: dict[str, Any], console: Console) -> Tracker:
-    name, path, config = setup.dataset.name, setup.directory.path, setup.config
-    if not setup.accelerator.is_main_process:
-        return Tracker(None, name, console.warn)
-    write_json(path / "config.json", to_flat(config))
-    write_json(path / "environment.json", environment)
-    setup.directory.write_result("running", **facts)
-    tracker = Tracker(path, name, console.warn)
-    tags = [name, config.optim.model, facts["precision"], f"w{facts['world_size']}"]
-    run_config = {**to_flat(config), "recipe": facts["recipe"], "environment": environment}
-    start = partial(WandbRun, setup.accelerator, config=config.output, run_dir=path, run_config=run_config, tags=tags)
-    tracker.start_wandb(config.output, start, console.say)
-    if config.output.tensorboard:
-        tracker.attach("TensorBoard", partial(TensorBoardRun, path, tracker.next_step))
-    for sink, start_sink in SINKS.items():
-        tracker.attach(sink, partial(start_sink, path, run_config))
-    return tracker
-
-
-class Run:
-    """A run in progress; made by `start_run`."""
 
     def __init__(
-        self,
-        setup: RunSetup,
-        console: Console,
-        tracker: Tracker,
-        *,
-        facts: dict[str, Any],
-        has_resumed: bool,
-        started_s: float,
-        draw: Draw,
+        self, setup: RunSetup, console: Console, *, notes: Sequence[str], started_s: float, draw: Draw
     ) -> None:
-        self.tracker = tracker
         self._setup = setup
         self._plan = setup.plan
         self._state = setup.state
         self._console = console
-        self._heartbeats = Heartbeats(setup.accelerator, lambda: setup.state.step)
-        self._watchdog = Watchdog(setup.config.runtime.timeout_s, self._heartbeats.publish, self._record_stall)
-        self._may_end_process = signals.are_installed() or is_one_of_several()  # and not a process that called us
-        self._facts = facts
-        self._has_resumed = has_resumed
+        self._has_resumed = is_restart() or bool(notes)
         self._started_s = started_s
         self._draw = draw
         self._warmup_time_s = 0.0
         self._num_profile_steps = setup.config.output.profile
+        environment = describe_environment(setup.accelerator)
+        self._facts = {**report.run_facts(setup), **environment["ranks"][0]}
+        console.banner(report.banner(setup, self._facts, environment))
+        for line in notes[:1]:
+            console.say(line)
+        for line in [*notes[1:], *report.warnings(setup, has_resumed=self._has_resumed)]:
+            console.warn(line)
+        self.tracker = ranks.together(
+            setup.accelerator, lambda: _open_tracker(setup, self._facts, environment, console), on="all"
+        )
+        self._heartbeats = Heartbeats(setup.accelerator, lambda: setup.state.step)
+        self._watchdog = Watchdog(setup.config.runtime.timeout_s, self._heartbeats.publish, self._record_stall)
+        self._may_end_process = signals.are_installed() or is_one_of_several()  # and not a process that called us
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        try:
+            if error is not None:
+                self._record_failure(error)
+        finally:  # takes the bar away, ends the watchdog and frees the run directory, for the next call in this process
+            self._console.stop_progress()
+            self._watchdog.stop()
+            if self._setup.directory.lock is not None:
+                self._setup.directory.lock.release()
 
     # --- while it trains ---------------------------------------------------------------------------------------------
 
@@ -231,13 +200,15 @@ class Run:
         if state.is_stopping and state.step < self._plan.num_steps and state.stop_reason is None:
             checkpointing.save()
             return self._end_preempted()
-        self._together(self.tracker.check)
+        ranks.together(self._setup.accelerator, self.tracker.check)
         test, pictures = export_and_score(
             self._setup, validation, checkpointing, tracker=self.tracker, console=self._console, draw=self._draw
         )
         if missed := report.missed_gate(self._setup.config, test.accuracy):
             self._console.warn(missed)
-        result, hints = self._together(lambda: self._end("finished", test, gate_passed=missed is None))
+        result, hints = ranks.together(
+            self._setup.accelerator, lambda: self._end("finished", test, gate_passed=missed is None)
+        )
         starts, span = (" over all starts", "since this start") if self._has_resumed else ("", "in all")
         times = f"{state.run_sums.time_s:.1f} s training{starts}, {result.record.total_time_s:.1f} s {span}"
         rows = [*report.closing(self._setup, test), ("time", times), ("run", str(path))]
@@ -249,7 +220,7 @@ class Run:
     def _end_preempted(self) -> Result:
         path, signal = self._setup.directory.path, signals.signal_name()
         cause = signal or (f"--max-time {self._setup.config.runtime.max_time:g}" if self._is_time_over() else None)
-        result, _ = self._together(lambda: self._end("preempted", signal=signal, reason=cause))
+        result, _ = ranks.together(self._setup.accelerator, lambda: self._end("preempted", signal=signal, reason=cause))
         again = report.command_to_continue(path)
         where = f"after step {self._state.step}" + (f" ({cause})" if cause else "")
         self._console.summary("saved, not finished", [("preempted", where), ("continue", again)])
@@ -278,7 +249,7 @@ class Run:
 
     # --- errors ------------------------------------------------------------------------------------------------------
 
-    def record_failure(self, error: BaseException) -> None:
+    def _record_failure(self, error: BaseException) -> None:
         """Writes into result.json how the run failed; says it in one line where that is possible.
 
         Raises:
@@ -312,15 +283,24 @@ class Run:
         if self._setup.accelerator.is_main_process:
             self._write_result("failed", None, reason=reason)
 
-    def close(self) -> None:
-        """Takes the bar away, ends the watchdog and frees the run directory, for the next call in this process."""
-        self._console.stop_progress()
-        self._watchdog.stop()
-        if self._setup.directory.lock is not None:
-            self._setup.directory.lock.release()
 
-    def _together(self, work: Callable[[], T]) -> T:
-        return ranks.together(self._setup.accelerator, work)
+def _open_tracker(setup: RunSetup, facts: dict[str, Any], environment: dict[str, Any], console: Console) -> Tracker:
+    name, path, config = setup.dataset.name, setup.directory.path, setup.config
+    if not setup.accelerator.is_main_process:
+        return Tracker(None, name, console.warn)
+    write_json(path / "config.json", to_flat(config))
+    write_json(path / "environment.json", environment)
+    setup.directory.write_result("running", **facts)
+    tracker = Tracker(path, name, console.warn)
+    tags = [name, config.optim.model, facts["precision"], f"w{facts['world_size']}"]
+    run_config = {**to_flat(config), "recipe": facts["recipe"], "environment": environment}
+    start = partial(WandbRun, setup.accelerator, config=config.output, run_dir=path, run_config=run_config, tags=tags)
+    tracker.start_wandb(config.output, start, console.say)
+    if config.output.tensorboard:
+        tracker.attach("TensorBoard", partial(TensorBoardRun, path, tracker.next_step))
+    for sink, start_sink in SINKS.items():
+        tracker.attach(sink, partial(start_sink, path, run_config))
+    return tracker
 
 
 def report_finished(directory: RunDirectory, config: TrainConfig, console: Console) -> Result:

@@ -5,8 +5,6 @@ In: records, on rank 0. Out: the file; what a reader takes from it, checked.
 
 from __future__ import annotations
 
-import json
-import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,10 +32,6 @@ class Record:
     accuracy: float | None
     lr: float | None = None
     grad_norm: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.step < 0:
-            raise ValueError(f"step must be 0 or more, not {self.step}")
 
 
 def read_records(path: Path) -> list[Record]:
@@ -102,10 +96,11 @@ class JsonlFile:
         if record["step"] <= self._last_step.get(record["split"], -1):
             return False
         self._last_step[record["split"]] = record["step"]
-        valid = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         try:
             self.check()
-            self._file.write(json.dumps(valid) + "\n")  # JSON has no inf, which an fp16 gradient norm can be
+            self._file.write(
+                msgspec.json.encode(record).decode() + "\n"
+            )  # inf, as an fp16 gradient norm can be, is null
         except OSError as error:
             raise RunError(f"{self._path}: not written ({error.strerror}); free some space there") from error
         return True

@@ -120,7 +120,6 @@ class WandbRun:
     ) -> None:
         logging.raiseExceptions = False  # W&B's own log would print tracebacks over the console on a full disk,
         threading.excepthook = _print_unless_wandb  # and its threads do when its process is gone
-        self._environment = dict(os.environ)
         self._core: subprocess.Popen[bytes] | None = None
         self._messages: list[str] = []  # of W&B to its users
         self._is_uploaded = False
@@ -207,14 +206,12 @@ class WandbRun:
             self._close()
 
     def _close(self) -> None:
-        """Waits until W&B's process has written everything and ended, or kills it; restores the environment."""
+        """Waits until W&B's process has written everything and ended, or kills it."""
         with contextlib.suppress(Exception, SystemExit), self._at_most(CLOSE_TIMEOUT_S):
             importlib.import_module("wandb").teardown()
         if self._core is not None:
             self._core.kill()
             self._core.wait()
-        os.environ.clear()
-        os.environ.update(self._environment)
 
     def hints(self) -> list[tuple[str, str]]:
         """Where to look at the run, and how to upload what is not uploaded."""
