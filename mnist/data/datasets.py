@@ -102,7 +102,7 @@ def load(
     choice = ranks.together(accelerator, lambda: choose(config, show))
     ranks.together(accelerator, lambda: _fetch_or_decode(choice.name, config, size, show), on="local_main")
     dataset = ranks.together(accelerator, lambda: read(choice.name, config, choice.fallback_reason, size), on="all")
-    ranks.require_agreement(accelerator, data_files=dataset.fingerprint)
+    ranks.require_agreement(accelerator, "data files", dataset.fingerprint)
     return ranks.together(accelerator, lambda: _to_device(dataset, accelerator.device), on="all")
 
 

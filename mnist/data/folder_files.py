@@ -9,12 +9,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import stat
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from mnist.data.picture_file import IGNORED, is_picture_name, natural_order
 from mnist.errors import UserError
@@ -37,8 +36,8 @@ class File(NamedTuple):
 def find_files(folder: Path) -> tuple[tuple[str, ...], list[File], str | None]:
     """The names of the classes; all picture files, first those to train on, in mixed order; and a remark, or None.
 
-    Hidden files and files that have no picture's suffix are passed over. Links are followed, but no folder is entered
-    twice.
+    Hidden files and files that have no picture's suffix are passed over, and so are links to folders in the folder of
+    a class; other links are followed.
 
     Raises:
         UserError: the folder has no pictures, a class without pictures, or a single class.
@@ -57,12 +56,11 @@ def find_files(folder: Path) -> tuple[tuple[str, ...], list[File], str | None]:
     for split, name in classes:
         if name not in names:
             raise UserError(f"--data-dir {folder}: {split.name}/{name} is no class of train/; {LAYOUT}")
-    seen = {_identity(path) for path in (folder, train, test, *classes.values()) if path}
     label_of = {name: label for label, name in enumerate(names)}
     files = [
         File(path, label_of[name], split == test, num_bytes, mtime_ns)
         for (split, name), top in classes.items()
-        for path, num_bytes, mtime_ns in _walk(str(folder), str(top.relative_to(folder)), seen)
+        for path, num_bytes, mtime_ns in _walk(folder, top)
     ]
     if not files:
         raise UserError(f"--data-dir {folder}: no pictures in folders below it; {LAYOUT}")
@@ -88,44 +86,32 @@ def _hash(file: File) -> str:
     return hashlib.sha256(unicodedata.normalize("NFC", file.path).encode(errors="surrogateescape")).hexdigest()
 
 
-def _identity(path: Path) -> tuple[int, int]:
-    facts = path.stat()
-    return facts.st_dev, facts.st_ino
-
-
 def _subfolders(folder: Path) -> list[Path]:
-    """The folders of classes in `folder`, sorted, without links back to it or to what it is in."""
+    """The folders of classes in `folder`, sorted."""
     try:
         if not folder.is_dir():
             return []
-        above = {_identity(path) for path in (folder, *folder.resolve().parents)}
-        found = sorted(path for path in folder.iterdir() if not path.name.startswith(IGNORED))
-        return [path for path in found if path.is_dir() and _identity(path) not in above]
+        return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(IGNORED))
     except OSError as error:
-        raise UserError(f"--data-dir {folder}: cannot be read ({error.strerror})") from error
+        _refuse(error)
 
 
-def _walk(root: str, top: str, seen: set[tuple[int, int]]) -> Iterator[tuple[str, int, int]]:
-    """Path below `root`, size and time of the picture files in `top` and in its subfolders that were not `seen` yet."""
-    waiting = [top]
-    while waiting:
-        folder = waiting.pop()
-        try:
-            entries = list(os.scandir(os.path.join(root, folder)))  # noqa: PTH118 - ten times the speed
-        except OSError as error:
-            raise UserError(f"--data-dir {error.filename}: cannot be read ({error.strerror})") from error
-        for entry in entries:
-            path, facts = f"{folder}/{entry.name}", None
-            with contextlib.suppress(OSError):  # a link to itself, or to nothing
-                facts = entry.stat()
-            if entry.name.startswith(IGNORED):
-                continue
-            if facts is None or not stat.S_ISDIR(facts.st_mode):
-                if is_picture_name(entry.name):
-                    yield (path, facts.st_size, facts.st_mtime_ns) if facts else (path, -1, 0)
-            elif (facts.st_dev, facts.st_ino) not in seen:
-                seen.add((facts.st_dev, facts.st_ino))
-                waiting.append(path)
+def _walk(root: Path, top: Path) -> Iterator[tuple[str, int, int]]:
+    """Path below `root`, size and time of each picture file in `top` and in its subfolders, but not in linked ones."""
+    for folder, subfolders, names in os.walk(top, onerror=_refuse):
+        subfolders[:] = [name for name in subfolders if not name.startswith(IGNORED)]
+        below = Path(folder).relative_to(root).as_posix()
+        for name in names:
+            if is_picture_name(name) and not name.startswith(IGNORED):
+                num_bytes, mtime_ns = -1, 0
+                with contextlib.suppress(OSError):  # a link to itself, or to nothing
+                    facts = os.stat(f"{folder}/{name}")  # noqa: PTH116 - ten times the speed
+                    num_bytes, mtime_ns = facts.st_size, facts.st_mtime_ns
+                yield f"{below}/{name}", num_bytes, mtime_ns
+
+
+def _refuse(error: OSError) -> NoReturn:
+    raise UserError(f"--data-dir {error.filename}: cannot be read ({error.strerror})") from error
 
 
 def _hold_out(folder: Path, names: Sequence[str], files: Sequence[File]) -> list[File]:

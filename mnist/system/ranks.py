@@ -63,16 +63,15 @@ def is_lost_contact(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
-def require_agreement(accelerator: Accelerator, **facts: object) -> None:
-    """Compares facts across ranks; every rank must call this.
+def require_agreement(accelerator: Accelerator, name: str, value: object) -> None:
+    """Compares a value across ranks; every rank must call this.
 
     Raises:
-        UserError: on all ranks, if any rank's fact differs from rank 0's. Names both.
+        UserError: on all ranks, if any rank's value differs from rank 0's. Names both.
     """
     if accelerator.num_processes == 1:
         return
-    first, *others = gather_object([facts])
+    first, *others = gather_object([value])
     for rank, other in enumerate(others, start=1):
-        for name in facts:
-            if other[name] != first[name]:
-                raise UserError(f"ranks 0 and {rank} differ in {name.replace('_', ' ')}: {first[name]}, {other[name]}")
+        if other != first:
+            raise UserError(f"ranks 0 and {rank} differ in {name}: {first}, {other}")

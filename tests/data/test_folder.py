@@ -150,9 +150,8 @@ def test_pictures_lie_in_subfolders_of_a_class_too(shapes):
 
 
 @pytest.mark.timeout(30)
-def test_links_in_a_circle_end_and_other_links_are_followed(shapes, tmp_path):
+def test_links_to_folders_in_a_class_are_passed_over_and_other_links_are_followed(shapes, tmp_path):
     (shapes / "train" / "circle" / "up").symlink_to(shapes / "train")
-    (shapes / "train" / "loop").symlink_to(shapes)
     (shapes / "train" / "circle" / "itself.png").symlink_to(shapes / "train" / "circle" / "itself.png")
     shutil.move(shapes / "train" / "square", tmp_path / "elsewhere")
     (shapes / "train" / "square").symlink_to(tmp_path / "elsewhere")

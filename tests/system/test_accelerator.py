@@ -188,9 +188,9 @@ def test_deterministic_means_no_tf32_whatever_accelerate_sets(monkeypatch: pytes
 def test_ranks_with_other_data_are_stopped() -> None:
     def compare() -> str:
         accelerator = build_accelerator(RuntimeConfig(cpu=True, num_threads=1))
-        ranks.require_agreement(accelerator, seed=0)
+        ranks.require_agreement(accelerator, "seed", 0)
         with pytest.raises(UserError) as caught:
-            ranks.require_agreement(accelerator, seed=0, data_files=f"sha-{accelerator.process_index // 2}")
+            ranks.require_agreement(accelerator, "data files", f"sha-{accelerator.process_index // 2}")
         return str(caught.value)
 
     assert run_ranks(compare, 3) == ["ranks 0 and 2 differ in data files: sha-0, sha-1"] * 3
