@@ -9,29 +9,24 @@ In: a run directory, or a recipe. Out: a picture, in the run's pictures/; its pa
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
 from mnist.cli import parse_options, run_command
-from mnist.config import IMAGE_SIZES, Model, TrainConfig, check_choice, evolve
 from mnist.errors import UserError
-from mnist.recipes import RECIPES
 
-_Flag = tyro.conf.FlagCreatePairsOff[bool]
 _File = Annotated[str | None, tyro.conf.arg(metavar="FILE.png")]
 # Lists of lists, so that both `--run A B` and `--run A --run B` mean two runs.
 _Runs = Annotated[tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]], tyro.conf.arg(metavar="DIR [DIR ...]")]
 _Dir = Annotated[str | None, tyro.conf.arg(metavar="DIR")]
 _DATA_DIR_HELP = "Where the data are; default: $MNIST_DATA_DIR, else what the run was given."
 _DataDir = Annotated[str | None, tyro.conf.arg(metavar="DIR", help=_DATA_DIR_HELP)]
-_Untrained = Annotated[_Flag, tyro.conf.arg(help="With the random weights with which the run began.")]
+_Untrained = Annotated[bool, tyro.conf.arg(help="With the random weights with which the run began.")]
 
 
 @dataclass(frozen=True)
@@ -56,7 +51,7 @@ class OfRunOrRecipe(OfRun):
 class Samples(OfRunOrRecipe):
     """The first hundred training images in the order in which a run sees them, with their labels."""
 
-    augmented: _Flag = False
+    augmented: bool = False
     """Below each image what augmentation makes of it."""
     data_dir: _DataDir = None
 
@@ -86,7 +81,7 @@ class Features(OfRunOrRecipe):
 
     image: Annotated[tuple[int, ...], tyro.conf.arg(metavar="N [N ...]")] = (0,)
     """Places of images in the test set."""
-    every_layer: _Flag = False
+    every_layer: bool = False
     """Also the layers between a convolution and the ReLU that follows it, such as batch norm."""
     untrained: _Untrained = False
     data_dir: _DataDir = None
@@ -115,9 +110,6 @@ class Mistakes(OfRun):
 class Architecture(OfRunOrRecipe):
     """A diagram and the table of layers, printed too: output shapes, neurons, parameters, connections, costs."""
 
-    model: Model | None = None
-    """A network instead of a run."""
-
 
 @tyro.conf.configure(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes)
 @dataclass(frozen=True)
@@ -131,18 +123,15 @@ if __name__ == "__main__":
     OPTIONS = parse_options(Options, "plots", __doc__)  # before torch is imported: --help answers at once
 
 import torch
-from torch import nn
 
 from mnist.data import datasets
-from mnist.data.sources import DatasetInfo, info_of
-from mnist.data.transforms import Augmentation, BatchTransform
-from mnist.models import seed_initial_weights
+from mnist.data.transforms import Augmentation
 from mnist.plots import pictures, run_pictures
 from mnist.plots.architecture import as_table, draw_architecture, layer_costs
 from mnist.plots.history import read_history
+from mnist.plots.subject import find_subject, picture_path
 from mnist.runs.console import Console
-from mnist.runs.export import CONFIG, find_export, load_model, read_info
-from mnist.runs.records import read_config, read_run_record, runs_with
+from mnist.runs.records import read_run_record, runs_with
 from mnist.training.build import build_network
 
 
@@ -164,7 +153,7 @@ def main(options: Options) -> int:
 
 
 def _samples(options: Samples) -> Path:
-    subject = _find_subject(options.run, options.recipe, options.data_dir)
+    subject = find_subject(options.run, options.recipe, options.data_dir)
     path = subject.path("augmented" if options.augmented else "samples", options.out)
     config = subject.config
     augment = Augmentation(config.image, config.loop.seed, torch.device("cpu"))
@@ -175,7 +164,7 @@ def _samples(options: Samples) -> Path:
 
 
 def _pixels(options: Pixels) -> Path:
-    subject = _find_subject(options.run, options.recipe, options.data_dir)
+    subject = find_subject(options.run, options.recipe, options.data_dir)
     path = subject.path(f"pixels-{options.image}", options.out)
     dataset = subject.dataset
     _check_images([options.image], dataset)
@@ -212,12 +201,12 @@ def _curves(options: Curves) -> Path:
     for reason in left_out:
         Console().warn(f"left out: {reason}")
     name = "curves" if len(histories) == 1 else "comparison"
-    path = _picture_path(options.out, next(iter(histories)) / "pictures", name)
+    path = picture_path(options.out, next(iter(histories)) / "pictures", name)
     return pictures.save_picture(run_pictures.curve_figure(list(histories.values())), path)
 
 
 def _features(options: Features) -> Path:
-    subject = _find_subject(options.run, options.recipe, options.data_dir, untrained=options.untrained)
+    subject = find_subject(options.run, options.recipe, options.data_dir, untrained=options.untrained)
     places = "-".join(map(str, options.image)) if len(options.image) <= 8 else f"{len(options.image)}-images"
     name = "features" if options.image == (0,) else f"features-{places}"
     path = subject.path(name + "-untrained" * subject.untrained, options.out)
@@ -231,14 +220,14 @@ def _features(options: Features) -> Path:
 
 
 def _filters(options: Filters) -> Path:
-    subject = _find_subject(options.run, options.recipe, untrained=options.untrained)
+    subject = find_subject(options.run, options.recipe, untrained=options.untrained)
     path = subject.path("filters" + "-untrained" * subject.untrained, options.out)
     figure = run_pictures.filter_figure(subject.network(), subject.image_shape, subject.title(None))
     return pictures.save_picture(figure, path)
 
 
 def _confusion(options: Confusion) -> Path:
-    subject = _find_subject(options.run)
+    subject = find_subject(options.run)
     path = subject.path("confusion", options.out)
     result = None if subject.folder is None else read_run_record(subject.folder)
     if result is None or result.test_confusion is None:
@@ -253,7 +242,7 @@ def _confusion(options: Confusion) -> Path:
 
 
 def _mistakes(options: Mistakes) -> Path:
-    subject = _find_subject(options.run, data_dir=options.data_dir)
+    subject = find_subject(options.run, data_dir=options.data_dir)
     path = subject.path("mistakes", options.out)
     network, dataset = subject.network(), subject.dataset
     figure = run_pictures.mistake_figure(dataset, network, subject.transform(), subject.title(dataset.name))
@@ -261,14 +250,7 @@ def _mistakes(options: Mistakes) -> Path:
 
 
 def _architecture(options: Architecture) -> Path:
-    given = [name for name in (options.run, options.recipe, options.model) if name is not None]
-    if len(given) > 1:
-        raise UserError("--run, --recipe, --model: give one of them")
-    if options.model is None:
-        subject = _find_subject(options.run, options.recipe)
-    else:
-        size = IMAGE_SIZES.get(options.model, TrainConfig().image.image_size)
-        subject = Subject(evolve(TrainConfig(), recipe=options.model, model=options.model, image_size=size))
+    subject = find_subject(options.run, options.recipe)
     path = subject.path("architecture", options.out)
     layers = layer_costs(build_network(subject.config, subject.info), subject.image_shape)
     sys.stdout.write(_align(as_table(layers)))
@@ -280,108 +262,6 @@ def _align(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     forms = [f"{{:{'<' if i < 3 else '>'}{width}}}" for i, width in enumerate(widths)]
     return "".join("  ".join(forms).format(*row).rstrip() + "\n" for row in rows)
-
-
-# --- the run or recipe ----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A run, or a recipe that has not been run.
-
-    Attributes:
-        config: resolved, as far as it is known.
-        folder: the run directory, or a copy of an exported model; None of a recipe.
-        weights: the folder of the exported weights, best or last; None where the run has none yet.
-        untrained: show the random weights that training begins with.
-    """
-
-    config: TrainConfig
-    folder: Path | None = None
-    weights: Path | None = None
-    untrained: bool = True
-
-    @cached_property
-    def dataset(self) -> datasets.Dataset:
-        """The images, read when they are first asked for."""
-        choice = datasets.choose(self.config.data)
-        size = self.config.image.image_size
-        dataset = datasets.read(choice.name, self.config.data, choice.fallback_reason, size)
-        for line in dataset.warnings:
-            Console().warn(line)
-        return dataset
-
-    @property
-    def info(self) -> DatasetInfo:
-        """Of the data set: from the exported model, or the table of data sets; of own pictures, from themselves."""
-        if self.weights is not None:
-            return read_info(self.weights)
-        name = self.config.data.dataset
-        return self.dataset.info if name == "folder" else info_of(name)
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(C, S, S) of what the network sees."""
-        size = self.config.image.image_size
-        return self.info.in_channels, size, size
-
-    def network(self) -> nn.Module:
-        """The network, with the exported weights or untrained."""
-        if self.untrained:
-            seed_initial_weights(self.config.loop.seed)
-            return build_network(self.config, self.info)
-        trained = load_model(self.weights or find_export(str(self.folder)))
-        if trained.warning is not None:
-            Console().warn(trained.warning)
-        return trained.model
-
-    def transform(self) -> BatchTransform:
-        """Pixels -> what the network sees."""
-        return BatchTransform(datasets.resolve(self.config, self.dataset).image)
-
-    def title(self, dataset: str | None) -> str:
-        """Recipe, data set, seed, and at which step the weights are."""
-        result = None if self.folder is None else read_run_record(self.folder)
-        best, is_last = result and result.best, self.weights is not None and self.weights.name == "last"
-        step = (result and result.steps) if is_last else (best and best["step"])
-        when = ["before training"] if self.untrained else [] if step is None else [f"step {step:,}"]
-        return run_pictures.title_of(self.config, dataset, *when)
-
-    def path(self, name: str, out: str | None) -> Path:
-        """Where a picture goes: as asked for, or to the run, or, of a recipe, to the working directory."""
-        if self.folder is None:
-            return _picture_path(out, Path(), f"{self.config.recipe}-{name}")
-        return _picture_path(out, self.folder / "pictures", name)
-
-
-def _picture_path(out: str | None, folder: Path, name: str) -> Path:
-    if out is not None and Path(out).suffix not in pictures.SUFFIXES:
-        raise UserError(f"--out {out}: must end in {', '.join(pictures.SUFFIXES)}")
-    return folder / f"{name}.png" if out is None else Path(out)
-
-
-def _find_subject(
-    run: str | None, recipe: str | None = None, data_dir: str | None = None, *, untrained: bool = False
-) -> Subject:
-    """What the flags of these names mean. The images are where `data_dir` says, or else where the run had them."""
-    folder, weights = None, None
-    if recipe is not None:
-        if run is not None:
-            raise UserError("--run and --recipe: give one of them")
-        check_choice("--recipe", recipe, list(RECIPES))
-        config, untrained = RECIPES[recipe](), True
-    else:
-        run = run or str(find_export(None))
-        with contextlib.suppress(UserError):  # a run that has not finished has no weights
-            weights = find_export(run)
-        folder = Path(run)
-        if folder.parent.name == "export":
-            folder = folder.parent.parent
-        if not (folder / CONFIG).exists():
-            raise UserError(f"--run {folder}: no run there (it has no {CONFIG})")
-        config = read_config(folder / CONFIG)
-    config = replace(config, data=datasets.relocate(config.data, None, data_dir))
-    return Subject(config, folder, weights, untrained)
 
 
 if __name__ == "__main__":

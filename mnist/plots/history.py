@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mnist.errors import UserError
-from mnist.runs.records import RunRecord, read_run_record
+from mnist.runs.records import read_run_record
 from mnist.runs.tracking.jsonl import SPLITS, Record, read_records
 from mnist.system.files import read_json
 
@@ -34,7 +34,7 @@ class History:
     Attributes:
         name: the run directory's.
         dataset: as recorded.
-        result: result.json; None where there is none.
+        status: of the run, by result.json; None where there is none.
         curves: by split, those that have records.
         epoch_steps: steps per epoch; nan before the first whole record.
         is_smoothed: whether the training loss includes label smoothing, by config.json.
@@ -42,7 +42,7 @@ class History:
 
     name: str
     dataset: str
-    result: RunRecord | None
+    status: str | None
     curves: dict[str, Curve]
     epoch_steps: float
     is_smoothed: bool = False
@@ -69,11 +69,11 @@ def read_history(run_dir: Path) -> History:
     if not records:
         raise UserError(f"--run {run_dir}: no record in metrics.jsonl yet; the first comes after --log-every steps")
     curves = {split: _curve([record for record in records if record.split == split]) for split in SPLITS}
-    last = records[-1]
+    last, result = records[-1], read_run_record(run_dir)
     return History(
         name=run_dir.resolve().name,
         dataset=last.dataset,
-        result=read_run_record(run_dir),
+        status=result.status if result else None,
         curves={split: curve for split, curve in curves.items() if curve.steps},
         epoch_steps=last.step / last.epoch if last.epoch > 0 else math.nan,
         is_smoothed=bool(read_json(run_dir / "config.json").get("label_smoothing")),

@@ -52,12 +52,12 @@ def write_run_pictures(setup: RunSetup, scores: Scores, step: int, warn: Callabl
     """
     config, dataset, folder = setup.config, setup.dataset, setup.directory.path / "pictures"
     model, transform, augment = setup.train_step.eval_model, setup.train_step.transform, setup.train_step.augment
-    title = title_of(config, dataset.name, f"step {step:,}")
+    title, size = title_of(config, dataset.name, f"step {step:,}"), config.image.image_size
     drawings: dict[str, Callable[[], Figure]] = {
         "samples": lambda: sample_figure(config, dataset, None if augment.is_identity else augment),
         "curves": lambda: curve_figure([read_history(setup.directory.path)]),
         "features": lambda: feature_figure(dataset, model, transform, title),
-        "filters": lambda: filter_figure(model, input_shape(transform, dataset), title),
+        "filters": lambda: filter_figure(model, (dataset.info.in_channels, size, size), title),
         "confusion": lambda: pictures.draw_confusion(scores.confusion, dataset.class_names, title),
         "mistakes": lambda: mistake_figure(dataset, model, transform, title),
     }
@@ -73,12 +73,6 @@ def write_run_pictures(setup: RunSetup, scores: Scores, step: int, warn: Callabl
         except Exception as error:  # a full disk, a GPU without room, a network that cannot be drawn
             warn(f"picture {name} not drawn: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
     return paths
-
-
-def input_shape(transform: Transform, dataset: Dataset) -> tuple[int, int, int]:
-    """(C, S, S) of what the network sees."""
-    channels, height, width = transform(dataset.test.images[:1]).shape[1:]
-    return channels, height, width
 
 
 def title_of(config: TrainConfig, dataset: str | None, *more: str) -> str:
@@ -110,8 +104,7 @@ def curve_figure(histories: Sequence[History]) -> Figure:
             histories, title, "strong: validation or test; pale: training, the mean since the last record"
         )
     (history,) = histories
-    status = history.result and history.result.status
-    ending = f", {status}" if status in ENDINGS else ""
+    ending = f", {history.status}" if history.status in ENDINGS else ""
     title = f"{history.name} on {history.dataset}, step {history.last_step:,}{ending}"
     subtitle = "training: the mean since the last record; validation and test: the whole set"
     subtitle += "; the training loss includes label smoothing" if history.is_smoothed else ""

@@ -17,7 +17,6 @@ import json
 import os
 import re
 import sys
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,7 +130,7 @@ def main(options: Options) -> int:
 
 
 def _drawings(files: Sequence[str], save: str | None) -> list[Path]:
-    """Where the drawing of each file goes: to `save` itself, or below it, under names that differ."""
+    """Where the drawing of each file goes: to `save` itself, or below it, numbered where two files have one name."""
     if save is None:
         return []
     target = Path(save)
@@ -142,15 +141,10 @@ def _drawings(files: Sequence[str], save: str | None) -> list[Path]:
             raise UserError(f"--save {save}: must be a folder, or end in {', '.join(SUFFIXES)}")
         paths = [target]
     else:
-        paths, seen = [], Counter[str]()
-        for file in files:
-            stem = "stdin" if file == "-" else Path(file).stem
-            seen[stem] += 1
-            paths.append(target / (f"{stem}.png" if seen[stem] == 1 else f"{stem}-{seen[stem]}.png"))
-        if len(set(paths)) < len(paths):  # a-2.png beside two files called a.png
-            paths = [
-                path.with_name(f"{number:0{len(str(len(files)))}}-{path.name}") for number, path in enumerate(paths)
-            ]
+        stems = ["stdin" if file == "-" else Path(file).stem for file in files]
+        if len(set(stems)) < len(stems):
+            stems = [f"{number:0{len(str(len(files)))}}-{stem}" for number, stem in enumerate(stems, start=1)]
+        paths = [target / f"{stem}.png" for stem in stems]
     inputs = {Path(file).resolve() for file in files}
     inputs |= {path.with_stem(re.sub(r"-digit\d+$", "", path.stem)) for path in inputs if path.stem}  # see _draw
     if any(path.resolve() in inputs for path in paths):

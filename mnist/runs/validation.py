@@ -77,7 +77,7 @@ class Validation:
                 loss_fn=self._loss_fn,
                 transform=self._setup.train_step.transform,
                 sharded=self._setup.config.loop.evaluation == "sharded",
-                after_chunk=lambda _: self._heartbeat(),
+                after_chunk=self._heartbeat,
             )
         self._heartbeat()
         if not math.isfinite(scores.loss):

@@ -30,7 +30,7 @@ def evaluate(
     loss_fn: Callable[[Tensor, Tensor], Tensor],
     transform: Callable[[Tensor], Tensor],
     sharded: bool = False,
-    after_chunk: Callable[[Tensor], object] | None = None,
+    after_chunk: Callable[[], object] = lambda: None,
 ) -> Scores:
     """Scores `model` on every image of `split`, each exactly once. Every rank must call this; all get the result.
 
@@ -42,7 +42,7 @@ def evaluate(
         loss_fn: (logits, labels) -> (B,).
         transform: pixels -> network input.
         sharded: every rank scores a share of the chunks; else rank 0 scores all, and the others wait.
-        after_chunk: shown this rank's confusion counts (K * K,) so far, on the device, for whoever wants to watch.
+        after_chunk: called after each chunk that this rank has scored.
 
     Returns:
         The same counts in both modes and on any number of ranks, and the same loss to the last bit: sums are kept per
@@ -64,8 +64,7 @@ def evaluate(
         for row, metric in zip(totals, METRICS.values(), strict=True):
             row[chunk] = metric(loss_sum, logits, batch.labels)
         add_to_confusion(confusion, logits, batch.labels)
-        if after_chunk is not None:
-            after_chunk(confusion)
+        after_chunk()
     model.train(was_training)
     return _add_up(accelerator, totals, confusion, num_samples=len(split))
 

@@ -17,7 +17,7 @@ def history(name: str, points: int, **splits: list[float]) -> History:
     for split, accuracies in splits.items():
         ends = [round(steps[-1] * (place + 1) / len(accuracies)) for place in range(len(accuracies))]
         curves[split] = Curve(ends, [1 - accuracy for accuracy in accuracies], accuracies)
-    return History(name, "mnist", {}, curves, 100.0)
+    return History(name, "mnist", None, curves, 100.0)
 
 
 @pytest.mark.parametrize("points", [1, 10, 10_000])
@@ -62,7 +62,7 @@ def test_several_runs_share_the_picture(tmp_path: Path) -> None:
 
 def test_a_run_that_diverged_is_drawn_as_far_as_it_went(tmp_path: Path) -> None:
     broken = Curve([10, 20, 30], [2.0, math.nan, math.nan], [0.1, math.nan, 0.1])
-    pixels_of(draw_curves([History("a", "mnist", {}, {"train": broken}, math.nan)], "t", "s"), tmp_path / "c.png")
+    pixels_of(draw_curves([History("a", "mnist", None, {"train": broken}, math.nan)], "t", "s"), tmp_path / "c.png")
 
 
 def test_the_mean_of_a_few_batches_is_left_out() -> None:

@@ -40,15 +40,14 @@ def test_records_become_curves_by_split(tmp_path: Path) -> None:
     assert history.curves["val"].accuracies == [0.95]
     assert history.curves["test"].losses == [0.25]
     assert (history.name, history.dataset, history.last_step) == (tmp_path.name, "mnist", 100)
-    assert history.result is not None
-    assert history.result.status == "running"
+    assert history.status == "running"
     assert history.epoch_steps == pytest.approx(469, rel=1e-3)
 
 
 def test_a_torn_last_line_is_left_out(tmp_path: Path) -> None:
     history = read_history(write(tmp_path, record(1), record(2), record(3)[:-9]))
     assert history.curves["train"].steps == [1, 2]
-    assert history.result is None
+    assert history.status is None
 
 
 def test_a_value_that_was_not_finite_is_nan(tmp_path: Path) -> None:

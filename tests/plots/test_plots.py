@@ -103,7 +103,7 @@ def test_the_title_says_which_weights_are_shown(run: str) -> None:
     result = json.loads(Path(run, "result.json").read_text())
     Path(run, "result.json").write_text(json.dumps({**result, "best": {**result["best"], "step": 46}}))
     steps = {"": "46", "/export/best": "46", "/export/last": "69"}
-    titles = {folder: plots._find_subject(run + folder).title("digits") for folder in steps}
+    titles = {folder: plots.find_subject(run + folder).title("digits") for folder in steps}
     assert titles == {folder: f"smoke-changed on digits, seed 0, step {step}" for folder, step in steps.items()}
 
 
@@ -111,7 +111,7 @@ def test_the_last_weights_are_shown_where_they_are_asked_for(run: str) -> None:
     trained = load_model(Path(run, "export", "best"))
     other = {name: value + 1 for name, value in trained.model.state_dict().items()}
     export_model(Path(run, "export", "last"), other, to_flat(trained.config))
-    best, last = (plots._find_subject(run + folder).network().state_dict() for folder in ("", "/export/last"))
+    best, last = (plots.find_subject(run + folder).network().state_dict() for folder in ("", "/export/last"))
     assert all(torch.equal(last[name], best[name] + 1) for name in best)
 
 
@@ -128,7 +128,6 @@ def test_an_export_without_its_run_is_enough(run: str, capsys: pytest.CaptureFix
         (Features(recipe="smoke"), "smoke-features-untrained"),
         (Filters(recipe="lenet5"), "lenet5-filters-untrained"),
         (Architecture(recipe="yannet"), "yannet-architecture"),
-        (Architecture(model="lenet5"), "lenet5-architecture"),
     ],
 )
 def test_a_recipe_needs_no_run(
@@ -163,7 +162,7 @@ def test_features_are_those_of_the_image_that_was_asked_for(run: str, monkeypatc
     monkeypatch.setattr(plots.pictures, "save_picture", lambda figure, path: path)
     plots.main(Options(Features(image=(11,), every_layer=True)))
     trained = load_model(Path(run, "export", "best"))
-    dataset = plots._find_subject(run).dataset
+    dataset = plots.find_subject(run).dataset
     expected = activations(trained.model, trained.transform(dataset.test.images[11:12]))
     assert all(torch.equal(drawn["outputs"][name], output) for name, output in expected.items())
     assert drawn["title"] == "smoke-changed on digits, seed 0, step 69"
@@ -216,7 +215,7 @@ def test_the_table_of_layers_is_printed(run: str, capsys: pytest.CaptureFixture[
 
 def test_the_numbers_of_an_image_are_printed(run: str, capsys: pytest.CaptureFixture[str]) -> None:
     *lines, _ = draw(Pixels(image=3), capsys)
-    expected = plots._find_subject(run).dataset.test.images[3].tolist()
+    expected = plots.find_subject(run).dataset.test.images[3].tolist()
     assert [[int(number) for number in line.split()] for line in lines] == expected
 
 
@@ -233,7 +232,6 @@ def test_the_numbers_of_an_image_are_printed(run: str, capsys: pytest.CaptureFix
         (Curves(run=(("bare",),)), "--run bare: no record in metrics.jsonl yet"),
         (Samples(recipe="lenet"), "--recipe lenet: unknown; did you mean lenet5"),
         (Samples(recipe="smoke", run="bare"), "--run and --recipe: give one of them"),
-        (Architecture(recipe="smoke", model="mlp"), "--run, --recipe, --model: give one of them"),
         (Samples(augmented=True), "--augmented: smoke trains on its images as they are"),
         (Features(image=(0, 360)), r"--image 360: must lie in 0\.\.359"),
         (Features(image=()), "--image: name an image"),
@@ -309,5 +307,5 @@ def test_a_copied_export_has_its_own_classes_and_channels(tmp_path):
     config = evolve(RECIPES["smoke"](), dataset="folder")
     weights = build_network(config, info).state_dict()
     export_model(tmp_path / "copy", weights, {**to_flat(config), **dataclasses.asdict(info)})
-    subject = plots._find_subject(str(tmp_path / "copy"))
+    subject = plots.find_subject(str(tmp_path / "copy"))
     assert (subject.info, subject.image_shape) == (info, (3, 28, 28))

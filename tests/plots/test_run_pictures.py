@@ -18,7 +18,6 @@ from mnist.data.transforms import Augmentation, BatchTransform
 from mnist.plots import pictures, run_pictures
 from mnist.plots.history import Curve, History, read_history
 from mnist.recipes import RECIPES
-from mnist.runs.records import RunRecord
 from mnist.training.metrics import Scores
 from tests.networks import mnist_model
 
@@ -50,7 +49,7 @@ def write_all(
         "directory": SimpleNamespace(path=run_dir),
     }
     setup: Any = SimpleNamespace(**parts)
-    scores = Scores.from_sums(36.0, 36 * torch.eye(10).long())
+    scores = Scores.from_sums({"loss": 36.0}, 36 * torch.eye(10).long())
     return run_pictures.write_run_pictures(setup, scores, 20, pytest.fail if warn is None else warn)
 
 
@@ -158,9 +157,5 @@ def test_curves_speak_of_label_smoothing_where_there_is_some(tmp_path: Path, rec
     ],
 )
 def test_curves_tell_of_a_bad_ending(status: str, title: str) -> None:
-    test = {"loss": 1.0, "accuracy": 0.5, "num_correct": 1, "num_samples": 2}
-    result = RunRecord(
-        status, "smoke", "digits", 0, 10, 1, "fp32", "", "host", 1, None, test=test, test_confusion=[[1]]
-    )  # type: ignore[arg-type]
-    history = History("run", "digits", result, {"train": Curve([20], [1.0], [0.5])}, 40.0)
+    history = History("run", "digits", status, {"train": Curve([20], [1.0], [0.5])}, 40.0)
     assert title in [text.get_text() for text in run_pictures.curve_figure([history]).texts]

@@ -318,7 +318,7 @@ def test_drawings_of_several_pictures_go_into_a_folder(
     second = save_digits(tmp_path / "b", TEST[:1])
     names = tuple(map(str, [*first, *second, tmp_path / "missing.png"]))
     assert main(Options(names, run=str(run_dir), save=str(tmp_path / "drawn"))) == 1
-    assert {path.name for path in (tmp_path / "drawn").iterdir()} == {first[0].name, f"{first[0].stem}-2.png"}
+    assert {path.name for path in (tmp_path / "drawn").iterdir()} == {f"1-{first[0].name}", f"2-{first[0].name}"}
     with pytest.raises(UserError, match="3 pictures need a folder"):
         main(Options(names, run=str(run_dir), save=str(tmp_path / "drawn.png")))
 
