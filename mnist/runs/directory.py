@@ -10,7 +10,7 @@ import contextlib
 import errno
 import os
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ class RunDirectory:
     config: TrainConfig | None
     result: RunRecord | None
     belongs_to_this_job: bool
-    lock: FileLock | None
+    lock: FileLock | None = None
 
     @property
     def checkpoints(self) -> Path:
@@ -70,14 +70,17 @@ def open_run_directory(config: TrainConfig, dataset: str, accelerator: Accelerat
     Raises:
         UserError: another process writes there (named with host and pid), or nobody can.
     """
+    lock: FileLock | None = None  # it cannot be sent to other ranks
 
-    def lock() -> FileLock | None:
-        return _lock(path) if accelerator.is_main_process else None
+    def open_it() -> RunDirectory:
+        nonlocal lock
+        path = _choose_path(config, dataset)
+        lock = _lock(path)
+        config_before = read_config(path / "config.json") if (path / "config.json").exists() else None
+        result = read_run_record(path)
+        return RunDirectory(path, config_before, result, is_restart() and result is not None and result.job == job_id())
 
-    path = ranks.together(accelerator, lambda: _choose_path(config, dataset))
-    held = ranks.together(accelerator, lock, on="all")
-    config_before, result_before, belongs_to_this_job = ranks.together(accelerator, lambda: _read_before(path))
-    return RunDirectory(path, config_before, result_before, belongs_to_this_job, held)
+    return replace(ranks.together(accelerator, open_it), lock=lock)
 
 
 def branch_origin(config: TrainConfig) -> Path | None:
@@ -102,12 +105,6 @@ def job_id() -> str:
     own = psutil.Process()
     top = (own.parent() if "TORCHELASTIC_RUN_ID" in os.environ else None) or own
     return f"{socket.gethostname()}-{top.pid}-{top.create_time():.0f}"
-
-
-def _read_before(path: Path) -> tuple[TrainConfig | None, RunRecord | None, bool]:
-    config = read_config(path / "config.json") if (path / "config.json").exists() else None
-    result = read_run_record(path)
-    return config, result, is_restart() and result is not None and result.job == job_id()
 
 
 def _choose_path(config: TrainConfig, dataset: str) -> Path:

@@ -10,7 +10,6 @@ import contextlib
 import itertools
 import time
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Any, Self
 
 from accelerate.utils import ProfileKwargs
@@ -28,9 +27,7 @@ from mnist.runs.records import Status
 from mnist.runs.result import Result
 from mnist.runs.resume import how_to_continue
 from mnist.runs.setup import RunSetup
-from mnist.runs.tracking.tensorboard import TensorBoardRun
-from mnist.runs.tracking.tracker import SINKS, Hint, Tracker
-from mnist.runs.tracking.wandb import WandbRun
+from mnist.runs.tracking.tracker import Hint, Tracker, open_tracker
 from mnist.runs.validation import Validation
 from mnist.system import process, ranks, signals
 from mnist.system.accelerator import is_out_of_memory, set_step_timeouts
@@ -78,9 +75,7 @@ class Run:
             console.say(line)
         for line in [*notes[1:], *report.warnings(setup, has_resumed=self._has_resumed)]:
             console.warn(line)
-        self.tracker = ranks.together(
-            setup.accelerator, lambda: _open_tracker(setup, self._facts, environment, console), on="all"
-        )
+        self.tracker = ranks.together(setup.accelerator, lambda: self._write_start(environment), on="all")
         self._heartbeats = Heartbeats(setup.accelerator, lambda: setup.state.step)
         self._watchdog = Watchdog(setup.config.runtime.timeout_s, self._heartbeats.publish, self._record_stall)
         self._may_end_process = signals.are_installed() or is_one_of_several()  # and not a process that called us
@@ -97,6 +92,16 @@ class Run:
             self._watchdog.stop()
             if self._setup.directory.lock is not None:
                 self._setup.directory.lock.release()
+
+    def _write_start(self, environment: dict[str, Any]) -> Tracker:
+        if not self._setup.accelerator.is_main_process:
+            return Tracker(None, "", self._console.warn)
+        directory, config = self._setup.directory, to_flat(self._setup.config)
+        write_json(directory.path / "config.json", config)
+        write_json(directory.path / "environment.json", environment)
+        directory.write_result("running", **self._facts)
+        run_config = {**config, "recipe": self._facts["recipe"], "environment": environment}
+        return open_tracker(self._setup, run_config, self._console)
 
     # --- while it trains ---------------------------------------------------------------------------------------------
 
@@ -282,25 +287,6 @@ class Run:
         reason = self._heartbeats.explain(reason)
         if self._setup.accelerator.is_main_process:
             self._write_result("failed", None, reason=reason)
-
-
-def _open_tracker(setup: RunSetup, facts: dict[str, Any], environment: dict[str, Any], console: Console) -> Tracker:
-    name, path, config = setup.dataset.name, setup.directory.path, setup.config
-    if not setup.accelerator.is_main_process:
-        return Tracker(None, name, console.warn)
-    write_json(path / "config.json", to_flat(config))
-    write_json(path / "environment.json", environment)
-    setup.directory.write_result("running", **facts)
-    tracker = Tracker(path, name, console.warn)
-    tags = [name, config.optim.model, facts["precision"], f"w{facts['world_size']}"]
-    run_config = {**to_flat(config), "recipe": facts["recipe"], "environment": environment}
-    start = partial(WandbRun, setup.accelerator, config=config.output, run_dir=path, run_config=run_config, tags=tags)
-    tracker.start_wandb(config.output, start, console.say)
-    if config.output.tensorboard:
-        tracker.attach("TensorBoard", partial(TensorBoardRun, path, tracker.next_step))
-    for sink, start_sink in SINKS.items():
-        tracker.attach(sink, partial(start_sink, path, run_config))
-    return tracker
 
 
 def report_finished(directory: RunDirectory, config: TrainConfig, console: Console) -> Result:

@@ -17,8 +17,12 @@ from typing import Any, Protocol
 
 from mnist.config import OutputConfig, check_choice
 from mnist.errors import RunError, UserError
+from mnist.runs.console import Console
+from mnist.runs.setup import RunSetup
 from mnist.runs.tracking.jsonl import RECORDS, JsonlFile
-from mnist.runs.tracking.wandb import NO_KEY, choose_mode
+from mnist.runs.tracking.tensorboard import TensorBoardRun
+from mnist.runs.tracking.wandb import NO_KEY, WandbRun, choose_mode
+from mnist.system.accelerator import executed_precision
 
 Hint = tuple[str, str]  # a word, and a command to type
 
@@ -70,21 +74,6 @@ class Tracker:
         self._jsonl = JsonlFile(run_dir / RECORDS) if run_dir is not None else None
         self._sinks: dict[str, Sink] = {}
         self._error: RunError | None = None
-
-    def start_wandb(self, config: OutputConfig, start: Callable[..., Sink], say: Callable[[str], None]) -> None:
-        """Starts, or continues, the one W&B run of this job. Without an answer the run is tracked offline.
-
-        Args:
-            config: the output section.
-            start: a `WandbRun` that lacks its mode.
-            say: takes a line of information.
-        """
-        mode, reason = choose_mode(config)
-        is_expected = reason is None or (reason == NO_KEY and config.wandb == "auto")
-        (say if is_expected else self._warn)(f"W&B: {mode}" + (f" ({_one_line(reason)})" if reason else ""))
-        for attempt in dict.fromkeys((mode, "offline")):
-            if mode == "disabled" or self.attach(f"W&B ({attempt})", partial(start, mode=attempt)):
-                return
 
     @property
     def next_step(self) -> int:
@@ -150,6 +139,31 @@ class Tracker:
             self._warn(f"{complaint} ({_one_line(f'{type(error).__name__}: {error}')})")
             return False
         return True
+
+
+def open_tracker(setup: RunSetup, run_config: dict[str, Any], console: Console) -> Tracker:
+    """The tracker of a run, with W&B, TensorBoard and `SINKS` started as configured. Rank 0 alone calls it.
+
+    Args:
+        setup: of the run.
+        run_config: what sinks show as the configuration: flat, with the run's environment.
+        console: is told how W&B starts. Without an answer from its server the run is tracked offline.
+    """
+    path, config, accelerator = setup.directory.path, setup.config.output, setup.accelerator
+    tracker = Tracker(path, setup.dataset.name, console.warn)
+    tags = [setup.dataset.name, setup.config.optim.model, executed_precision(accelerator), f"w{setup.plan.world_size}"]
+    start = partial(WandbRun, accelerator, config=config, run_dir=path, run_config=run_config, tags=tags)
+    mode, reason = choose_mode(config)
+    is_expected = reason is None or (reason == NO_KEY and config.wandb == "auto")
+    (console.say if is_expected else console.warn)(f"W&B: {mode}" + (f" ({_one_line(reason)})" if reason else ""))
+    for attempt in dict.fromkeys((mode, "offline")):
+        if mode == "disabled" or tracker.attach(f"W&B ({attempt})", partial(start, mode=attempt)):
+            break
+    if config.tensorboard:
+        tracker.attach("TensorBoard", partial(TensorBoardRun, path, tracker.next_step))
+    for name, start_sink in SINKS.items():
+        tracker.attach(name, partial(start_sink, path, run_config))
+    return tracker
 
 
 _PERFORMANCE = ("images_per_s", "epoch_time_s", "memory_mb")
