@@ -53,15 +53,51 @@ from mnist.data.batches import Split
 from mnist.data.sources import is_present
 from mnist.recipes import run_name
 from mnist.runs.console import Console, count
-from mnist.runs.export import ONNX, PT2, TrainedModel, find_export, load_model
-from mnist.runs.model_card import add_loading
-from mnist.system.files import write_atomically
+from mnist.runs.export import CARD, ONNX, PT2, TrainedModel, find_export, load_model
+from mnist.system.files import MAX_JSON_BYTES, read_regular, write_atomically
 
 MAX_DIFFERENCE = 1e-3  # of a probability; rounding makes about 1e-6
 BATCH = 1000  # images that are compared at a time
 METADATA = "metadata.json"  # within a program of torch.export
 
 Recogniser = Callable[[Tensor], Tensor]  # uint8 images -> probabilities
+
+# What the model card says of each file.
+_LOADING = {
+    ONNX: """
+## How to load it with ONNX Runtime alone
+
+```python
+import json
+
+import numpy as np
+import onnxruntime
+
+session = onnxruntime.InferenceSession("model/model.onnx")
+about = session.get_modelmeta().custom_metadata_map
+class_names = json.loads(about["class_names"])
+images = np.zeros((1, {shape}), dtype=np.uint8)  # any number of images
+(probabilities,) = session.run(None, {{"images": images}})
+print(class_names[probabilities[0].argmax()], probabilities[0].max())
+```
+""",
+    PT2: """
+## How to load it with PyTorch alone
+
+```python
+import json
+
+import torch
+
+about = {{"metadata.json": ""}}
+recogniser = torch.export.load("model/model.pt2", extra_files=about).module()
+class_names = json.loads(json.loads(about["metadata.json"])["class_names"])
+images = torch.zeros(1, {shape}, dtype=torch.uint8)  # any number of images
+probabilities = recogniser(images)
+print(class_names[probabilities[0].argmax()], probabilities[0].max())
+```
+""",
+}
 
 
 class WholeModel(nn.Module):
@@ -84,7 +120,8 @@ def main(options: Options) -> int:
         _require_onnx()
     console = Console()
     trained = load_model(find_export(options.run))
-    path = Path(options.output or trained.folder / (ONNX if options.format == "onnx" else PT2))
+    usual_path = trained.folder / (ONNX if options.format == "onnx" else PT2)
+    path = Path(options.output or usual_path)
     if path.is_dir():
         raise UserError(f"--output {path}: a folder; name a file in it")
     if path.exists() and not path.is_file():  # it would be replaced
@@ -100,9 +137,9 @@ def main(options: Options) -> int:
     largest_difference = _compare(path, expected, _answers(recogniser, test))
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, content)
-    if path.resolve() == (trained.folder / path.name).resolve():
-        add_loading(trained.folder, path.name, trained.info)
     num_right, shape = int((expected.argmax(dim=1) == test.labels).sum()), ", ".join(map(str, test.images.shape[1:]))
+    if path.resolve() == usual_path.resolve():
+        _add_to_card(trained.folder / CARD, _LOADING[path.name].format(shape=shape))
     agreement = f"{num_right:,} right and the same predictions as the model in torch"
     lines = [
         f"{path}: {len(content) / 1000:,.0f} kB",
@@ -112,6 +149,14 @@ def main(options: Options) -> int:
     ]
     sys.stdout.write("\n".join(lines) + "\n")
     return 0
+
+
+def _add_to_card(card: Path, section: str) -> None:
+    """Adds a section to a model card, if there is one and it has none like it."""
+    if card.is_file():
+        text = read_regular(card, MAX_JSON_BYTES).decode()
+        if section not in text:
+            write_atomically(card, (text + section).encode())
 
 
 def _require_onnx() -> None:

@@ -120,6 +120,13 @@ def test_nothing_in_the_file_tells_of_paths(copied_run: Path, tmp_path: Path, fo
         assert text.encode() not in content
 
 
+def test_a_file_of_another_name_beside_the_weights_is_not_in_the_card(copied_run: Path) -> None:
+    folder = copied_run / "export" / "best"
+    before = (folder / "README.md").read_text()
+    assert main(Options(str(copied_run), "torch", str(folder / "mine.pt2"))) == 0
+    assert (folder / "README.md").read_text() == before
+
+
 @pytest.mark.launch
 def test_the_card_says_how_both_files_are_loaded_and_its_python_runs_without_this_project(
     copied_run: Path, tmp_path: Path

@@ -19,11 +19,11 @@ from mnist.config import TrainConfig, fields_on_resume, to_flat
 from mnist.data.sources import DatasetInfo
 from mnist.recipes import RECIPES
 from mnist.runs.console import count
-from mnist.runs.export import CARD, ONNX, PT2
+from mnist.runs.export import CARD
 from mnist.runs.records import RunRecord
 from mnist.runs.report import worst_classes
 from mnist.runs.result import Result
-from mnist.system.files import MAX_JSON_BYTES, read_json, read_regular, write_atomically
+from mnist.system.files import read_json, write_atomically
 from mnist.training.metrics import Scores
 
 ON_THE_HUB = {
@@ -59,42 +59,6 @@ print(probabilities.argmax(dim=1), probabilities.amax(dim=1))
 `python -m mnist.predict digit.png --run model` reads a picture, `python -m mnist.evaluate --run model` scores it again.
 """
 
-_LOADING_FILES = {
-    ONNX: """
-## How to load it with ONNX Runtime alone
-
-```python
-import json
-
-import numpy as np
-import onnxruntime
-
-session = onnxruntime.InferenceSession("model/model.onnx")
-about = session.get_modelmeta().custom_metadata_map
-class_names = json.loads(about["class_names"])
-images = np.zeros((1, {shape}), dtype=np.uint8)  # any number of images
-(probabilities,) = session.run(None, {{"images": images}})
-print(class_names[probabilities[0].argmax()], probabilities[0].max())
-```
-""",
-    PT2: """
-## How to load it with PyTorch alone
-
-```python
-import json
-
-import torch
-
-about = {{"metadata.json": ""}}
-recogniser = torch.export.load("model/model.pt2", extra_files=about).module()
-class_names = json.loads(json.loads(about["metadata.json"])["class_names"])
-images = torch.zeros(1, {shape}, dtype=torch.uint8)  # any number of images
-probabilities = recogniser(images)
-print(class_names[probabilities[0].argmax()], probabilities[0].max())
-```
-""",
-}
-
 
 def write_card(result: Result, config: TrainConfig, info: DatasetInfo, warn: Callable[[str], None]) -> None:
     """Writes the card of a finished run's best model. Rank 0 alone calls it. Whatever fails is a warning."""
@@ -121,6 +85,7 @@ def render(
     """
     record, test = result.record, result.test
     assert test is not None
+    shape = ", ".join(map(str, info.image_shape)).removeprefix("1, ")
     metadata = yaml.safe_dump(_metadata(record, test), sort_keys=False, allow_unicode=True, width=120)
     shown = [f"![{PICTURES[name]}]({name}.png)\n" for name in pictures]
     parts = [
@@ -131,23 +96,9 @@ def render(
         f"```bash\n{command(config, record.world_size)}\n```\n",
         _training(record, config, environment),
         *shown,
-        _LOADING.format(shape=_shape(info)),
+        _LOADING.format(shape=shape),
     ]
     return "\n".join(parts)
-
-
-def add_loading(folder: Path, file: str, info: DatasetInfo) -> None:
-    """Adds to the card of a folder, if it has one, how a file of it is loaded; `file` is `ONNX` or `PT2`."""
-    section = _LOADING_FILES[file].format(shape=_shape(info))
-    if (folder / CARD).is_file():
-        text = read_regular(folder / CARD, MAX_JSON_BYTES).decode()
-        if section not in text:
-            write_atomically(folder / CARD, (text + section).encode())
-
-
-def _shape(info: DatasetInfo) -> str:
-    channels, height, width = info.image_shape
-    return f"{height}, {width}" if channels == 1 else f"{channels}, {height}, {width}"
 
 
 def escape(text: str) -> str:
