@@ -33,7 +33,7 @@ _DESCRIPTION = """Trains an MNIST digit recogniser with Accelerate: on a CPU, a 
   accelerate launch train_ddp.py --recipe lenet5 --epochs 3       another recipe, shorter
   torchrun --local-addr localhost --nproc-per-node 2 train_ddp.py two processes"""
 
-# What other training scripts call flags -> what they are here.
+# Flags of other training scripts -> what they are called here.
 _PROCESSES = "accelerate launch --num_processes, or torchrun --nproc-per-node"
 _FOREIGN = {
     **dict.fromkeys(("batch_size", "train_batch_size", "per_device_train_batch_size"), "--global-batch-size"),

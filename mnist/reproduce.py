@@ -49,7 +49,7 @@ README = ROOT / "README.md"
 _BEGIN, _END = "<!-- results -->", "<!-- /results -->"
 _DEFAULT = tuple(name for name in RECIPES if name != "accurate")  # which takes hours on a CPU
 EXIT_INTERRUPTED = 130
-_AGAIN = "-again"  # ends the name of a second side that is the same as the first: it is run, too
+_AGAIN = "-again"  # ends the name of the second side where both are the same, so that it is run as well
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Side:
 
 
 def main(options: Options) -> int:
-    """Runs what is missing and prints a row per recipe; after Ctrl-C of what is finished."""
+    """Runs what is missing and prints a row per recipe; after Ctrl-C, rows of the seeds that are finished."""
     if options.versus is not None:
         return compare(options, options.versus)
     rows: list[dict[str, Any]] = []
@@ -171,10 +171,10 @@ def compare(options: Options, versus: str) -> int:
 
 @contextmanager
 def _sides(recipe: str, versus: str) -> Iterator[tuple[Side, Side]]:
-    """Two recipes, or a recipe at this commit and at another one, which is checked out meanwhile.
+    """Two recipes, or a recipe at this commit and at another one, which is checked out in a temporary worktree.
 
     Raises:
-        UserError: `versus` is neither, or there are changes that no commit has.
+        UserError: `versus` is neither, or there are uncommitted changes.
     """
     if versus in RECIPES:
         yield Side(recipe, recipe), Side(versus, versus + _AGAIN * (versus == recipe))

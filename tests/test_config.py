@@ -115,9 +115,9 @@ def test_a_resume_treats_every_field_in_one_way() -> None:
     [
         ({"elastic_sigma": 1e300}, "--elastic-sigma 1e+300: must lie in [0.1, 100]"),
         ({"decay_epochs": 1e-320}, "--decay-epochs 1e-320: must lie in [0.001, 1e6]"),
-        ({"inject": ("slow@rank0:99999999999999999999",)}, "seconds up to 3,600"),
-        ({"inject": ("kill@99999999999999999999",)}, "steps go up to 1,000,000,000"),
-        ({"inject": ("slow@rank99999999999:1",)}, "ranks and steps go up to"),
+        ({"inject": ("slow@rank0:99999999999999999999",)}, "numbers have at most 9 digits"),
+        ({"inject": ("kill@99999999999999999999",)}, "numbers have at most 9 digits"),
+        ({"inject": ("slow@rank99999999999:1",)}, "numbers have at most 9 digits"),
         ({"wandb_tags": ("a", "b" * 65)}, f"--wandb-tags {'b' * 65}: W&B takes 1 to 64 characters"),
         ({"wandb_tags": ("",)}, "--wandb-tags : W&B takes"),
         ({"wandb_project": "a/b"}, "--wandb-project a/b: W&B takes 1 to 128 characters without /"),

@@ -46,7 +46,7 @@ def measure_scaling(
         train()
     rates: dict[str, list[float]] = {way: [] for way in WAYS}
     for repeat in range(repeats):
-        first = repeat % len(WAYS)  # no way always follows the same one
+        first = repeat % len(WAYS)  # the order changes, so that each way follows each other one
         for way in WAYS[first:] + WAYS[:first]:
             accelerator.wait_for_everyone()
             started = time.perf_counter()
