@@ -85,7 +85,7 @@ def usual_loader(job: Job) -> DataLoader[Any]:
         shuffle=True,
         num_workers=job.num_workers,
         persistent_workers=job.num_workers > 0,
-        multiprocessing_context="fork" if job.num_workers else None,  # as usual on Linux; here it would be forkserver
+        multiprocessing_context="fork" if job.num_workers else None,  # as usual on Linux; here it would be spawn
     )
 
 

@@ -71,8 +71,7 @@ def measure_loops(loops: Sequence[Loop], config: TrainConfig, num_images: int, r
     Raises:
         RunError: a loop cannot run, or its process has died.
     """
-    context = multiprocessing.get_context("forkserver")  # copies of a process that has only imported torch
-    context.set_forkserver_preload([__name__])
+    context = multiprocessing.get_context("spawn")  # this project takes one thread only in a forked process
     results: dict[Loop, list[Measurement]] = {loop: [] for loop in loops}
     with ExitStack() as stack:
         processes = {loop: stack.enter_context(ProcessPoolExecutor(1, context)) for loop in loops}
@@ -94,6 +93,8 @@ def _measure(loop: Loop, config: TrainConfig, num_images: int, index: int) -> Me
     loss_sum, num_seen = train_pass(index)
     wait_for_device(device)
     seconds = time.perf_counter() - started
+    if torch.get_num_threads() != config.runtime.num_threads:
+        raise RunError(f"{loop}: has run with {torch.get_num_threads()} threads, not {config.runtime.num_threads}")
     return Measurement(num_seen / seconds, loss_sum / num_seen, peak_memory_mb(device))
 
 

@@ -231,7 +231,7 @@ def test_scaling_is_a_ratio_within_each_round() -> None:
 @pytest.mark.launch
 def test_loops_are_measured_each_in_its_own_process() -> None:
     both = [Loop("bare"), Loop("project")]
-    results = measure_loops(both, config(), num_images=100, repeats=2)
+    results = measure_loops(both, config(num_threads=2), num_images=100, repeats=2)
     assert list(results) == both
     for found in results.values():
         assert len(found) == 3
