@@ -78,7 +78,7 @@ class Console:
         in_notebook = RichConsole().is_jupyter
         can_draw = err_is_terminal or (in_notebook and not is_one_of_several())  # forks of a kernel can print only
         self._has_bar = can_draw and is_main and not quiet
-        # Else each line can be read alone.
+        # In a table each number stands below its name; elsewhere each line names its numbers.
         self._is_table = not quiet and (in_notebook or (self._has_bar and out_is_terminal))
         self._has_header = False
         if self._is_table and not in_notebook:

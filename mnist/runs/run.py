@@ -263,7 +263,11 @@ class Run:
         where = f"rank {self._setup.accelerator.process_index} after step {self._state.step}"
         if self._setup.accelerator.is_main_process:
             with contextlib.suppress(OSError):  # on a full disk; the error itself says so
-                self._write_failure(error, where)
+                if isinstance(error, DivergedError):
+                    self._state.step = error.step
+                    self._end("diverged", reason=str(error), rank=error.rank)
+                else:
+                    self._end("failed", reason=f"{type(error).__name__}: {error}", where=where)
         if ranks.is_lost_contact(error):
             cause = str(error).splitlines()[0]
             raise RankError(f"{where}: lost another rank, which has died or does not answer ({cause})") from error
@@ -274,13 +278,6 @@ class Run:
                 f"--global-batch-size than {self._plan.global_batch_size}"
             ) from error
         error.add_note(f"on {where}")
-
-    def _write_failure(self, error: BaseException, where: str) -> None:
-        if isinstance(error, DivergedError):
-            self._state.step = error.step
-            self._end("diverged", reason=str(error), rank=error.rank)
-        else:
-            self._end("failed", reason=f"{type(error).__name__}: {error}", where=where)
 
     def _record_stall(self, reason: str) -> None:
         """For the watchdog's thread, which ends the process afterwards."""

@@ -1,9 +1,8 @@
 """What is logged where: metrics.jsonl always, W&B where it is configured, TensorBoard with --tensorboard.
 
 In: records of a split at a step, pictures, exported models. Out: each record once in metrics.jsonl, none lost and none
-doubled after a resume, and from there in every sink (what a sink has not written when it is killed, it lacks). A call
-of a sink that fails costs a warning, and nothing else; a metrics.jsonl that cannot be written ends the run. All happens
-on rank 0; elsewhere `Tracker` is a null object.
+doubled after a resume, and then in every sink. A sink that fails costs a warning, and nothing else; a metrics.jsonl
+that cannot be written ends the run. All of this is done by rank 0; on other ranks a `Tracker` does nothing.
 """
 
 from __future__ import annotations
