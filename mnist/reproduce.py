@@ -264,7 +264,8 @@ def summarise(recipe: str, runs: list[dict[str, Any]], *, is_sample: bool = Fals
     environment = first["environment"]
     device = environment["ranks"][0]["device"]
     accuracies = [] if is_sample else [run["test"]["accuracy"] for run in runs]
-    whole = config.loop.epochs
+    whole, precision = config.loop.epochs, first["precision"]
+    flag = f" --mixed-precision {precision}" if precision in ("bf16", "fp16") else ""
     has_epochs = bool(accuracies) and config.data.val_size == 0 and whole > 1
     times = [run["train_time_s"] * (whole / run["epochs"] if is_sample else 1) for run in runs]
     _require_one_origin(runs)
@@ -283,14 +284,10 @@ def summarise(recipe: str, runs: list[dict[str, Any]], *, is_sample: bool = Fals
         "total_time_s": None if is_sample else statistics.median(run["total_time_s"] for run in runs),
         "hardware": f"{cpu_name()}, {num_usable_cores()} cores" if device == "cpu" else device,
         "threads": environment["threads_per_process"],
-        "precision": first["precision"],
+        "precision": precision,
         "torch": environment["packages"]["torch"],
-        "command": f"python train_ddp.py --recipe {recipe} --seed SEED{_precision_flag(first['precision'])}",
+        "command": f"python train_ddp.py --recipe {recipe} --seed SEED{flag}",
     }
-
-
-def _precision_flag(executed: str) -> str:
-    return f" --mixed-precision {executed}" if executed in ("bf16", "fp16") else ""
 
 
 def _require_one_origin(runs: list[dict[str, Any]], *, is_one_commit: bool = True) -> None:

@@ -130,13 +130,14 @@ def main(options: Options) -> int:
         findings.append(Finding(name, "fail", _explain(error, where)))
         if rank != "0":
             print_error(error if isinstance(error, UserError) else RankError(f"{name}: {_explain(error, where)}"))
-    is_fit = not any(
-        finding.verdict == "fail" or (options.strict and finding.verdict == "warn") for finding in findings
-    )
+    unfit = ("fail", "warn") if options.strict else ("fail",)
+    is_fit = not any(finding.verdict in unfit for finding in findings)
     if rank == "0":
         seconds = time.perf_counter() - started
         if options.json:
-            sys.stdout.write(to_json(findings, is_fit, seconds))
+            checks = [dataclasses.asdict(finding) for finding in findings]
+            document = {"verdict": "fit" if is_fit else "not fit", "time_s": round(seconds, 3), "checks": checks}
+            sys.stdout.write(json.dumps(document, indent=2) + "\n")
         else:
             show(findings, is_fit, seconds)
     return EXIT_FIT if is_fit else EXIT_UNFIT
@@ -215,16 +216,6 @@ def reach_rank_0(timeout_s: float) -> None:
                     "it running, are MASTER_ADDR and MASTER_PORT right, does a firewall let them through?"
                 ) from error
             time.sleep(0.2)
-
-
-def to_json(findings: Sequence[Finding], is_fit: bool, seconds: float) -> str:
-    """The report for programs."""
-    document = {
-        "verdict": "fit" if is_fit else "not fit",
-        "time_s": round(seconds, 3),
-        "checks": [dataclasses.asdict(finding) for finding in findings],
-    }
-    return json.dumps(document, indent=2) + "\n"
 
 
 def show(findings: Sequence[Finding], is_fit: bool, seconds: float) -> None:
