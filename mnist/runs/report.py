@@ -19,7 +19,7 @@ from mnist.config import TrainConfig
 from mnist.data.sources import info_of
 from mnist.models import count_parameters
 from mnist.recipes import run_name
-from mnist.runs.console import count
+from mnist.runs.console import Rows, count
 from mnist.runs.directory import branch_origin
 from mnist.runs.setup import RunSetup
 from mnist.system.accelerator import executed_precision
@@ -30,8 +30,6 @@ from mnist.training.metrics import Scores
 from mnist.training.plan import Plan
 
 GUESSING_MARGIN = 0.01  # above the share of the most frequent class
-
-Rows = list[tuple[str, str]]
 
 
 def banner(setup: RunSetup, facts: dict[str, Any], environment: dict[str, Any]) -> Rows:
