@@ -33,9 +33,9 @@ CLOSE_S = 60.0  # for taking down the process group; then the process ends with 
 def open_accelerator(config: RuntimeConfig, trackers: Sequence[str] = ()) -> Iterator[Accelerator]:
     """`build_accelerator`, and the end of the process group in order.
 
-    After an error on NCCL nothing is taken down, because that can wait for the other ranks for ever: the error goes on
-    to be printed, and the process then leaves without the rest of Python's end. A gloo group is always taken down: a
-    process that exits inside it sometimes aborts, and fails the whole job.
+    After an error on NCCL the group is not destroyed, because that can wait for the other ranks for ever: Python prints
+    the error, and the process exits at once. A gloo group is always destroyed: a process that exits without that
+    sometimes aborts, and fails the whole job.
     """
     accelerator, is_first = None, not PartialState._shared_state  # a notebook may have its own
     try:
@@ -55,10 +55,10 @@ def open_accelerator(config: RuntimeConfig, trackers: Sequence[str] = ()) -> Ite
 
 
 def _close(accelerator: Accelerator | None, is_first: bool) -> None:
-    """Frees the models, then the process group.
+    """Frees the models, then destroys the process group.
 
-    Whoever holds a DDP model longer than the group can hang: freeing the model then frees the group as well, and waits
-    for gloo's threads with Python's global lock held, for which one of them may be waiting.
+    In the other order a process can hang: a DDP model that is freed last frees the group too, and waits for gloo's
+    threads while it holds Python's global lock, for which one of them may be waiting.
     """
     with ended_after(CLOSE_S):
         has_group = _backend() is not None
@@ -108,8 +108,8 @@ def build_accelerator(config: RuntimeConfig, trackers: Sequence[str] = ()) -> Ac
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     cpu = config.cpu or not (torch.cuda.is_available() or torch.backends.mps.is_available())
     _check_machine(config, cpu, local_world_size)
-    # OpenMP's threads are not there in a forked process, such as one of `notebook_launcher`'s, which would wait for
-    # them for ever where the process that it was forked from had several.
+    # A forked process, such as one of `notebook_launcher`'s, lacks the OpenMP threads that its parent had, and would
+    # wait for them for ever.
     num_threads = 1 if os.getpid() != _IMPORTED_IN and torch.get_num_threads() > 1 else config.num_threads
     accelerator = _start_accelerate(config, cpu, trackers)
     # After Accelerate, which sets threads on CPUs, and TF32 with a dynamo backend.
@@ -162,9 +162,9 @@ def _check_machine(config: RuntimeConfig, cpu: bool, local_world_size: int) -> N
 def _restart_with_fresh_keys(backend: str, timeout_s: int) -> None:
     """Opens the process group itself when an elastic launcher has restarted the ranks of one machine.
 
-    torch 2.13 meets the keys that the ranks before left in the launcher's store, and can wait for them for ever; a
-    prefix keeps attempts apart. (Machines need not agree on a restart count: on several of them the launcher needs
-    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 instead.)
+    torch 2.13 finds the keys that the earlier ranks have left in the launcher's store, and can wait for ever. Here each
+    attempt has keys with a prefix of its own. (On several machines the numbers of restarts may differ: there the
+    launcher needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 instead.)
     """
     attempt, world_size = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), os.environ.get("WORLD_SIZE", "1")
     if attempt == "0" or world_size == "1" or world_size != os.environ.get("LOCAL_WORLD_SIZE"):

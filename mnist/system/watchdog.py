@@ -22,8 +22,8 @@ END_S = 20.0  # for what is done at a stall, before the stacks are printed and t
 class Watchdog:
     """Ends a process that makes no progress, after printing where all its threads are.
 
-    It watches from the first heartbeat on, in a thread of its own. That is Python: a thread that waits in C++ with
-    the global lock held stops it too, but a timer in C could not tell a stalled process from one that was stopped.
+    It watches from the first heartbeat on, in a thread of its own, which cannot run while another thread waits in C++
+    with Python's global lock held. (A timer in C could, but would also end a process that was stopped by Ctrl-Z.)
 
     Args:
         timeout_s: seconds without a heartbeat, not counting those in which the process was stopped.
