@@ -45,6 +45,10 @@ class Transfer:
         mirrors: base URLs, in the order in which they are asked; one that failed is removed.
         files: name and md5 of each file, packed with gzip; or of one zip archive with such files.
         members: names of the files that are taken from an archive, unpacked.
+        num_bytes: received so far, of all files.
+        failures: a line for each mirror that has failed.
+        is_given_up: nobody waits any more: the thread that downloads should end.
+        error: what has ended that thread.
     """
 
     mirrors: list[str]
@@ -88,8 +92,9 @@ def _transfer(source: Source) -> Transfer:
     if addresses:
         mirrors = [addresses[0][0].rpartition("/")[0]]
         files = [(url.rpartition("/")[2], md5) for url, md5 in addresses]
+    own_mirrors = filter(None, [os.environ.get(MIRROR_VARIABLE)])
     same_archive = (other for other in SOURCES.values() if other.torchvision_class == source.torchvision_class)
-    return Transfer(mirrors, files, {file for other in same_archive for file in other.files})
+    return Transfer([*own_mirrors, *mirrors], files, {file for other in same_archive for file in other.files})
 
 
 def download(name: str, data_dir: Path, raw: Path, show: Callable[[str], object] = lambda _: None) -> None:
@@ -146,8 +151,6 @@ def _download_within_time(transfer: Transfer, folder: Path, show: Callable[[str]
 
 
 def _fetch_files(transfer: Transfer, folder: Path) -> None:
-    own = os.environ.get(MIRROR_VARIABLE)
-    transfer.mirrors = [*([own] if own else []), *transfer.mirrors]
     try:
         for name, md5 in transfer.files:
             _fetch_from_mirrors(transfer, folder / name, md5)
