@@ -68,7 +68,7 @@ def open_run_directory(config: TrainConfig, dataset: str, accelerator: Accelerat
     `--run-dir` names it. Without one a new directory is made below runs/, named <run_name>-<dataset>-<date>-<time>.
 
     Raises:
-        UserError: another process writes there (named with host and pid), or nobody can.
+        UserError: another process writes there (named with host and pid), or the folder is not writable.
     """
     lock: FileLock | None = None  # it cannot be sent to other ranks
 

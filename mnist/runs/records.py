@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What is read back from result.json: the first eleven from the start of a run on, the others at its end."""
+    """What is read back from result.json. Fields with a default are written at the end of a run."""
 
     status: Status
     recipe: str

@@ -73,7 +73,7 @@ def run_facts(setup: RunSetup) -> dict[str, Any]:
 
 
 def warnings(setup: RunSetup, *, has_resumed: bool) -> list[str]:
-    """What one must know before believing a number of this run."""
+    """Warnings about the hardware, the data, the run directory, and faults that are injected on purpose."""
     path = setup.directory.path
     found = [*hardware_warnings(setup.accelerator), *setup.dataset.warnings]
     if setup.config.runtime.num_threads > torch.get_num_threads():  # see `build_accelerator`
@@ -159,7 +159,7 @@ def next_commands(path: Path, dataset: str) -> list[str]:
 
 
 def hardware_warnings(accelerator: Accelerator) -> list[str]:
-    """What this node has and does not use, or has not and is asked for, a line each."""
+    """A line about GPUs that are not used, or about more threads than cores."""
     num_processes, num_threads = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.get_num_threads()
     if accelerator.device.type == "cuda":
         visible = torch.cuda.device_count()

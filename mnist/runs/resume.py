@@ -1,4 +1,4 @@
-"""Which configuration may continue a run, and what changes then: pure functions of configurations, plans and facts.
+"""Which configuration may continue a run, and what changes then. Nothing here touches the disk or the network.
 
 In: the records of an earlier start, and the configuration of this one. Out: yes or no, notes, or a one-line error.
 The fields of the configuration themselves say what a difference means (`on_resume`, mnist/config.py).
@@ -73,7 +73,7 @@ def check_checkpoint(saved: Checkpoint, config: TrainConfig, plan: Plan, facts: 
         facts: what the result depends on besides the configuration: data_files, code, threads.
 
     Raises:
-        UserError: the mathematics or the data would be others, or the schedule does not fit the new length.
+        UserError: a setting that must not change, or the data, has changed; or the schedule cannot get a new length.
     """
     before = from_flat(saved.config)
     changes = _differences(before, config, fields_on_resume("fixed"))

@@ -78,7 +78,8 @@ class Run:
         self.tracker = ranks.together(setup.accelerator, lambda: self._write_start(environment), on="all")
         self._heartbeats = Heartbeats(setup.accelerator, lambda: setup.state.step)
         self._watchdog = Watchdog(setup.config.runtime.timeout_s, self._heartbeats.publish, self._record_stall)
-        self._may_end_process = signals.are_installed() or is_one_of_several()  # and not a process that called us
+        # The watchdog ends the process: a command's or a rank's, but not a notebook's that has called `train`.
+        self._may_end_process = signals.are_installed() or is_one_of_several()
 
     def __enter__(self) -> Self:
         return self
@@ -182,7 +183,7 @@ class Run:
         return inject(steps, texts, rank, self._state.step, weights)
 
     def with_profile(self, steps: Iterator[Sequence[MicroBatch]]) -> Iterator[Sequence[MicroBatch]]:
-        """`steps`; of this start's first ones, after two, a trace is written if --profile asks for it."""
+        """`steps`. With --profile N, the trace of N steps is written, beginning with the third step of this start."""
         num_steps, self._num_profile_steps = self._num_profile_steps, 0
         if num_steps:
             yield from itertools.islice(steps, 2)
@@ -287,7 +288,7 @@ class Run:
 
 
 def report_finished(directory: RunDirectory, config: TrainConfig, console: Console) -> Result:
-    """What to say and return where an earlier start has done all that is asked for."""
+    """Shows and returns the result of an earlier start, which has done all that is asked for now."""
     found = directory.result
     assert found is not None
     assert found.test is not None  # or the record of a finished run would have been refused

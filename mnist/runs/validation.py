@@ -36,7 +36,7 @@ class Validation:
         self._tracker = tracker
         self._console = console
         self._heartbeat = heartbeat
-        self._loss_fn = build_loss(setup.config.optim.loss)  # without label smoothing, which is a means of training
+        self._loss_fn = build_loss(setup.config.optim.loss)  # without label smoothing, which is for training only
         self._scores: dict[str, Scores] = {}
         self._scored_step = -1
 
