@@ -40,7 +40,7 @@ class PictureError(ValueError):
 
 
 def is_picture_name(name: str) -> bool:
-    """Whether the suffix is that of a picture, also of one that is not read here, so that it is named as an error."""
+    """Whether the suffix is that of a picture; also of a kind that is not read here: that is an error."""
     suffix = os.path.splitext(name)[1].lower()  # noqa: PTH122 - a folder may have 200,000 files
     return suffix in CONVERTERS or Image.registered_extensions().get(suffix) in FORMATS
 

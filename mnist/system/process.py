@@ -159,7 +159,7 @@ def print_after_launcher(text: str) -> None:
 def leave(code: int) -> NoReturn:
     """Exits without a last garbage collection, which would take 0.4 s.
 
-    One rank of several does collect, because a broken process group is better taken apart in Python's order. Where the
+    With several ranks garbage is collected, so that Python frees a broken process group in its usual order. Where the
     group is still open, after an error on NCCL (`open_accelerator`), the process ends at once.
     """
     distributed = sys.modules.get("torch.distributed")

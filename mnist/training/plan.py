@@ -80,7 +80,7 @@ def build_plan(config: TrainConfig, num_train: int, world_size: int) -> Plan:
         world_size: P.
 
     Raises:
-        UserError: a global batch that does not fit the data or the processes; a drill that would never happen.
+        UserError: a global batch that does not fit the data or the processes; an --inject that would never happen.
     """
     loop = config.loop
     batch, accumulation_steps = loop.global_batch_size, loop.gradient_accumulation_steps or 1
