@@ -32,9 +32,10 @@ from mnist.doctor.checkup import Check, Fact, Judgement, Probe, by_host, judge_e
 from mnist.runs.console import count
 from mnist.runs.tracking.wandb import choose_mode
 from mnist.system import process, ranks
-from mnist.system.environment import device_name, launcher
+from mnist.system.environment import device_name
 from mnist.system.files import write_and_flush
 from mnist.system.launcher import fill_in
+from mnist.system.process import started_by
 
 ROOT = Path(__file__).parents[2]
 FIELDS_OF_A_NODE = {"data_dir", "run_dir"}  # of the configuration; may differ between ranks
@@ -102,7 +103,7 @@ def measure_processes(probe: Probe) -> dict[str, Any]:
         "pid": os.getpid(),
         "announced": int(announced),
         "seen": probe.accelerator.num_processes,
-        "launcher": launcher(),
+        "launcher": started_by(),
         "backend": dist.get_backend() if dist.is_initialized() else None,
     }
 

@@ -23,8 +23,7 @@ from mnist.runs.console import Rows, count
 from mnist.runs.directory import branch_origin
 from mnist.runs.setup import RunSetup
 from mnist.system.accelerator import executed_precision
-from mnist.system.environment import launcher
-from mnist.system.process import num_usable_cores
+from mnist.system.process import num_usable_cores, started_by
 from mnist.training.loop import TrainState
 from mnist.training.metrics import Scores
 from mnist.training.plan import Plan
@@ -95,7 +94,7 @@ def command_to_continue(run_dir: Path) -> str:
         "torchrun": f"torchrun --nproc-per-node {num_local} train_ddp.py",
         "accelerate launch": f"accelerate launch --num_processes {num_local} train_ddp.py",
     }
-    start = starts.get(launcher(), "python train_ddp.py") if num_local != "1" else "python train_ddp.py"
+    start = starts.get(started_by(), "python train_ddp.py") if num_local != "1" else "python train_ddp.py"
     return f"{start} --resume {shlex.quote(str(run_dir))}"
 
 

@@ -19,6 +19,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from mnist.system.process import started_by
+
 try:
     import resource
 except ImportError:  # Windows has none
@@ -43,7 +45,7 @@ def describe_environment(accelerator: Accelerator) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "ranks": gather_object([own]),
         "threads_per_process": torch.get_num_threads(),
-        "launcher": launcher(),
+        "launcher": started_by(),
         "backend": torch.distributed.get_backend() if torch.distributed.is_initialized() else None,
         "git_commit": _git_commit(),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
@@ -61,15 +63,6 @@ def peak_memory_mb(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 1e6
     peak: int = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if resource else 0
     return peak * (1 if sys.platform == "darwin" else 1024) / 1e6
-
-
-def launcher() -> str:
-    """How this process was started."""
-    if "ACCELERATE_MIXED_PRECISION" in os.environ:
-        return "accelerate launch"
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        return "torchrun"
-    return "srun" if "SLURM_PROCID" in os.environ else "python"
 
 
 def code_sha256() -> str:

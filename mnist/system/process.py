@@ -133,9 +133,18 @@ class RunningClock:
         return self._seconds
 
 
+def started_by() -> str:
+    """What has started this process: "accelerate launch", "torchrun", "srun" or, alone, "python"."""
+    if "ACCELERATE_MIXED_PRECISION" in os.environ:
+        return "accelerate launch"
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return "torchrun"
+    return "srun" if "SLURM_PROCID" in os.environ else "python"
+
+
 def was_launched() -> bool:
-    """Whether torchrun or `accelerate launch` has started this process."""
-    return "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+    """Whether the parent of this process is a launcher that ends its ranks: torchrun or `accelerate launch`."""
+    return started_by() in ("torchrun", "accelerate launch")
 
 
 def print_after_launcher(text: str) -> None:

@@ -6,7 +6,8 @@ import pytest
 
 from mnist.config import RuntimeConfig
 from mnist.system.accelerator import build_accelerator
-from mnist.system.environment import describe_environment, launcher
+from mnist.system.environment import describe_environment
+from mnist.system.process import started_by
 
 
 def test_the_description_of_a_run_holds_no_environment_variables(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,4 +33,4 @@ def test_the_innermost_launcher_is_named(monkeypatch: pytest.MonkeyPatch, variab
         monkeypatch.delenv(variable, raising=False)
     for variable in variables:
         monkeypatch.setenv(variable, "1")
-    assert launcher() == name
+    assert started_by() == name
