@@ -35,7 +35,6 @@ from mnist.system import process, ranks
 from mnist.system.environment import device_name
 from mnist.system.files import write_and_flush
 from mnist.system.launcher import fill_in
-from mnist.system.process import started_by
 
 ROOT = Path(__file__).parents[2]
 FIELDS_OF_A_NODE = {"data_dir", "run_dir"}  # of the configuration; may differ between ranks
@@ -103,7 +102,7 @@ def measure_processes(probe: Probe) -> dict[str, Any]:
         "pid": os.getpid(),
         "announced": int(announced),
         "seen": probe.accelerator.num_processes,
-        "launcher": started_by(),
+        "launcher": process.started_by(),
         "backend": dist.get_backend() if dist.is_initialized() else None,
     }
 
