@@ -167,7 +167,7 @@ def test_after_ctrl_c_the_last_line_is_the_command_that_continues(tmp_path: Path
         time.sleep(0.5)
         seen += read_terminal(terminal)
         os.close(terminal)
-    last = seen.strip().splitlines()[-1]
+    last = [line for line in seen.strip().splitlines() if "\u2501" not in line][-1]  # below it is only a rule
     assert last.endswith("train_ddp.py --resume run"), seen
     assert launcher is PYTHON or "Traceback" in seen, "what launchers print, above it"
 
