@@ -78,6 +78,7 @@ Model = Literal[
     "poolnet",
     "poolnet_deep",
     "ensemble",
+    "vggnet",
     "deepnet",
     "tinynet",
     "resnet",

@@ -244,6 +244,28 @@ def thorough() -> TrainConfig:
     return evolve(balanced(), recipe="thorough", model="ensemble", epochs=10, global_batch_size=768, ema=0.99)
 
 
+def patient() -> TrainConfig:
+    """About 99.7 % in six minutes of training on two CPU cores, in three with --mixed-precision bf16.
+
+    Source: own, found on a validation split (docs/lab.md); the network after Simonyan, Zisserman 2015.
+    Differs: from `fast`: convolutions in pairs, stronger affine maps, elastic distortion, averaged weights.
+    Expect: 99.7 %.
+    """
+    return evolve(
+        fast(),
+        recipe="patient",
+        model="vggnet",
+        epochs=12,
+        rotation=10.0,
+        translation=0.08,
+        scale=0.1,
+        shear=6.0,
+        elastic=0.6,
+        ema=0.995,
+        eval_every=0,
+    )
+
+
 def smoke() -> TrainConfig:
     """A few seconds on one core, without network or accounts: for CI. Exit code 1 below 92 %.
 
@@ -269,6 +291,7 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
         fast,
         balanced,
         thorough,
+        patient,
         accurate,
         resnet,
         smoke,
