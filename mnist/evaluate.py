@@ -173,9 +173,8 @@ def check_fits(info: DatasetInfo, dataset: Dataset, flag: str = "--run") -> None
         UserError: it has another number of channels or of classes, or, people's own pictures, other classes.
     """
     but = "but the model was trained for" if flag == "--run" else f"but the model of {flag} was trained for"
-    theirs = (info.in_channels, info.num_classes)
-    found = (dataset.info.in_channels, dataset.info.num_classes)
-    for expected, number, what in zip(theirs, found, ("channels", "classes"), strict=True):
+    channels = ("channels", dataset.info.in_channels, info.in_channels)
+    for what, number, expected in (channels, ("classes", dataset.info.num_classes, info.num_classes)):
         if number != expected:
             raise UserError(f"--dataset {dataset.name}: has {number} {what}, {but} {expected}")
     if dataset.name == "folder" and dataset.class_names != info.class_names:

@@ -122,10 +122,8 @@ def main(options: Options) -> int:
     trained = load_model(find_export(options.run))
     usual_path = trained.folder / (ONNX if options.format == "onnx" else PT2)
     path = Path(options.output or usual_path)
-    if path.is_dir():
-        raise UserError(f"--output {path}: a folder; name a file in it")
-    if path.exists() and not path.is_file():  # it would be replaced
-        raise UserError(f"--output {path}: a device or a pipe; name a file")
+    if path.exists() and not path.is_file():  # a device or a pipe would be replaced
+        raise UserError(f"--output {path}: not a file; name one, new or old")
     name, test = _test_images(trained, options.data_dir)
     for warning in filter(None, [trained.warning, _other_images(trained, name)]):
         console.warn(warning)

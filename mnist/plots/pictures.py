@@ -146,12 +146,12 @@ def _draw_blocks(blocks: Sequence[_Block], gap: int, foot: int, title: str, subt
 
 
 def draw_features(
-    outputs: Mapping[str, Tensor], class_names: Sequence[str], title: str, subtitle: str, said: Sequence[str]
+    outputs: Mapping[str, Tensor], class_names: Sequence[str], title: str, subtitle: str, captions: Sequence[str]
 ) -> Figure:
     """What N images become from layer to layer: maps as tiles, vectors as bars, the logits over the classes.
 
-    `outputs` are by layer (N, channels, height, width) or (N, units), first "input", last the logits; `said` is written
-    beside the logits of each image where there are several.
+    `outputs` are by layer (N, channels, height, width) or (N, units), first "input", last the logits; `captions` are
+    written beside the logits of the images where there are several.
     """
     *hidden, logits_name = outputs
     logits = outputs[logits_name].detach().cpu().float()
@@ -166,9 +166,9 @@ def draw_features(
         axes = add_axes(figure, MARGIN + LABEL, top, MAPS_WIDTH, foot - 30 - 70 * is_turned)
         _draw_logits(axes, logits[0], names)
     else:
-        left = min(520, max(210, 14 + round(max(text_width(text, 8) for text in said))))
+        left = min(520, max(210, 14 + round(max(text_width(text, 8) for text in captions))))
         axes = add_axes(figure, MARGIN + LABEL + left, top, MAPS_WIDTH - left, 22 * len(logits))
-        rows = [fit(text, left, 8) for text in said]
+        rows = [fit(text, left, 8) for text in captions]
         _draw_table(axes, 100 * logits.softmax(dim=1), "{:.0f}", names, rows, diagonal=False)
         axes.set_xlabel("probabilities, %", size=8, color=GREY)
     if is_turned:

@@ -127,12 +127,12 @@ def feature_figure(
     short = [fit(name, 160, 8) for name in names]
     true, predicted = ([short[k] for k in ks.tolist()] for ks in (dataset.test.labels[list(indices)], logits.argmax(1)))
     facts = zip(indices, true, predicted, strict=True)
-    said = [f"test image {index}: true {label}, predicted {guess}" for index, label, guess in facts]
-    subtitle = f"{said[0]}; red above zero, blue below"
+    captions = [f"test image {index}: true {label}, predicted {guess}" for index, label, guess in facts]
+    subtitle = f"{captions[0]}; red above zero, blue below"
     if len(indices) > 1:
         subtitle = f"{len(indices)} test images, a row each; red above zero, blue below"
     shown = outputs if every_layer else main_activations(outputs)
-    return pictures.draw_features(shown, names, title, subtitle, said)
+    return pictures.draw_features(shown, names, title, subtitle, captions)
 
 
 def filter_figure(model: nn.Module, image_shape: tuple[int, int, int], title: str) -> Figure:

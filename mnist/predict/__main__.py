@@ -86,15 +86,13 @@ class Prediction:
         """What --json prints; `class_names` where the classes are no digits, and so each picture has one answer."""
         if self.error is not None:
             return {"file": self.file, "error": self.error}
-        if class_names is not None:
-            return {"file": self.file, **self.answers[0].as_dict(class_names)}
-        largest = largest_of(self.answers)
+        largest = {"file": self.file, **largest_of(self.answers).as_dict(class_names)}
         if len(self.answers) == 1:
-            return {"file": self.file, **largest.as_dict()}
+            return largest
         number = "".join(str(answer.digit) for answer in self.answers)
         warning = f"{len(self.answers)} digits in one picture: {number}"
         digits = [{**answer.as_dict(), "box": answer.seen.box} for answer in self.answers]
-        return {"file": self.file, **largest.as_dict(), "warning": warning, "digits": digits}
+        return {**largest, "warning": warning, "digits": digits}
 
 
 def main(options: Options) -> int:

@@ -59,5 +59,5 @@ def _draw_probabilities(axes: Axes, answer: Answer, class_names: Sequence[str]) 
     axes.set_yticklabels([fit(class_names[k], 82, 8) for k in shown])
     axes.tick_params(length=0)  # a tick before a number looks like a minus sign
     axes.invert_yaxis()
-    said = "what it says" if len(shown) == len(class_names) else f"what it says: {len(shown)} of {len(class_names)}"
-    axes.set_title(said, size=9, color=GREY)
+    heading = "what it says" if len(shown) == len(class_names) else f"what it says: {len(shown)} of {len(class_names)}"
+    axes.set_title(heading, size=9, color=GREY)
