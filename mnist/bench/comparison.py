@@ -16,6 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from functools import cache
+from multiprocessing.connection import Listener
 from typing import NamedTuple
 
 import torch
@@ -70,7 +71,9 @@ def measure_loops(loops: Sequence[Loop], config: TrainConfig, num_images: int, r
 
     Raises:
         RunError: a loop cannot run, or its process has died.
+        OSError: TMPDIR is too long for the sockets of data-loading processes, which would wait for ever.
     """
+    Listener().close()
     context = multiprocessing.get_context("spawn")  # this project takes one thread only in a forked process
     results: dict[Loop, list[Measurement]] = {loop: [] for loop in loops}
     with ExitStack() as stack:

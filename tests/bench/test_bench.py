@@ -285,6 +285,15 @@ def test_a_mistake_is_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.launch
+def test_a_long_tmpdir_is_one_line(tmp_path: Path) -> None:
+    """Its data-loading processes waited for ever."""
+    folder = tmp_path / ("a" * 100)
+    folder.mkdir()
+    done = finish([*BENCH, *QUICK, "--recipe", "smoke"], tmp_path, TMPDIR=str(folder))
+    assert (done.code, done.err) == (1, "error: AF_UNIX path too long (a shorter TMPDIR helps)\n")
+
+
+@pytest.mark.launch
 def test_a_mistyped_recipe_is_answered_before_torch_is_imported(tmp_path: Path) -> None:
     done = finish([sys.executable, "-X", "importtime", "-m", "mnist.bench", "--recipe", "lenet"], tmp_path)
     assert done.code == 2
