@@ -75,7 +75,7 @@ def train(config: TrainConfig, console: Console | None = None, started_s: float 
 def run_training(config: TrainConfig, accelerator: Accelerator, console: Console, started_s: float) -> Result:
     """The run between the start and the end of the process group."""
     console.show("reading the data")
-    dataset = datasets.load(config.data, accelerator, config.image.image_size, console.show)
+    dataset = datasets.load(config.data, accelerator, config.image.image_size, console.show_progress)
     config = datasets.resolve(config, dataset)
     plan = build_plan(config, len(dataset.train), accelerator.num_processes)
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from mnist.config import from_flat, to_flat
 from mnist.errors import RunError, UserError
 from mnist.runs.records import MANIFEST, Numbers, check_record
-from mnist.runs.tracking.jsonl import flush_records
+from mnist.runs.tracking.jsonl import RECORDS, flush_records
 from mnist.system.files import (
     RecordError,
     flush,
@@ -65,6 +65,7 @@ class Checkpoint:
         plan: of the run.
         facts: what the result depends on besides the configuration: data_files, code, threads.
         scores: of the evaluation at this step, by split; empty where there was none.
+        num_records: lines of metrics.jsonl at that time; `save_checkpoint` counts them.
     """
 
     tensors: dict[str, dict[str, Tensor]]
@@ -74,6 +75,7 @@ class Checkpoint:
     plan: Plan
     facts: dict[str, Any]
     scores: dict[str, Numbers] = field(default_factory=dict)
+    num_records: int = 0
 
     def __post_init__(self) -> None:
         all_sums = (self.loop.interval_sums, self.loop.epoch_sums, self.loop.run_sums)
@@ -98,8 +100,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep_last: int, keep_b
     remove_leftovers(folder)
     try:
         temporary.mkdir(parents=True)
-        flush_records(folder.parent)
-        _write(temporary, checkpoint)
+        _write(temporary, dataclasses.replace(checkpoint, num_records=flush_records(folder.parent)))
         if final.exists():  # a broken one, which a resume has skipped
             final.rename(temporary_path(folder / f"old-{final.name}"))
         temporary.rename(final)
@@ -214,3 +215,10 @@ def _read_tensors(path: Path, sha256: str) -> dict[str, dict[str, Tensor]]:
     except (OSError, RecordError, UserError, SafetensorError) as error:
         raise CheckpointError(f"{path}: not the tensors of a checkpoint ({error})") from error
     return groups
+
+
+def missing_records(checkpoint: Checkpoint, run_dir: Path) -> list[str]:
+    """A line about the records that a run has lost since the checkpoint was saved, if any."""
+    num_lost = checkpoint.num_records - flush_records(run_dir)
+    lost = f"{num_lost} of {checkpoint.num_records} records up to step {checkpoint.step}"
+    return [f"{run_dir / RECORDS}: {lost} are lost; curves have a gap"] if num_lost > 0 else []

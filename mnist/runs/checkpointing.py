@@ -18,6 +18,7 @@ from mnist.runs.checkpoint_files import (
     CheckpointError,
     load_checkpoint,
     load_newest,
+    missing_records,
     save_checkpoint,
 )
 from mnist.runs.directory import branch_origin
@@ -76,6 +77,7 @@ def _find(setup: RunSetup) -> tuple[Checkpoint, list[str]] | None:
     saved, skipped = load_newest(directory.checkpoints)
     notes = [f"resuming {directory.path} at step {saved.step}"] if saved is not None else []
     notes += [f"skipped a checkpoint: {line}" for line in skipped]
+    notes += missing_records(saved, directory.path) if saved is not None else []
     if saved is None and origin is not None:
         saved = load_checkpoint(origin)
         notes.append(f"a new run from {origin}, step {saved.step}")

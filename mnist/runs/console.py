@@ -11,6 +11,7 @@ import io
 import math
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Self, TextIO
 
@@ -27,6 +28,7 @@ from rich.theme import Theme
 from mnist.errors import is_first_rank, is_one_of_several
 
 MAX_COLUMNS = 100  # wider lines are hard to read
+NOTE_INTERVAL_S = 5.0
 # What must be read has no colour but the terminal's own: on a white page green, yellow and cyan are pale.
 _THEME = Theme({"progress.download": "none", "progress.remaining": "none"})
 
@@ -84,6 +86,7 @@ class Console:
         if self._is_table and not in_notebook:
             self._out = self._err  # one screen: rich prints the lines above the bar
         self._warned: set[str] = set()
+        self._noted_s = time.monotonic()
         self._loss_name, self._best_accuracy = "train loss", 0.0
         self._num_steps, self._epoch_steps, self._activity = 0, 1.0, ""
         self._current_step: Callable[[], int] = lambda: 0
@@ -177,6 +180,13 @@ class Console:
         self._activity = activity
         if self._has_bar and not self._live.is_started:
             self._live.start()
+
+    def show_progress(self, activity: str) -> None:
+        """Shows how far a long work is; where there is no bar, in a line every five seconds."""
+        self.show(activity)
+        if not self._has_bar and time.monotonic() - self._noted_s >= NOTE_INTERVAL_S:
+            self._noted_s = time.monotonic()
+            self.note(activity)
 
     @contextlib.contextmanager
     def doing(self, activity: str) -> Iterator[None]:

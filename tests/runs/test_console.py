@@ -109,6 +109,17 @@ def test_a_closed_pipe_does_not_end_the_run() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, b"line\n", b"warning  careful\nend\n")
 
 
+def test_a_log_file_has_a_line_of_long_work_every_five_seconds(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now_s = 0.0
+    monkeypatch.setattr("mnist.runs.console.time.monotonic", lambda: now_s)
+    console = Console(is_main=True)
+    for now_s in range(12):
+        console.show_progress(f"decoding pictures  {now_s} of 12")
+    assert capsys.readouterr().err == "decoding pictures  5 of 12\ndecoding pictures  10 of 12\n"
+
+
 @pytest.mark.parametrize("variable", [{"CI": "true"}, {"TERM": "dumb"}])
 def test_a_terminal_that_nobody_watches_gets_plain_lines(variable: dict[str, str]) -> None:
     text = at_a_terminal(**variable)

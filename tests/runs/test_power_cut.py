@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from mnist.runs.checkpoint_files import list_steps, load_newest, save_checkpoint
+from mnist.runs.checkpoint_files import list_steps, load_newest, missing_records, save_checkpoint
 from mnist.runs.export import find_export, load_model
 from mnist.runs.records import read_run_record
 from mnist.runs.tracking.jsonl import JsonlFile
@@ -74,6 +74,25 @@ def test_no_checkpoint_survives_a_power_cut_without_its_records(tmp_path: Path, 
             assert not skipped
             assert (found.step if found else 0) == step // 10 * 10, copy
             assert num_lines(disk / "metrics.jsonl") >= step // 10 * 10, copy
+            assert found is None or missing_records(found, disk) == []
+
+
+@pytest.mark.parametrize(("kept", "lost"), [(0, "7 of 7"), (6, "1 of 7"), (None, "7 of 7")])
+def test_records_that_are_lost_all_the_same_are_counted(tmp_path: Path, kept: int | None, lost: str) -> None:
+    records = tmp_path / "metrics.jsonl"
+    records.write_text("{}\n" * 7)
+    save_checkpoint(tmp_path / "checkpoints", make_checkpoint(70), 1, 0)
+    found, _ = load_newest(tmp_path / "checkpoints")
+    assert found is not None
+    assert missing_records(found, tmp_path) == []
+    if kept is None:
+        records.unlink()
+    else:
+        records.write_text("{}\n" * kept + "{")
+    (line,) = missing_records(found, tmp_path)
+    assert f"metrics.jsonl: {lost} records up to step 70 are lost" in line
+    records.write_text("{}\n" * 9)
+    assert missing_records(found, tmp_path) == []
 
 
 @pytest.mark.launch

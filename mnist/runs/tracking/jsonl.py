@@ -54,12 +54,14 @@ def _read_lines(path: Path) -> list[bytes]:
     return read_regular(path, MAX_BYTES).split(b"\n")[:-1]
 
 
-def flush_records(run_dir: Path) -> None:
-    """Waits until the disk has the records of a run, before what stands for them is written."""
+def flush_records(run_dir: Path) -> int:
+    """Waits until the disk has the records of a run, before what stands for them is written; returns their number."""
     path = run_dir / RECORDS
     refuse_symlink(path)
-    if path.exists():
-        flush(path)
+    if not path.exists():
+        return 0
+    flush(path)
+    return len(_read_lines(path))
 
 
 def _parse(line: bytes, where: Path) -> Record:
