@@ -52,6 +52,7 @@ _FOREIGN = {
     "resume_from_checkpoint": "--resume",
     "max_grad_norm": "--grad-clip",
 }
+MAX_YAML_BYTES = 1_000_000  # of a --config file
 _SWITCHES = ("help", "list_recipes", "print_config")
 
 T = TypeVar("T")
@@ -77,7 +78,7 @@ def parse_command_line(argv: Sequence[str] | None = None) -> TrainConfig:
         SystemExit: 0 when something was asked to be printed, 2 at a mistake.
     """
     with _errors_in_one_line():
-        process.check_working_directory()
+        process.check_surroundings()
         launcher.check_variables()
         typed = _read_tokens(sys.argv[1:] if argv is None else argv)
         file = typed.pop("config", None)
@@ -141,7 +142,7 @@ def parse_options(options: type[T], command: str, description: str | None, *, ha
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             os.environ.pop(name, None)
     with _errors_in_one_line():
-        process.check_working_directory()
+        process.check_surroundings()
         launcher.check_variables()
         with contextlib.nullcontext() if is_first_rank() else contextlib.redirect_stderr(io.StringIO()):
             return tyro.cli(
@@ -286,11 +287,20 @@ def _convert(flag: str, values: Sequence[str], hint: Any, is_path: bool) -> Any:
         raise UserError(f"{flag} {text}: must be a {'whole ' if int in kinds else ''}number") from None
 
 
+def _read_at_most(path: Path, max_bytes: int) -> bytes:
+    """The content of a file, pipe or device."""
+    with path.open("rb") as file:
+        content = file.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise UserError(f"--config {path}: larger than {max_bytes:,} bytes")
+    return content
+
+
 def _read_file(path: Path) -> dict[str, Any]:
     """The fields that a YAML file sets, as their text was written: YAML 1.1 would read 010 as 8 and 1:30 as 90."""
     known, place, found = _fields(), f"--config {path}", dict[str, Any]()
     try:
-        root = yaml.compose(path.read_bytes(), Loader=yaml.SafeLoader)
+        root = yaml.compose(_read_at_most(path, MAX_YAML_BYTES), Loader=yaml.SafeLoader)
     except OSError as error:
         raise MachineError(f"{place}: cannot be read ({error.strerror})") from error
     except RecursionError as error:

@@ -460,12 +460,13 @@ def to_flat(config: TrainConfig) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in flat.items()}
 
 
-def from_flat(flat: dict[str, Any]) -> TrainConfig:
+def from_flat(flat: Any) -> TrainConfig:
     """The inverse of `to_flat`. Fields that are missing keep their defaults.
 
     Raises:
-        UserError: an unknown field, or a value of another type or out of its range.
+        UserError: no dictionary, an unknown field, or a value of another type or out of its range.
     """
+    _require(isinstance(flat, dict), "the configuration must be an object with a value for each field")
     known = to_flat(TrainConfig())
     unknown = sorted(set(flat) - set(known))
     _require(not unknown, f"unknown configuration field: {', '.join(unknown)}")

@@ -337,7 +337,7 @@ def ensemble(in_channels: int, image_size: int, num_classes: int) -> Ensemble:
 
 
 def vggnet(in_channels: int, image_size: int, num_classes: int) -> nn.Sequential:
-    """The network of `patient`; 307,370 parameters, 18 M: pairs of 3x3 convolutions, two of them pooled.
+    """The network of `strong`; 307,370 parameters, 18 M: pairs of 3x3 convolutions, two of them pooled.
 
     Source: built as in Simonyan, Zisserman 2015 (arXiv:1409.1556), with batch norm.
     """

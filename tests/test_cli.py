@@ -288,6 +288,11 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, capsys, content):
     assert err.startswith(f"error: --config {path}: cannot be read")
 
 
+def test_a_file_without_an_end_is_not_read_to_it(capsys):
+    code, _, err = exit_of(["--config", "/dev/zero"], capsys)
+    assert (code, err) == (2, "error: --config /dev/zero: larger than 1,000,000 bytes\n")
+
+
 def test_the_recipes_are_listed_with_what_to_expect(capsys):
     code, out, err = exit_of(["--list-recipes"], capsys)
     assert (code, err) == (0, "")
@@ -488,6 +493,21 @@ def test_a_deleted_working_directory_is_one_line(tmp_path):
     code = f"import os, sys; os.chdir({str(gone)!r}); os.rmdir({str(gone)!r}); os.execv(sys.executable, sys.argv[1:])"
     done = run_script("-c", code, sys.executable, str(ROOT / "train_ddp.py"), "--recipe", "smoke")
     assert (done.returncode, done.stderr) == (2, "error: the working directory was deleted; change to another one\n")
+
+
+def test_too_few_open_files_are_one_line():
+    limited = f"ulimit -n 16; exec {sys.executable} train_ddp.py --recipe smoke"
+    done = subprocess.run(["bash", "-c", limited], cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+    assert (done.returncode, done.stderr) == (2, "error: ulimit -n 16: too few open files; 256 are needed\n")
+
+
+def test_a_low_limit_on_open_files_is_raised_where_it_may_be():
+    code = "import resource; from mnist.cli import parse_command_line; parse_command_line([])"
+    limited = (
+        f"ulimit -S -n 20; exec {sys.executable} -c '{code}; print(resource.getrlimit(resource.RLIMIT_NOFILE)[0])'"
+    )
+    done = subprocess.run(["bash", "-c", limited], cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+    assert (done.returncode, done.stdout) == (0, "256\n")
 
 
 FAILING = """

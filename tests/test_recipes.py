@@ -11,7 +11,7 @@ from tests.test_models import PARAMETERS
 
 OF_THE_SOURCES = ["convnet", "mycnn", "lenet5", "lenet5_original", "lenet5_classic", "mlp", "mlp_sigmoid", "yannet"]
 OF_THE_PAPER = ["lenet5_1998"]
-MADE_HERE = ["fast", "balanced", "thorough", "patient", "accurate", "resnet", "smoke"]
+MADE_HERE = ["fast", "balanced", "thorough", "strong", "accurate", "resnet", "smoke"]
 OURS = OF_THE_SOURCES + OF_THE_PAPER + MADE_HERE  # a recipe of yours is bound to nothing but the first tests
 PLAIN = {"mean": [0.0], "std": [1.0]}
 LENET5 = {

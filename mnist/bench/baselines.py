@@ -190,7 +190,7 @@ def bare(job: Job) -> Pass:
 def _captured(
     train_batch: Callable[[Tensor], Tensor], model: nn.Module, optimizer: Optimizer, batch: int
 ) -> Callable[[Tensor], Tensor]:
-    """`train_batch` as a CUDA graph, for `batch` images. Recording trains; weights and averages are restored."""
+    """`train_batch` as a CUDA graph, for `batch` images. Recording trains; weights and moments are restored."""
     initial = copy.deepcopy(model.state_dict())
     device = next(model.parameters()).device
     indices, loss = torch.zeros(batch, dtype=torch.int64, device=device), torch.zeros((), device=device)

@@ -101,7 +101,9 @@ def load(
     """
     choice = ranks.together(accelerator, lambda: choose(config, show))
     ranks.together(accelerator, lambda: _fetch_or_decode(choice.name, config, size, show), on="local_main")
-    dataset = ranks.together(accelerator, lambda: read(choice.name, config, choice.fallback_reason, size), on="all")
+    dataset = ranks.together(
+        accelerator, lambda: read(choice.name, config, choice.fallback_reason, size, show), on="all"
+    )
     ranks.require_agreement(accelerator, "data files", dataset.fingerprint)
     return ranks.together(accelerator, lambda: _to_device(dataset, accelerator.device), on="all")
 
@@ -173,7 +175,13 @@ def choose(config: DataConfig, show: Callable[[str], object] = lambda _: None) -
     return Choice("mnist")
 
 
-def read(name: str, config: DataConfig, fallback_reason: str | None = None, size: int = MNIST_SIDE) -> Dataset:
+def read(
+    name: str,
+    config: DataConfig,
+    fallback_reason: str | None = None,
+    size: int = MNIST_SIDE,
+    show: Callable[[str], object] = lambda _: None,
+) -> Dataset:
     """Reads and checks the splits; every rank calls it, once the files are there.
 
     The validation split is the end of the training set: writers come in blocks, so that a contiguous piece keeps a
@@ -184,13 +192,14 @@ def read(name: str, config: DataConfig, fallback_reason: str | None = None, size
         config: folder and size of the validation split.
         fallback_reason: why `auto` came to the embedded digits, or None.
         size: side of the network's input, which people's own pictures are brought to.
+        show: is told how far decoding them is, where the cache does not have them.
 
     Raises:
         UserError: a file that is broken, or of another kind, or does not fit its partner; or `val_size` too large.
     """
     source = SOURCES[name]
     if name == "folder":
-        pictures = folder.read(config.data_dir, config.channels or folder.CHANNELS, size)
+        pictures = folder.read(config.data_dir, config.channels or folder.CHANNELS, size, show)
         train, test, hashes, warnings = pictures.train, pictures.test, [pictures.sha256], pictures.warnings()
         class_names = pictures.class_names
     else:

@@ -33,7 +33,6 @@ MIRROR_VARIABLE = "MNIST_MIRROR"  # a base URL to try first, for clusters with a
 SOCKET_TIMEOUT_S = 8.0
 GIVE_UP_AFTER_S = 20.0  # ... unless data comes in at
 MIN_BYTES_PER_S = 50_000
-MAX_BYTES = 600_000_000  # of a file; EMNIST's archive, the largest one, has 562 million
 LOCK_TIMEOUT_S = 600.0  # whoever holds the lock gives up by itself, long before that
 
 
@@ -44,6 +43,7 @@ class Transfer:
     Attributes:
         mirrors: base URLs, in the order in which they are asked; one that failed is removed.
         files: name and md5 of each file, packed with gzip; or of one zip archive with such files.
+        max_bytes: of a file; a server that sends more has failed.
         members: names of the files that are taken from an archive, unpacked.
         num_bytes: received so far, of all files.
         failures: a line for each mirror that has failed.
@@ -53,6 +53,7 @@ class Transfer:
 
     mirrors: list[str]
     files: Sequence[tuple[str, str]]
+    max_bytes: int
     members: Collection[str] = ()
     num_bytes: int = 0
     failures: list[str] = field(default_factory=list)
@@ -94,7 +95,8 @@ def _transfer(source: Source) -> Transfer:
         files = [(url.rpartition("/")[2], md5) for url, md5 in addresses]
     own_mirrors = filter(None, [os.environ.get(MIRROR_VARIABLE)])
     same_archive = (other for other in SOURCES.values() if other.torchvision_class == source.torchvision_class)
-    return Transfer([*own_mirrors, *mirrors], files, {file for other in same_archive for file in other.files})
+    members = {file for other in same_archive for file in other.files}
+    return Transfer([*own_mirrors, *mirrors], files, source.max_bytes, members)
 
 
 def download(name: str, data_dir: Path, raw: Path, show: Callable[[str], object] = lambda _: None) -> None:
@@ -184,8 +186,8 @@ def _fetch(transfer: Transfer, url: str, path: Path, md5: str) -> None:
             transfer.num_bytes += len(chunk)
             if transfer.is_given_up:
                 raise OSError("given up")
-            if num_bytes > MAX_BYTES:
-                raise OSError(f"sends more than {MAX_BYTES:,} bytes")
+            if num_bytes > transfer.max_bytes:
+                raise OSError(f"sends more than {transfer.max_bytes:,} bytes")
     if digest.hexdigest() != md5:
         raise OSError(f"{num_bytes:,} bytes that are not the published file (md5)")
     if path.suffix == ".zip":

@@ -26,6 +26,7 @@ from mnist.data.batches import Split
 from mnist.data.folder_files import check_classes, find_files
 from mnist.data.picture_file import PictureError, read_file, to_image
 from mnist.errors import UserError
+from mnist.system import signals
 from mnist.system.files import temporary_path
 from mnist.system.process import num_usable_cores
 
@@ -84,19 +85,20 @@ def prepare(data_dir: str, num_channels: int, size: int, show: Callable[[str], o
         return
 
 
-def read(data_dir: str, num_channels: int, size: int) -> Pictures:
+def read(data_dir: str, num_channels: int, size: int, show: Callable[[str], object] = lambda _: None) -> Pictures:
     """All pictures, from the cache or decoded now.
 
     Args:
         data_dir: the folder.
         num_channels: C, 1 or 3.
         size: S; pictures keep the ratio of their sides, and what is missing is filled with the colour of their edge.
+        show: is told how many have been decoded, where they are.
 
     Raises:
         UserError: no such folder, no pictures, a class without pictures or a single class, most files unreadable.
     """
     listing = Listing(data_dir, num_channels, size)
-    return listing.split(listing.read_cache() or listing.decode())
+    return listing.split(listing.read_cache() or listing.decode(show))
 
 
 class Decoded(NamedTuple):
@@ -167,6 +169,8 @@ class Listing:
             with warnings.catch_warnings(action="ignore"):  # Pillow's, of odd files
                 for first, _ in zip(starts, pool.map(decode_part, starts), strict=True):
                     show(f"decoding pictures  {first:,} of {len(self.files):,}")
+                    if signals.stop_requested() and not signals.are_installed():  # they would end the process
+                        raise KeyboardInterrupt
         finally:
             pool.shutdown(cancel_futures=True)  # at Ctrl-C
         readable = [place for place in range(len(self.files)) if place not in reasons]

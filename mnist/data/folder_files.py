@@ -87,11 +87,13 @@ def _hash(file: File) -> str:
 
 
 def _subfolders(folder: Path) -> list[Path]:
-    """The folders of classes in `folder`, sorted."""
+    """The folders of classes in `folder`, sorted, without links back to it or to what it is in."""
     try:
         if not folder.is_dir():
             return []
-        return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(IGNORED))
+        above = {folder.resolve(), *folder.resolve().parents}
+        found = (path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(IGNORED))
+        return sorted(path for path in found if path.resolve() not in above)
     except OSError as error:
         _refuse(error)
 

@@ -30,6 +30,7 @@ class Source:
     image_shape: tuple[int, int, int] = (1, 28, 28)  # channels, height, width
     files: tuple[str, ...] = _MNIST_FILES  # images and labels to train on, images and labels of the test set
     sha256: tuple[str, ...] = ()  # of `files`, unpacked; empty = not pinned
+    max_bytes: int = 30_000_000  # of a packed file; a server that sends more has failed
     train_copies: int = 1  # how often each training image is stored, and so seen in one epoch
     is_transposed: bool = False  # in the files; here all images are upright
     first_label: int = 0  # in the files; here it is 0
@@ -68,6 +69,7 @@ def _emnist(split: str, class_names: str, *, first_label: int = 0, has_digits: b
         "EMNIST",
         tuple(class_names),
         files=tuple(f"{part}-{file}" for part in parts for file in ("images-idx3-ubyte", "labels-idx1-ubyte")),
+        max_bytes=600_000_000,
         is_transposed=True,
         first_label=first_label,
         has_digits=has_digits,
@@ -125,9 +127,12 @@ def take_info(flat: dict[str, Any]) -> DatasetInfo:
     if not values:
         return info_of(str(flat.get("dataset")))
     try:
-        return msgspec.convert(values, DatasetInfo)
+        info = msgspec.convert(values, DatasetInfo)
     except msgspec.ValidationError as error:
         raise UserError(f"image_shape or class_names is damaged ({error})") from error
+    if not info.class_names or min(info.image_shape) < 1:
+        raise UserError("image_shape or class_names is damaged (nothing may be empty)")
+    return info
 
 
 def is_present(name: str, data_dir: str) -> bool:

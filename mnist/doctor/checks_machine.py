@@ -251,17 +251,15 @@ def judge_run_dir(facts: Sequence[Fact]) -> Judgement:
     disk = facts[0].value
     folder, speed, free = Path(disk["folder"]).resolve(), disk["bytes_per_s"], disk["free_gib"]
     line = f"{folder} of {facts[0].where}: {speed / 1e6:,.0f} MB/s, {free:,} GiB free"
+    warnings = []
     if free < MIN_DISK_FREE_GIB:
-        return "warn", f"{line}: too little for many checkpoints; make room, or choose another --run-dir"
+        warnings.append("too little room for many checkpoints; make room, or choose another --run-dir")
     if speed < MIN_DISK_SPEED:
-        return "warn", f"{line}: checkpoints will be slow; choose a local disk with --run-dir"
-    blind = [fact for fact in facts if not fact.value["is_seen"]]
+        warnings.append("checkpoints will be slow; choose a local disk with --run-dir")
+    blind = [fact.where for fact in facts if not fact.value["is_seen"]]
     if blind:
-        return "warn", (
-            f"{blind[0].where} does not see {folder} of rank 0: fine, rank 0 alone writes there; but to resume, rank 0 "
-            "must run on the same host again"
-        )
-    return "pass", line
+        warnings.append(f"{blind[0]} does not see it, rank 0 alone writes there; to resume, start rank 0 on this host")
+    return ("warn", f"{line}: {'; '.join(warnings)}") if warnings else ("pass", line)
 
 
 def measure_wandb(probe: Probe) -> dict[str, Any] | None:

@@ -78,6 +78,8 @@ class Checkpoint:
     num_records: int = 0
 
     def __post_init__(self) -> None:
+        if self.step < 0:
+            raise ValueError(f"loop.step must be 0 or more, not {self.step}")
         all_sums = (self.loop.interval_sums, self.loop.epoch_sums, self.loop.run_sums)
         if any(sums.totals.keys() != METRICS.keys() for sums in all_sums):
             raise ValueError(f"loop: the totals of its sums must be those of {', '.join(METRICS)}")
@@ -197,7 +199,7 @@ def _read_manifest(folder: Path) -> tuple[Checkpoint, str]:
         config = to_flat(from_flat(content["config"]))
         checkpoint = check_record(path, {**content, "config": config, "tensors": {}}, Checkpoint)
         return checkpoint, content["tensors"]["sha256"]
-    except (RecordError, UserError) as error:
+    except (RecordError, UserError, KeyError, TypeError, RecursionError) as error:
         where = "" if str(path) in str(error) else f"{path}: "
         raise CheckpointError(f"{where}{error}"[:300]) from error
 
@@ -212,7 +214,7 @@ def _read_tensors(path: Path, sha256: str) -> dict[str, dict[str, Tensor]]:
         for key, tensor in safetensors.torch.load(content).items():
             group, _, name = key.partition(".")
             groups[group][name] = tensor
-    except (OSError, RecordError, UserError, SafetensorError) as error:
+    except (OSError, RecordError, UserError, SafetensorError, KeyError) as error:
         raise CheckpointError(f"{path}: not the tensors of a checkpoint ({error})") from error
     return groups
 

@@ -27,9 +27,9 @@ def resumed_config(resume: str, run_dir: str | None) -> TrainConfig:
     is_checkpoint = (path / MANIFEST).is_file()
     try:
         content = read_json(path / (MANIFEST if is_checkpoint else "config.json"))
-        flat = content["config"] if is_checkpoint else content
+        flat = content.get("config") if is_checkpoint else content
         config = evolve(from_flat(flat), resume=str(path), run_dir=run_dir, inject=())
-    except (RecordError, UserError, KeyError, TypeError) as error:
+    except (RecordError, UserError) as error:
         raise MachineError(f"--resume {resume}: its configuration cannot be used ({error})") from error
     if not content:
         raise MachineError(

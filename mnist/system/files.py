@@ -13,9 +13,7 @@ import os
 import shutil
 import stat
 from pathlib import Path
-from typing import Any
-
-import msgspec
+from typing import Any, NoReturn
 
 from mnist.errors import RunError, UserError
 
@@ -95,13 +93,24 @@ def read_regular(path: Path, max_bytes: int) -> bytes:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file of the project, {} where there is no file; a RecordError where it holds none."""
     try:
-        return msgspec.json.decode(read_regular(path, MAX_JSON_BYTES), type=dict[str, Any])
+        content = json.loads(read_regular(path, MAX_JSON_BYTES), parse_int=_parse_int, parse_constant=_refuse)
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    except msgspec.ValidationError as error:
-        raise RecordError(f"{path}: holds no JSON object ({error})") from error
     except (OSError, ValueError, RecursionError) as error:
         raise RecordError(f"{path}: not readable as JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise RecordError(f"{path}: holds no JSON object")
+    return content
+
+
+def _parse_int(digits: str) -> int:
+    if len(digits) > 19:  # more than 64 bits hold
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is no JSON")
 
 
 def write_json(path: Path, content: Any) -> None:

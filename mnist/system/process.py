@@ -19,7 +19,11 @@ from typing import NoReturn
 
 from mnist.errors import UserError
 
+with contextlib.suppress(ImportError):  # Windows has none
+    import resource
+
 MIN_COLUMNS = 40
+MIN_OPEN_FILES = 256  # torch, W&B and matplotlib together open some 60; W&B waits for ever where it gets none
 _CPUINFO, _CGROUPS = Path("/proc/cpuinfo"), Path("/sys/fs/cgroup")
 _V1_NAMES = ("quota", "period")
 TICK_S = 1.0
@@ -36,12 +40,27 @@ def tune() -> None:
     gc.set_threshold(100_000)  # imports make many objects that stay; looking for garbage among them takes 0.2 s
 
 
-def check_working_directory() -> None:
-    """Raises a UserError where the working directory was deleted."""
+def check_surroundings() -> None:
+    """Checks what a process inherits beside variables: the working directory and the limit on open files.
+
+    Raises:
+        UserError: names what is wrong and what to do.
+    """
     try:
         Path.cwd()
     except OSError as error:
         raise UserError("the working directory was deleted; change to another one") from error
+    _raise_open_files_limit()
+
+
+def _raise_open_files_limit() -> None:
+    if os.name != "posix":
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= soft < MIN_OPEN_FILES:
+        if 0 <= hard < MIN_OPEN_FILES:
+            raise UserError(f"ulimit -n {hard}: too few open files; {MIN_OPEN_FILES} are needed")
+        resource.setrlimit(resource.RLIMIT_NOFILE, (MIN_OPEN_FILES, hard))
 
 
 def wait_briefly() -> None:
@@ -70,13 +89,17 @@ def keep_memory() -> None:
 
 
 def fill_standard_streams() -> None:
-    """Opens /dev/null in the place of each standard stream that is closed, for which Python has None.
+    """Opens /dev/null in the place of each standard stream that is closed.
 
-    Otherwise a file of the run would get the stream's number, and its text.
+    Otherwise a file of the run would get the stream's number, and its text. Python has None for such a stream.
     """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
     for descriptor, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
         if getattr(sys, name) is None:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
             stream = open(descriptor, mode, encoding="utf-8", closefd=False)  # noqa: SIM115 - as long as the process
             setattr(sys, name, stream)
             setattr(sys, f"__{name}__", stream)

@@ -111,13 +111,14 @@ def _start_watching() -> None:
 
     The main thread may be in C++, in a collective whose other ranks are gone, where no Python runs. The interpreter
     writes the number of *every* signal that has a Python handler to the wake-up descriptor, at once and also then;
-    the thread reads it there.
+    the thread reads it there. Where no thread can be started, signals are still noted.
     """
     reader, writer = os.pipe()
-    threading.Thread(target=_watch, args=(reader,), daemon=True, name="signal-watch").start()
-    os.set_blocking(writer, False)
-    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    _is_watched.set()
+    with contextlib.suppress(RuntimeError):  # a limit on threads
+        threading.Thread(target=_watch, args=(reader,), daemon=True, name="signal-watch").start()
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        _is_watched.set()
 
 
 def _watch(reader: int) -> None:

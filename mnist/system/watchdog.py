@@ -49,12 +49,13 @@ class Watchdog:
         self._last_heartbeat = self._now
         if self._thread is None:
             self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
-            self._thread.start()
+            with contextlib.suppress(RuntimeError):  # a limit on threads: the run is not watched
+                self._thread.start()
 
     def stop(self) -> None:
         """Stops watching, for good. Waits for the thread, whose `ended_after` would cancel one of the caller's."""
         self._stopped.set()
-        if self._thread is not None:
+        if self._thread is not None and self._thread.is_alive():
             self._thread.join(TICK_S)  # no longer: it may be talking to a machine that is gone
 
     def _watch(self) -> None:
@@ -63,7 +64,10 @@ class Watchdog:
             self._now = clock.read()
             idle_s = self._now - self._last_heartbeat
             reason = None
-            with ended_after(self.timeout_s), contextlib.suppress(RuntimeError):  # it talks to other machines
+            with (
+                ended_after(self.timeout_s),
+                contextlib.suppress(RuntimeError),
+            ):  # it may talk to a machine that is gone
                 reason = self._each_tick(idle_s)
             if reason is None and idle_s >= self.timeout_s:
                 reason = f"no progress for {self.timeout_s:.0f} s"
@@ -82,7 +86,11 @@ class Watchdog:
 @contextmanager
 def ended_after(seconds: float) -> Iterator[None]:
     """Ends the process with its stacks where the body takes longer, also where no Python can run."""
-    faulthandler.dump_traceback_later(seconds, exit=True, file=2)
+    try:
+        faulthandler.dump_traceback_later(seconds, exit=True, file=2)
+    except RuntimeError:  # a limit on threads
+        yield
+        return
     try:
         yield
     finally:

@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 import fcntl
 import gzip
 import hashlib
@@ -302,7 +303,7 @@ def test_a_mirror_that_is_no_web_address_does_not_end_the_list(tmp_path, mnist, 
 
 
 def test_a_mirror_that_never_stops_sending_is_left(tmp_path, mnist, server, monkeypatch):
-    monkeypatch.setattr(module, "MAX_BYTES", 1_000_000)
+    monkeypatch.setitem(SOURCES, "mnist", dataclasses.replace(SOURCES["mnist"], max_bytes=1_000_000))
     server.endless = True
     with pytest.raises(OSError, match="sends more than 1,000,000 bytes"):
         download("MNIST", tmp_path / "data")

@@ -112,6 +112,12 @@ def test_names_of_classes_are_one_line_and_cannot_command_a_terminal(shapes):
     assert read(shapes).class_names[0] == "a\ufffdb\ufffdc\ufffd[31md"
 
 
+def test_an_interrupt_in_a_notebook_ends_decoding(shapes, monkeypatch):
+    monkeypatch.setattr(folder.signals, "stop_requested", lambda: True)
+    with pytest.raises(KeyboardInterrupt):
+        read(shapes)
+
+
 def test_the_order_depends_on_names_only_and_not_on_the_file_system(shapes, tmp_path):
     paths = sorted(path for path in shapes.rglob("*.png"))
     for path in reversed(paths):
@@ -152,6 +158,7 @@ def test_pictures_lie_in_subfolders_of_a_class_too(shapes):
 @pytest.mark.timeout(30)
 def test_links_to_folders_in_a_class_are_passed_over_and_other_links_are_followed(shapes, tmp_path):
     (shapes / "train" / "circle" / "up").symlink_to(shapes / "train")
+    (shapes / "train" / "loop").symlink_to(shapes)
     (shapes / "train" / "circle" / "itself.png").symlink_to(shapes / "train" / "circle" / "itself.png")
     shutil.move(shapes / "train" / "square", tmp_path / "elsewhere")
     (shapes / "train" / "square").symlink_to(tmp_path / "elsewhere")

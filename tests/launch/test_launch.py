@@ -8,6 +8,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -185,6 +186,16 @@ def test_a_run_that_was_stopped_for_longer_than_its_time_out_continues(tmp_path:
         assert process.wait(timeout=60) == 75
         assert process.stderr is not None
         assert "no progress" not in process.stderr.read()
+
+
+@pytest.mark.skipif(os.getuid() != 0 or shutil.which("setpriv") is None, reason="limits bind root only with setpriv")
+def test_a_run_without_room_for_another_thread_finishes(tmp_path: Path) -> None:
+    limited = ["setpriv", "--ruid", "65534", "--bounding-set", "-sys_admin,-sys_resource", "prlimit", "--nproc=1"]
+    probe = [*limited, *PYTHON, "-c", "import threading; threading.Thread(target=print).start()"]
+    assert "can't start new thread" in finish(probe, tmp_path).err
+    done = finish([*limited, *train(*SMOKE, "--num-threads", "1", "--run-dir", "run")], tmp_path)
+    assert done.code == 0, done.err
+    assert result(tmp_path / "run")["status"] == "finished"
 
 
 def test_a_killed_launcher_leaves_no_orphan(tmp_path: Path) -> None:

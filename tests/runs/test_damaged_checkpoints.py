@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
+import torch
 
 from mnist.runs import checkpoint_files
 from mnist.runs.checkpoint_files import load_newest, save_checkpoint
@@ -79,6 +81,11 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
     "a setting that the code no longer has": rewritten(lambda manifest: manifest["config"].update({"colour": 1})),
     "a setting out of its range": rewritten(lambda manifest: manifest["config"].update({"epochs": 0})),
     "a field that the code expects": rewritten(lambda manifest: manifest["plan"].pop("num_steps")),
+    "no configuration": rewritten(lambda manifest: manifest.pop("config")),
+    "a configuration that is a list": rewritten(lambda manifest: manifest.update(config=[])),
+    "nothing about tensors": rewritten(lambda manifest: manifest.update(tensors=None)),
+    "tensors of an unknown group": with_tensors(safetensors.torch.save({"colour.red": torch.zeros(1)})),
+    "a step below 0": rewritten(lambda manifest: manifest["loop"].update({"step": -2})),
     "a field of another type": rewritten(lambda manifest: manifest["loop"].update({"step": 2.5})),
 }
 

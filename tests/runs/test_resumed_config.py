@@ -41,6 +41,12 @@ def test_last_is_the_run_whose_configuration_was_written_last(tmp_path: Path, mo
     assert resumed_config("last", None).output.run_dir == "runs/a"
 
 
+def test_a_checkpoint_whose_configuration_is_a_list_is_one_line(tmp_path: Path) -> None:
+    folder = write(tmp_path / "manifest.json", {"config": []})
+    with pytest.raises(MachineError, match="the configuration must be an object"):
+        resumed_config(str(folder), None)
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [

@@ -212,3 +212,9 @@ def test_a_process_killed_at_any_point_of_a_write_leaves_the_old_file_or_the_new
     assert len(outcomes) > 3
     assert outcomes == sorted(outcomes, reverse=True)
     assert set(outcomes) == {"old", "new"}
+
+
+def test_a_path_that_is_not_utf_8_can_be_read_back(tmp_path: Path) -> None:
+    content = {"data_dir": os.fsdecode(b"runs/caf\xe9")}
+    write_json(tmp_path / "file.json", content)
+    assert read_json(tmp_path / "file.json") == content

@@ -134,6 +134,28 @@ def test_time_in_which_the_process_was_stopped_is_no_part_of_the_grace() -> None
         assert process.wait(timeout=25) == 1
 
 
+def test_without_room_for_a_thread_signals_are_noted_and_nothing_is_watched() -> None:
+    refuse = """
+import threading
+def start(thread):
+    raise RuntimeError("can't start new thread")
+threading.Thread.start = start
+"""
+    with start(DEFAULTS + refuse + WAITING.replace("signals.install()", "signals.install()" + SHORT_WATCH)) as process:
+        process.send_signal(signal.SIGTERM)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "SIGTERM\n"
+        process.kill()
+        assert process.stderr is not None
+        assert process.stderr.read().count("ending before training") == 1
+
+
+SHORT_WATCH = """
+from mnist.system.watchdog import Watchdog
+Watchdog(0.1).heartbeat()
+"""
+
+
 def test_a_rank_gets_sigterm_when_its_launcher_dies() -> None:
     parent = f"""
 import subprocess, sys, time

@@ -5,6 +5,8 @@ In: records, on rank 0. Out: the file; what a reader takes from it, checked.
 
 from __future__ import annotations
 
+import json
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,8 +62,9 @@ def flush_records(run_dir: Path) -> int:
     refuse_symlink(path)
     if not path.exists():
         return 0
+    num_records = len(_read_lines(path))
     flush(path)
-    return len(_read_lines(path))
+    return num_records
 
 
 def _parse(line: bytes, where: Path) -> Record:
@@ -98,11 +101,10 @@ class JsonlFile:
         if record["step"] <= self._last_step.get(record["split"], -1):
             return False
         self._last_step[record["split"]] = record["step"]
+        valid = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         try:
             self.check()
-            self._file.write(
-                msgspec.json.encode(record).decode() + "\n"
-            )  # inf, as an fp16 gradient norm can be, is null
+            self._file.write(json.dumps(valid) + "\n")  # JSON has no inf, which an fp16 gradient norm can be
         except OSError as error:
             raise RunError(f"{self._path}: not written ({error.strerror}); free some space there") from error
         return True
