@@ -245,7 +245,7 @@ def thorough() -> TrainConfig:
 
 
 def strong() -> TrainConfig:
-    """About 99.7 % in six minutes of training on two CPU cores, in three with --mixed-precision bf16.
+    """About 99.7 % in five minutes of training on two CPU cores, in three with --mixed-precision bf16.
 
     Source: own, found on a validation split (docs/lab.md); the network after Simonyan, Zisserman 2015.
     Differs: from `fast`: convolutions in pairs, stronger affine maps, elastic distortion, averaged weights.
