@@ -203,7 +203,7 @@ def points(results: dict[str, Any], scripts: dict[str, Any]) -> list[Row]:
     rows = [row for row in results["rows"] if row["device"] == "cpu"] + scripts["rows"]
     found = [
         {
-            "name": row.get("recipe") or row["script"],
+            "name": (row.get("recipe") or row["script"]) + (" in bf16" if row.get("precision") == "bf16" else ""),
             "ours": "recipe" in row,
             "seconds": round(row["train_time_s"], 2),
             "accuracy": round(sum(row["accuracies"]) / len(row["accuracies"]), 5),
