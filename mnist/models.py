@@ -336,6 +336,17 @@ def ensemble(in_channels: int, image_size: int, num_classes: int) -> Ensemble:
     return Ensemble(poolnet_deep(in_channels, image_size, num_classes) for _ in range(2))
 
 
+def _convolution(
+    i: int, channels_in: int, channels_out: int, kernel_size: int, padding: int = 0
+) -> dict[str, nn.Module]:
+    """The `i`-th convolution of a network, with batch norm and ReLU after it."""
+    return {
+        f"conv{i}": nn.Conv2d(channels_in, channels_out, kernel_size, padding=padding, bias=False),
+        f"norm{i}": nn.BatchNorm2d(channels_out),
+        f"relu{i}": nn.ReLU(),
+    }
+
+
 def vggnet(in_channels: int, image_size: int, num_classes: int) -> nn.Sequential:
     """The network of `strong`; 307,370 parameters, 18 M: pairs of 3x3 convolutions, two of them pooled.
 
@@ -345,9 +356,7 @@ def vggnet(in_channels: int, image_size: int, num_classes: int) -> nn.Sequential
     # 1x28x28 -> 32x26x26 -> 32x24x24, pooled 32x12x12 -> 64x12x12 -> 64x12x12, pooled 64x6x6 -> 128x6x6 -> 128x4x4
     channels, paddings = [in_channels, 32, 32, 64, 64, 128, 128], [0, 0, 1, 1, 1, 0]
     for i, ((channels_in, channels_out), padding) in enumerate(zip(pairwise(channels), paddings, strict=True), start=1):
-        layers[f"conv{i}"] = nn.Conv2d(channels_in, channels_out, kernel_size=3, padding=padding, bias=False)
-        layers[f"norm{i}"] = nn.BatchNorm2d(channels_out)
-        layers[f"relu{i}"] = nn.ReLU()
+        layers |= _convolution(i, channels_in, channels_out, kernel_size=3, padding=padding)
         if i in (2, 4):
             layers[f"pool{i}"] = nn.MaxPool2d(2)
     flat_size = _flat_size(image_size, 128, (image_size - 4) // 2 // 2 - 2)
@@ -363,9 +372,7 @@ def deepnet(in_channels: int, image_size: int, num_classes: int) -> nn.Sequentia
     layers: dict[str, nn.Module] = {}
     for i, (channels_in, channels_out) in enumerate(pairwise(widths), start=1):
         # 1x28x28 -> 32x24x24 -> 64x20x20 -> 96x16x16 -> 128x12x12 -> 160x8x8
-        layers[f"conv{i}"] = nn.Conv2d(channels_in, channels_out, kernel_size=5, bias=False)
-        layers[f"norm{i}"] = nn.BatchNorm2d(channels_out)
-        layers[f"relu{i}"] = nn.ReLU()
+        layers |= _convolution(i, channels_in, channels_out, kernel_size=5)
     flat_size = _flat_size(image_size, 160, image_size - 20)
     return _sequential(**layers, flatten=nn.Flatten(), linear=nn.Linear(flat_size, num_classes))
 
