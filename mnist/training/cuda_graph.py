@@ -19,7 +19,7 @@ from torch import Tensor
 from mnist.data.batches import MicroBatch, TrainLoader
 from mnist.training.step import TrainStep
 
-WARMUP_STEPS = 3
+WARMUP_STEPS = 11  # what DDP asks for: its own timing of the first ten backward passes cannot be recorded
 
 Replay = Callable[[], object]
 Record = Callable[[Callable[[], object]], Replay]
@@ -29,8 +29,6 @@ def reason_not_capturable(accelerator: Accelerator, accumulation_steps: int) -> 
     """Why the step of this run cannot be captured; None if it can."""
     if accelerator.device.type != "cuda":
         return "needs a CUDA GPU"
-    if accelerator.num_processes > 1:
-        return "is for one process: recorded exchanges between ranks have not been tried"
     if accumulation_steps > 1:
         return "is for one micro-batch a step"
     if accelerator.scaler is not None:
@@ -41,35 +39,32 @@ def reason_not_capturable(accelerator: Accelerator, accumulation_steps: int) -> 
 
 
 def should_capture(accelerator: Accelerator, mode: str, accumulation_steps: int) -> bool:
-    """Whether to capture the step of this run, which needs an optimizer built with `capturable`.
-
-    `auto` does not: it means eager until the tests marked `gpu` have passed on a GPU.
-    """
-    return mode == "captured" and reason_not_capturable(accelerator, accumulation_steps) is None
+    """Whether to capture the step of this run, which needs an optimizer built with `capturable`."""
+    return mode != "eager" and reason_not_capturable(accelerator, accumulation_steps) is None
 
 
 def choose_step_mode(
     train_step: TrainStep, mode: str, accumulation_steps: int, train_loader: TrainLoader
 ) -> tuple[str, str | None]:
-    """Captures the step if `mode` asks for it and it can be captured.
+    """Captures the step unless `mode` is eager or it cannot be captured. Every rank must call this.
 
     Args:
         train_step: gets a `replay`, or stays as it is.
         mode: auto, eager or captured.
         accumulation_steps: micro-batches per step.
-        train_loader: of the run; the first batch of a pass has the full size.
+        train_loader: of the run; its first pass has batches of all sizes.
 
     Returns:
         The mode used, eager or captured, and a warning or None.
     """
-    if mode != "captured":
+    if mode == "eager":
         return "eager", None
     reason = reason_not_capturable(train_step.accelerator, accumulation_steps)
     if reason is not None:
-        return "eager", f"--step-mode captured {reason}: steps are eager"
-    first = next(train_loader.steps(0, 1))[0]
+        return "eager", f"--step-mode captured {reason}: steps are eager" if mode == "captured" else None
+    first_and_last = [next(train_loader.steps(step, step + 1))[0] for step in (0, train_loader.epoch_steps - 1)]
     try:
-        train_step.replay = CapturedStep(train_step, first, record_cuda_graph)
+        train_step.replay = CapturedStep(train_step, first_and_last, record_cuda_graph)
     except RuntimeError as error:  # a kernel that cannot be captured; ending the capture may raise a second error
         cause = (str(error.__context__ or error) or type(error).__name__).splitlines()[0]
         return "eager", f"steps are eager, because capturing failed ({cause})"
@@ -77,36 +72,53 @@ def choose_step_mode(
 
 
 class CapturedStep:
-    """Replays the device work of a step on a micro-batch of one size.
+    """Replays the device work of a step: one recording for each size of the global batch.
 
     Args:
         train_step: is not changed, except that its optimizer has state afterwards.
-        batch: of the full size (the last one of a pass may be smaller); only its shape matters.
+        batches: this rank's micro-batch in global batches of each size; only shapes and rows matter.
         record: runs some work, records it, and returns what replays it; `record_cuda_graph`, except in tests.
     """
 
-    def __init__(self, train_step: TrainStep, batch: MicroBatch, record: Record) -> None:
+    def __init__(self, train_step: TrainStep, batches: Sequence[MicroBatch], record: Record) -> None:
         self._train_step = train_step
-        self._batch = replace(batch, indices=torch.zeros_like(batch.indices))
-
-        def work() -> None:
-            train_step.forward_backward(self._batch)
-            train_step.update(measure_grad_norm=True)
-
         with restored_afterwards(train_step):
             train_step.set_step(0, 0)
-            self._replay = record(work)
-        self._grad_norm = train_step.grad_norm  # the tensor that replays write to
+            self._recordings = {
+                size: Recording(train_step, batch, record)
+                for size, batch in {batch.global_batch_size: batch for batch in batches}.items()
+            }
 
     def __call__(self, micro_batches: Sequence[MicroBatch], step: int) -> bool:
-        """Takes the step and returns True; returns False where the micro-batches do not have the recorded size."""
-        if len(micro_batches) != 1 or micro_batches[0].num_samples != self._batch.num_samples:
+        """Takes the step and returns True; returns False where no global batch of this size was recorded."""
+        recording = self._recordings.get(micro_batches[0].global_batch_size)
+        if recording is None or len(micro_batches) != 1:
             return False
         self._train_step.set_step(step, 0)
-        self._batch.indices.copy_(micro_batches[0].indices)
+        recording.replay(micro_batches[0])
+        return True
+
+
+class Recording:
+    """The device work of a step on one micro-batch, for any images in it."""
+
+    def __init__(self, train_step: TrainStep, batch: MicroBatch, record: Record) -> None:
+        self._train_step = train_step
+        self._indices = torch.zeros_like(batch.indices)
+        batch = replace(batch, indices=self._indices)
+
+        def work() -> None:
+            train_step.forward_backward(batch)
+            train_step.update(measure_grad_norm=True)
+
+        self._replay = record(work)
+        self._grad_norm = train_step.grad_norm  # the tensor that replays write to
+
+    def replay(self, batch: MicroBatch) -> None:
+        """Does the work again, on the images of `batch`."""
+        self._indices.copy_(batch.indices)
         self._replay()
         self._train_step.grad_norm = self._grad_norm
-        return True
 
 
 def record_cuda_graph(work: Callable[[], object]) -> Replay:

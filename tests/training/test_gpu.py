@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mnist.config import RuntimeConfig
+from mnist.config import StepMode, evolve
 from mnist.data.batches import TrainLoader
 from mnist.data.transforms import uniform
 from mnist.recipes import RECIPES
@@ -62,12 +62,15 @@ def test_where_recording_breaks_off_steps_are_eager_and_the_same() -> None:
     assert torch.equal(weights(broken), weights(eager))
 
 
+@pytest.mark.parametrize("mode", ["eager", "captured"])
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_steps_of_this_recipe_never_wait_for_the_device(recipe: str) -> None:
+def test_steps_of_this_recipe_never_wait_for_the_device(recipe: str, mode: StepMode) -> None:
     """Across the end of a pass, where the next order is copied to the device."""
-    accelerator = build_accelerator(RuntimeConfig())
-    step = build_train_step(RECIPES[recipe](), accelerator, INFO)
+    config = evolve(RECIPES[recipe](), step_mode=mode)
+    accelerator = build_accelerator(config.runtime)
+    step = build_train_step(config, accelerator, INFO)
     loader = TrainLoader(DIGITS.train.to(accelerator.device), global_batch_size=100, seed=0)
+    assert choose_step_mode(step, mode, 1, loader) == (mode, None)
     for number, micro_batches in enumerate(loader.steps(0, 2)):
         step(micro_batches, number, measure_grad_norm=True)
     torch.cuda.set_sync_debug_mode("error")
