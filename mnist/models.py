@@ -468,7 +468,10 @@ def build_model(name: str, in_channels: int, image_size: int, num_classes: int) 
         UserError: the network cannot take images of that size.
     """
     model = MODELS[name](in_channels, image_size, num_classes)
-    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+    for parameter in model.parameters():
+        if parameter.ndim == 4 and parameter.shape[1] > 1:  # with one channel, DDP finds gradients of other strides
+            parameter.data = parameter.data.to(memory_format=torch.channels_last)
+    return model
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -10,7 +10,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,6 +101,18 @@ def finish(command: Sequence[str], cwd: Path, timeout: float = 100, **environmen
         seconds = time.monotonic() - start
         assert left_behind(process) == []
     return Finished(process.returncode, out, err, seconds)
+
+
+def together(commands: Sequence[Sequence[str]], environments: Sequence[dict[str, str]], cwd: Path) -> list[str]:
+    """Runs commands side by side, as machines would; all must end well. What each wrote."""
+    with ExitStack() as stack:
+        processes = [
+            stack.enter_context(started(command, cwd, **environment))
+            for command, environment in zip(commands, environments, strict=True)
+        ]
+        outputs = ["".join(process.communicate(timeout=100)) for process in processes]
+        assert [process.returncode for process in processes] == [0] * len(processes), outputs
+    return outputs
 
 
 def train(*arguments: str, launcher: Sequence[str] = PYTHON) -> list[str]:

@@ -158,6 +158,8 @@ def bare(job: Job) -> Pass:
     """
     config = job.config
     device = find_device(config.runtime)
+    if device.type == "cuda":
+        torch.cuda.set_stream(torch.cuda.Stream())  # where work can be recorded; the project has one, too
     split, batch = job.split.to(device), config.loop.global_batch_size
     model = fresh_model(job).to(device)
     is_captured = config.runtime.step_mode == "captured"

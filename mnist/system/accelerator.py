@@ -122,6 +122,8 @@ def build_accelerator(config: RuntimeConfig, trackers: Sequence[str] = ()) -> Ac
             f"the launcher announces {announced} processes, but Accelerate sees {accelerator.num_processes}: "
             f"each would train alone; use accelerate launch or torchrun, or unset RANK and WORLD_SIZE"
         )
+    if accelerator.device.type == "cuda":  # work on the default stream cannot be recorded, nor DDP that was built there
+        torch.cuda.set_stream(torch.cuda.Stream())
     return accelerator
 
 

@@ -45,6 +45,7 @@ def restored_afterwards() -> Iterator[None]:
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     with contextlib.ExitStack() as stack:
         stack.callback(_restore_environment, dict(os.environ))
+        stack.callback(_restore_stream, torch.cuda.current_stream() if torch.cuda.is_initialized() else None)
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         stack.callback(torch.set_default_dtype, torch.get_default_dtype())
         is_warning = torch.is_deterministic_algorithms_warn_only_enabled()
@@ -63,6 +64,11 @@ def restored_afterwards() -> Iterator[None]:
 def _restore_determinism(is_enabled: bool, is_warning: bool) -> None:
     if is_enabled != torch.are_deterministic_algorithms_enabled():  # the call imports torch.compile, a second
         torch.use_deterministic_algorithms(is_enabled, warn_only=is_warning)
+
+
+def _restore_stream(before: torch.cuda.Stream | None) -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.set_stream(before or torch.cuda.default_stream())
 
 
 def _restore_environment(before: Mapping[str, str]) -> None:

@@ -122,25 +122,26 @@ class Recording:
 
 
 def record_cuda_graph(work: Callable[[], object]) -> Replay:
-    """Runs `work` a few times on a side stream, as CUDA graphs require, and records it.
+    """Runs `work` a few times and records it. The current stream must not be the default one, as in all our processes.
+
+    DDP must have been built on that stream, and keeps its tensors there.
 
     Raises:
-        RuntimeError: some of it cannot be recorded. Stream and generator work as before.
+        RuntimeError: some of it cannot be recorded. The generator works as before.
     """
-    usual, stream = torch.cuda.current_stream(), torch.cuda.Stream()
-    stream.wait_stream(usual)
-    with torch.cuda.stream(stream):
-        for _ in range(WARMUP_STEPS):
-            work()
-    usual.wait_stream(stream)
+    for _ in range(WARMUP_STEPS):
+        work()
+    torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    try:  # "thread_local": NCCL's watchdog thread may call CUDA meanwhile
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+    try:
+        graph.capture_begin(capture_error_mode="thread_local")  # NCCL's watchdog thread may call CUDA meanwhile
+        try:
             work()
+        finally:
+            graph.capture_end()
     except BaseException:
-        torch.cuda.set_stream(usual)  # a failed capture leaves torch on the side stream
-        generator = torch.cuda.default_generators[usual.device_index]
-        generator.graphsafe_set_state(generator.clone_state())  # and, before 2.13, its generator in capture mode
+        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        generator.graphsafe_set_state(generator.clone_state())  # before 2.13 a failed capture leaves it in capture mode
         torch.cuda.synchronize()
         raise
     return graph.replay

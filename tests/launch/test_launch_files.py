@@ -11,7 +11,6 @@ import signal
 import socket
 import subprocess
 import sys
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from wandb import wandb_agent
 from mnist.cli import parse_command_line
 from mnist.config import TrainConfig
 from tests.launch.test_launch import has_records, wait_until
-from tests.processes import ACCELERATE, ROOT, finish, left_behind, members, started
+from tests.processes import ACCELERATE, ROOT, finish, left_behind, members, started, together
 from tests.ranks import free_port
 from tests.runs.test_run import metrics, result
 
@@ -37,18 +36,6 @@ SMOKE = [
 PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 WITHOUT_GPUS = {"PATH": PATH, "CUDA_VISIBLE_DEVICES": ""}
 SHELLCHECK = shutil.which("shellcheck", path=PATH)
-
-
-def together(commands: list[list[str]], environments: list[dict[str, str]], cwd: Path) -> list[str]:
-    """Runs commands side by side, as machines would; all must end well. What each wrote."""
-    with ExitStack() as stack:
-        processes = [
-            stack.enter_context(started(command, cwd, **WITHOUT_GPUS, **environment))
-            for command, environment in zip(commands, environments, strict=True)
-        ]
-        outputs = ["".join(process.communicate(timeout=100)) for process in processes]
-        assert [process.returncode for process in processes] == [0] * len(processes), outputs
-    return outputs
 
 
 def run_of(folder: Path, world_size: int) -> dict[str, Any]:
@@ -199,8 +186,8 @@ def test_a_configuration_does_not_depend_on_the_user_s_own(tmp_path: Path, path:
 
 def machines(**environment: str) -> list[dict[str, str]]:
     """The environments of two machines, which find each other on this one."""
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "NPROC_PER_NODE": "1", **environment}
-    return [{**shared, "NODE_RANK": str(rank)} for rank in range(2)]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "NPROC_PER_NODE": "1", **WITHOUT_GPUS}
+    return [{**shared, **environment, "NODE_RANK": str(rank)} for rank in range(2)]
 
 
 @pytest.mark.launch
@@ -219,8 +206,8 @@ def test_two_machines_static_one_is_told_to_stop_and_both_go_on_later(tmp_path: 
     folder = tmp_path / "runs" / "multi-node-smoke"
     first, second = machines(NNODES="2")
     with (
-        started(command, tmp_path, **WITHOUT_GPUS, **first) as one,
-        started(command, tmp_path, **WITHOUT_GPUS, **second) as other,
+        started(command, tmp_path, **first) as one,
+        started(command, tmp_path, **second) as other,
     ):
         wait_until(lambda: has_records(folder))
         other.send_signal(signal.SIGUSR1)
@@ -239,7 +226,7 @@ def test_two_machines_with_accelerate(tmp_path: Path) -> None:
         [*ACCELERATE, *config, "--num_processes", "2", "--machine_rank", str(rank), str(ROOT / "train_ddp.py"), *SMOKE]
         for rank in range(2)
     ]
-    together([[*command, "--run-dir", "run"] for command in commands], [{}, {}], tmp_path)
+    together([[*command, "--run-dir", "run"] for command in commands], [WITHOUT_GPUS] * 2, tmp_path)
     run_of(tmp_path / "run", 2)
 
 
@@ -283,16 +270,16 @@ def test_an_elastic_job_loses_a_machine_goes_on_and_takes_it_back(tmp_path: Path
         has_begun = (folder / "result.json").exists() and result(folder)["world_size"] == world_size
         return has_begun and len(metrics(folder)) > num_records
 
-    with started(command, tmp_path, **WITHOUT_GPUS, **environment) as first:
+    with started(command, tmp_path, **environment) as first:
         num_records = 4  # a checkpoint or two
         wait_until(lambda: is_listening(int(environment["MASTER_PORT"])))  # or the other one might keep the books
-        with started(command, tmp_path, **WITHOUT_GPUS, **environment) as second:
+        with started(command, tmp_path, **environment) as second:
             wait_until(lambda: goes_on(2), timeout=120)
             for pid in [second.pid, *members(second)]:
                 os.kill(pid, signal.SIGKILL)
         num_records = len(metrics(folder))
         wait_until(lambda: goes_on(1), timeout=120)
-        with started(command, tmp_path, **WITHOUT_GPUS, **environment) as again:
+        with started(command, tmp_path, **environment) as again:
             errors = [process.communicate(timeout=120)[1] for process in (first, again)]
             assert [first.returncode, again.returncode] == [0, 0], errors
     found = result(folder)
@@ -363,7 +350,7 @@ def own(arguments: list[str], tmp_path: Path) -> list[str]:
 def test_the_pods_of_the_job_find_one_another(tmp_path: Path) -> None:
     (container,) = documents("kubernetes.yaml")["Job"]["spec"]["template"]["spec"]["containers"]
     environment = {entry["name"]: entry["value"] for entry in container["env"] if "value" in entry}
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    environment |= {**WITHOUT_GPUS, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     (from_index,) = (entry for entry in container["env"] if "value" not in entry)
     assert from_index["valueFrom"]["fieldRef"]["fieldPath"].endswith("['batch.kubernetes.io/job-completion-index']")
     command = [*container["command"], *own(container["args"], tmp_path), *SMOKE]
@@ -382,7 +369,7 @@ def test_the_nodes_of_the_train_job_find_one_another(tmp_path: Path) -> None:
     environment = {entry["name"]: entry["value"] for entry in trainer["env"] if "value" in entry}
     # What the operator adds, as its documentation has it.
     environment |= {"PET_NNODES": str(trainer["numNodes"]), "PET_NPROC_PER_NODE": "1"}
-    environment |= {"PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": str(free_port())}
+    environment |= {**WITHOUT_GPUS, "PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": str(free_port())}
     command = [*trainer["command"], *own(trainer["args"], tmp_path), *SMOKE]
     together([command] * 2, [{**environment, "PET_NODE_RANK": str(rank)} for rank in range(2)], ROOT)
     run_of(tmp_path / "mnist", 2)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,8 @@ from mnist.system.accelerator import build_accelerator
 from mnist.training.build import build_train_step
 from mnist.training.cuda_graph import choose_step_mode
 from tests.networks import INFO
-from tests.processes import finish, train
+from tests.processes import ROOT, finish, together, train
+from tests.ranks import free_port
 from tests.training.test_cuda_graph import OPTIMIZERS, network, weights
 from tests.training.test_cuda_graph import train as train_steps
 from tests.training.test_step import DIGITS, make_step
@@ -53,11 +56,9 @@ def test_where_recording_breaks_off_steps_are_eager_and_the_same() -> None:
     options = {"cpu": False, "capturable": True, "loss_fn": loss_fn}
     eager, loader = make_step(model=network(), **options)
     broken, _ = make_step(model=network(), **options)
-    stream = torch.cuda.current_stream()
     mode, remark = choose_step_mode(broken, "captured", 1, loader)
     assert mode == "eager"
     assert "capturing failed" in (remark or "")
-    assert torch.cuda.current_stream() == stream
     assert train_steps(broken, loader, 10) == train_steps(eager, loader, 10)
     assert torch.equal(weights(broken), weights(eager))
 
@@ -82,11 +83,18 @@ def test_steps_of_this_recipe_never_wait_for_the_device(recipe: str, mode: StepM
     assert float(step.sums[-1]) == 20
 
 
+FIXED = ["--dataset", "digits", "--deterministic", "--no-pictures", "--min-accuracy", "None"]
+
+
 def run(folder: Path, *arguments: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """The result and the last weights of a run of the command."""
-    fixed = ["--dataset", "digits", "--deterministic", "--no-pictures", "--min-accuracy", "None"]
-    done = finish(train(*arguments, *fixed, "--run-dir", str(folder)), folder.parent)
+    done = finish(train(*arguments, *FIXED, "--run-dir", str(folder)), folder.parent)
     assert done.code == 0, done.err
+    return read(folder)
+
+
+def read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The result and the last weights that a run has left."""
     return json.loads((folder / "result.json").read_text()), load_file(folder / "export" / "last" / "model.safetensors")
 
 
@@ -111,3 +119,24 @@ def test_a_captured_run_goes_on_as_if_it_had_not_been_interrupted(tmp_path: Path
     result, weights = run(tmp_path / "parts", *arguments, "--max-steps", "20")
     assert result["step_mode"] == "captured"
     assert all(torch.equal(weights[name], value) for name, value in expected.items())
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("recipe", ["fast", "mycnn"])
+def test_two_ranks_replay_their_eager_steps(tmp_path: Path, recipe: str) -> None:
+    """With NCCL, on one GPU: NCCL_HOSTID makes it believe in two machines, which it connects by sockets."""
+    arguments = [*FIXED, "--recipe", recipe, "--max-steps", "12", "--eval-every", "5"]
+    command = [str(ROOT / "launch" / "multi_node.sh"), *arguments]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    found = {}
+    for mode in ("captured", "eager"):
+        shared = {"PATH": path, "NNODES": "2", "NPROC_PER_NODE": "1", "RUN_DIR": mode, "NCCL_SOCKET_IFNAME": "lo"}
+        shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        ranks = [{**shared, "NODE_RANK": str(rank), "NCCL_HOSTID": f"machine{rank}"} for rank in range(2)]
+        outputs = together([[*command, "--step-mode", mode]] * 2, ranks, tmp_path)
+        assert "UserWarning" not in "".join(outputs)
+        found[mode] = read(tmp_path / mode)
+    (captured, replayed), (eager, expected) = found["captured"], found["eager"]
+    assert (captured["step_mode"], captured["world_size"]) == ("captured", 2)
+    assert captured["test"] == eager["test"]
+    assert all(torch.equal(replayed[name], value) for name, value in expected.items())
