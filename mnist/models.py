@@ -468,10 +468,7 @@ def build_model(name: str, in_channels: int, image_size: int, num_classes: int) 
         UserError: the network cannot take images of that size.
     """
     model = MODELS[name](in_channels, image_size, num_classes)
-    for parameter in model.parameters():
-        if parameter.ndim == 4 and parameter.shape[1] > 1:  # with one channel, DDP finds gradients of other strides
-            parameter.data = parameter.data.to(memory_format=torch.channels_last)
-    return model
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 
 def count_parameters(model: nn.Module) -> int:
