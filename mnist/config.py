@@ -339,7 +339,7 @@ class RuntimeConfig:
     mixed_precision: Precision | None = setting(None, "Default: the launcher's choice, else no (fp32).", "noted")
     cpu: bool = setting(False, "Train on the CPU even where there is a GPU.", "noted")
     num_threads: int = setting(0, "CPU threads per process; 0 = its share of the cores.", "free", "[0, 1024]")
-    step_mode: StepMode = setting("auto", "captured = a whole step as one CUDA graph (one process).", "noted")
+    step_mode: StepMode = setting("auto", "captured = a whole step as one CUDA graph; auto = so on GPUs.", "noted")
     deterministic: bool = setting(
         False, "Deterministic kernels and no TF32: bit-identical results on GPUs too, but slower.", "noted"
     )
