@@ -210,10 +210,10 @@ class Console:
         self, epoch: float, step: int, train: Numbers, split: str, scored: Numbers, *, lr: float, seconds: float
     ) -> None:
         """A row at each evaluation: `train` and `scored` are loss and accuracy; `seconds` of training in this epoch."""
-        cells = [("epoch", 6, f"{epoch:g}"), ("step", 8, str(step))]
+        cells = [("epoch", 6, f"{epoch:g}"), ("step", 7, str(step))]
         cells += [(self._loss_name, 15, f"{train[0]:.4f}"), ("accuracy", 10, f"{train[1]:.2%}")]
         cells += [(f"{split} loss", 11, f"{scored[0]:.4f}"), ("accuracy", 10, f"{scored[1]:.2%}")]
-        cells += [("lr", 9, f"{lr:.3g}"), ("s", 6, f"{seconds:.1f}")]
+        cells += [("lr", 8, f"{lr:.2g}"), ("train s", 8, f"{seconds:.2f}")]
         mark = "best" if scored[1] > self._best_accuracy else ""
         self._best_accuracy = max(self._best_accuracy, scored[1])
         if not self._is_table:

@@ -216,7 +216,8 @@ class Run:
             self._setup.accelerator, lambda: self._end("finished", test, gate_passed=missed is None)
         )
         starts, span = (" over all starts", "since this start") if self._has_resumed else ("", "in all")
-        times = f"{state.run_sums.time_s:.1f} s training{starts}, {result.record.total_time_s:.1f} s {span}"
+        seconds = state.run_sums.time_s
+        times = f"{seconds:.{1 if seconds >= 10 else 2}f} s training{starts}, {result.record.total_time_s:.1f} s {span}"
         rows = [*report.closing(self._setup, test), ("time", times), ("run", str(path))]
         rows += [("pictures", str(path / "pictures"))] if pictures else []
         title, commands = report.headline(test.accuracy), report.next_commands(path, self._setup.dataset.name)

@@ -77,9 +77,9 @@ def test_records_go_to_standard_output_and_warnings_to_standard_error(capsys: py
     assert out.splitlines() == [
         "      recipe  fast [1]",
         "step  50/200  train loss 0.5000  accuracy  25.00%      1,234 images/s",
-        f"epoch      1  step      100  {numbers}  accuracy   99.00%  lr    0.001  s    3.2  best",
+        f"epoch      1  step     100  {numbers}  accuracy   99.00%  lr    0.001  train s     3.21  best",
         "step 150/200  train loss 0.5000  accuracy  25.00%      1,234 images/s",
-        f"epoch      2  step      200  {numbers}  accuracy   98.00%  lr    0.001  s    3.2",
+        f"epoch      2  step     200  {numbers}  accuracy   98.00%  lr    0.001  train s     3.21",
         "        test  accuracy 99.00%",
         "        next  python -m mnist.predict",
     ]
@@ -149,9 +149,21 @@ def test_the_table_fits_80_columns_and_marks_the_best_epoch() -> None:
     lines = at_a_terminal().split("\n")
     plain = [re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", line).strip("\r").rpartition("\r")[2] for line in lines]
     header, first, second = (next(line for line in plain if line.split()[:1] == [word]) for word in ("epoch", "1", "2"))
-    assert header.split() == ["epoch", "step", "train", "loss", "accuracy", "test", "loss", "accuracy", "lr", "s"]
-    assert first.split() == ["1", "100", "0.5000", "25.00%", "0.1000", "99.00%", "0.001", "3.2", "best"]
-    assert second.split() == ["2", "200", "0.5000", "25.00%", "0.1000", "98.00%", "0.001", "3.2"]
+    assert header.split() == [
+        "epoch",
+        "step",
+        "train",
+        "loss",
+        "accuracy",
+        "test",
+        "loss",
+        "accuracy",
+        "lr",
+        "train",
+        "s",
+    ]
+    assert first.split() == ["1", "100", "0.5000", "25.00%", "0.1000", "99.00%", "0.001", "3.21", "best"]
+    assert second.split() == ["2", "200", "0.5000", "25.00%", "0.1000", "98.00%", "0.001", "3.21"]
     assert max(map(len, (header, first, second))) <= 80
 
 
