@@ -79,7 +79,6 @@ Model = Literal[
     "poolnet_deep",
     "ensemble",
     "vggnet",
-    "deepnet",
     "tinynet",
     "resnet",
 ]

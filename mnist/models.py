@@ -336,19 +336,8 @@ def ensemble(in_channels: int, image_size: int, num_classes: int) -> Ensemble:
     return Ensemble(poolnet_deep(in_channels, image_size, num_classes) for _ in range(2))
 
 
-def _convolution(
-    i: int, channels_in: int, channels_out: int, kernel_size: int, padding: int = 0
-) -> dict[str, nn.Module]:
-    """The `i`-th convolution of a network, with batch norm and ReLU after it."""
-    return {
-        f"conv{i}": nn.Conv2d(channels_in, channels_out, kernel_size, padding=padding, bias=False),
-        f"norm{i}": nn.BatchNorm2d(channels_out),
-        f"relu{i}": nn.ReLU(),
-    }
-
-
 def vggnet(in_channels: int, image_size: int, num_classes: int) -> nn.Sequential:
-    """The network of `strong`; 307,370 parameters, 18 M: pairs of 3x3 convolutions, two of them pooled.
+    """The network of `strong` and `accurate`; 307,370 parameters, 18 M: pairs of 3x3 convolutions, two of them pooled.
 
     Source: built as in Simonyan, Zisserman 2015 (arXiv:1409.1556), with batch norm.
     """
@@ -356,24 +345,12 @@ def vggnet(in_channels: int, image_size: int, num_classes: int) -> nn.Sequential
     # 1x28x28 -> 32x26x26 -> 32x24x24, pooled 32x12x12 -> 64x12x12 -> 64x12x12, pooled 64x6x6 -> 128x6x6 -> 128x4x4
     channels, paddings = [in_channels, 32, 32, 64, 64, 128, 128], [0, 0, 1, 1, 1, 0]
     for i, ((channels_in, channels_out), padding) in enumerate(zip(pairwise(channels), paddings, strict=True), start=1):
-        layers |= _convolution(i, channels_in, channels_out, kernel_size=3, padding=padding)
+        layers[f"conv{i}"] = nn.Conv2d(channels_in, channels_out, kernel_size=3, padding=padding, bias=False)
+        layers[f"norm{i}"] = nn.BatchNorm2d(channels_out)
+        layers[f"relu{i}"] = nn.ReLU()
         if i in (2, 4):
             layers[f"pool{i}"] = nn.MaxPool2d(2)
     flat_size = _flat_size(image_size, 128, (image_size - 4) // 2 // 2 - 2)
-    return _sequential(**layers, flatten=nn.Flatten(), linear=nn.Linear(flat_size, num_classes))
-
-
-def deepnet(in_channels: int, image_size: int, num_classes: int) -> nn.Sequential:
-    """The network of `accurate`: five unpadded 5x5 convolutions with batch norm; the maps shrink to 8x8 by themselves.
-
-    Source: the 5x5 member of arXiv:2008.10400 (An, Lee, Park, Yang, So 2020).
-    """
-    widths = [in_channels, 32, 64, 96, 128, 160]
-    layers: dict[str, nn.Module] = {}
-    for i, (channels_in, channels_out) in enumerate(pairwise(widths), start=1):
-        # 1x28x28 -> 32x24x24 -> 64x20x20 -> 96x16x16 -> 128x12x12 -> 160x8x8
-        layers |= _convolution(i, channels_in, channels_out, kernel_size=5)
-    flat_size = _flat_size(image_size, 160, image_size - 20)
     return _sequential(**layers, flatten=nn.Flatten(), linear=nn.Linear(flat_size, num_classes))
 
 
@@ -452,7 +429,6 @@ MODELS: dict[str, Builder] = {
         poolnet_deep,
         ensemble,
         vggnet,
-        deepnet,
         tinynet,
         resnet,
     )

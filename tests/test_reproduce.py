@@ -87,7 +87,7 @@ def test_accuracies_of_epochs_are_the_records_of_test_at_whole_epochs(tmp_path: 
 
 def test_a_sample_is_for_its_time_alone() -> None:
     row = summarise("accurate", [made(0, 0.97, epochs=0.8, train_time_s=100.0)], is_sample=True)
-    assert row["train_time_s"] == pytest.approx(100.0 * 20 / 0.8)
+    assert row["train_time_s"] == pytest.approx(100.0 * 40 / 0.8)
     line = next(line for line in render({"rows": [row]}).splitlines() if line.startswith("| `accurate`"))
     assert "not measured | - | - | 0.7 h, extrapolated | not measured |" in line
 

@@ -189,7 +189,6 @@ def test_fewer_rows_by_default_one_per_shape_and_no_copies() -> None:
     ("name", "shapes"),
     [
         ("convnet", {"conv1": (10, 1, 5, 5), "conv2": (20, 10, 3, 3)}),
-        ("deepnet", {"conv1": (32, 1, 5, 5)}),
         ("yannet", {"conv1": (32, 1, 5, 5), "depthwise": (64, 1, 3, 3)}),
         ("mlp", {"linear1": (512, 1, 28, 28)}),
     ],
