@@ -338,7 +338,7 @@ class RuntimeConfig:
     mixed_precision: Precision | None = setting(None, "Default: the launcher's choice, else no (fp32).", "noted")
     cpu: bool = setting(False, "Train on the CPU even where there is a GPU.", "noted")
     num_threads: int = setting(0, "CPU threads per process; 0 = its share of the cores.", "free", "[0, 1024]")
-    step_mode: StepMode = setting("auto", "captured = a whole step as one CUDA graph; auto = so on GPUs.", "noted")
+    step_mode: StepMode = setting("auto", "captured = a step as one CUDA graph; auto = so where it can be.", "noted")
     deterministic: bool = setting(
         False, "Deterministic kernels and no TF32: bit-identical results on GPUs too, but slower.", "noted"
     )

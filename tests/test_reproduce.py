@@ -89,7 +89,7 @@ def test_a_sample_is_for_its_time_alone() -> None:
     row = summarise("accurate", [made(0, 0.97, epochs=0.8, train_time_s=100.0)], is_sample=True)
     assert row["train_time_s"] == pytest.approx(100.0 * 40 / 0.8)
     line = next(line for line in render({"rows": [row]}).splitlines() if line.startswith("| `accurate`"))
-    assert "not measured | - | - | 0.7 h, extrapolated | not measured |" in line
+    assert "not measured | - | - | 1.4 h, extrapolated | not measured |" in line
 
 
 def test_rows_of_other_hardware_stay_apart() -> None:

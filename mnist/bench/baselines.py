@@ -28,7 +28,7 @@ from mnist.models import seed_initial_weights
 from mnist.system.accelerator import build_accelerator
 from mnist.system.torchvision_compat import import_torchvision
 from mnist.training.build import build_network, build_train_step
-from mnist.training.cuda_graph import choose_step_mode, record_cuda_graph
+from mnist.training.cuda_graph import WARMUP_STEPS, choose_step_mode, record_cuda_graph
 from mnist.training.loop import TrainState, train_one_epoch
 from mnist.training.losses import build_loss
 from mnist.training.optim import build_optimizer
@@ -196,7 +196,13 @@ def _captured(
     initial = copy.deepcopy(model.state_dict())
     device = next(model.parameters()).device
     indices, loss = torch.zeros(batch, dtype=torch.int64, device=device), torch.zeros((), device=device)
-    replay = record_cuda_graph(lambda: loss.copy_(train_batch(indices)))
+
+    def work() -> None:
+        loss.copy_(train_batch(indices))
+
+    for _ in range(WARMUP_STEPS):
+        work()
+    replay = record_cuda_graph(work)
     model.load_state_dict(initial)
     for value in (value for state in optimizer.state.values() for value in state.values()):
         value.zero_()  # in place, where the graph has it

@@ -18,6 +18,7 @@ from mnist.config import TrainConfig
 from mnist.data.batches import TrainLoader
 from mnist.data.datasets import Dataset
 from mnist.training.build import build_train_step
+from mnist.training.cuda_graph import choose_step_mode
 from mnist.training.step import wait_for_device, warm_up
 
 ALONE = "no communication"
@@ -67,6 +68,7 @@ def _build(
     loader = TrainLoader(
         dataset.train, global_batch_size=batch * ranks, seed=0, rank=accelerator.process_index, world_size=ranks
     )
+    choose_step_mode(train_step, config.runtime.step_mode, 1, loader)
     step = 0
 
     def train() -> int:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mnist.config import evolve
 from mnist.data.batches import MicroBatch, Split
 from mnist.data.sources import DatasetInfo, info_of
 from mnist.data.transforms import BatchTransform
@@ -96,7 +97,7 @@ def judge_determinism(facts: Sequence[Fact]) -> Judgement:
 
 
 def measure_speed(probe: Probe) -> float:
-    """Seconds of a training step of this rank's share of a batch, without communication, all ranks at the same time."""
+    """Seconds of an eager step on this rank's share of a batch, without communication, on all ranks at once."""
     device = probe.accelerator.device
     step, _ = _build_step(probe, _share_of_batch(probe))
     for _ in range(3):
@@ -162,7 +163,8 @@ def _share_of_batch(probe: Probe) -> int:
 
 def _build_step(probe: Probe, batch: int) -> tuple[Callable[[], None], nn.Module]:
     """A training step of the recipe on noise, in the precision asked for, without communication; and the network."""
-    train_step = build_train_step(probe.config, probe.accelerator, _info(probe), communicates=False)
+    config = evolve(probe.config, step_mode="eager")
+    train_step = build_train_step(config, probe.accelerator, _info(probe), communicates=False)
     images, labels = _sample(probe, batch)
     rows = torch.arange(batch, device=images.device)
     micro_batch = MicroBatch(Split(images, labels), rows, slice(0, batch), global_batch_size=batch, num_samples=batch)

@@ -14,9 +14,9 @@ from mnist.data.sources import DatasetInfo
 from mnist.data.transforms import Augmentation, BatchTransform
 from mnist.models import build_model, seed_initial_weights
 from mnist.system.accelerator import prepare_optimizer
-from mnist.training.cuda_graph import should_capture
+from mnist.training.cuda_graph import reason_not_capturable
 from mnist.training.losses import build_loss
-from mnist.training.optim import LearningRate, WeightAverage, build_optimizer
+from mnist.training.optim import OPTIMIZERS, LearningRate, WeightAverage, build_optimizer
 from mnist.training.plan import Plan
 from mnist.training.step import TrainStep
 
@@ -63,7 +63,9 @@ def build_train_step(
     if config.runtime.sync_bn and communicates and accelerator.num_processes > 1:
         bare_model = nn.SyncBatchNorm.convert_sync_batchnorm(bare_model)  # its state has the same names
     bare_model = bare_model.to(accelerator.device)
-    capturable = should_capture(accelerator, config.runtime.step_mode, accumulation_steps)
+    optimizer_class, _ = OPTIMIZERS[config.optim.optimizer]
+    reason = reason_not_capturable(accelerator, bare_model, optimizer_class, accumulation_steps)
+    capturable = reason is None and config.runtime.step_mode != "eager"
     optimizer = build_optimizer(bare_model.parameters(), config.optim, capturable=capturable)
     optimizer = prepare_optimizer(accelerator, optimizer)
     # Wraps the model, and gives it, in place, the precision of the run. `evaluation_mode` means: without DDP. The model

@@ -14,39 +14,45 @@ from dataclasses import replace
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from mnist.data.batches import MicroBatch, TrainLoader
 from mnist.training.step import TrainStep
 
 WARMUP_STEPS = 11  # what DDP asks for: its own timing of the first ten backward passes cannot be recorded
+STARTS_AT_ZERO = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adadelta)
 
 Replay = Callable[[], object]
 Record = Callable[[Callable[[], object]], Replay]
 
 
-def reason_not_capturable(accelerator: Accelerator, accumulation_steps: int) -> str | None:
+class CaptureError(RuntimeError):
+    """Some of the work cannot be recorded, or there is no memory for the recording."""
+
+
+def reason_not_capturable(
+    accelerator: Accelerator, model: nn.Module, optimizer: type[Optimizer], accumulation_steps: int
+) -> str | None:
     """Why the step of this run cannot be captured; None if it can."""
-    if accelerator.device.type != "cuda":
-        return "needs a CUDA GPU"
-    if accumulation_steps > 1:
-        return "is for one micro-batch a step"
-    if accelerator.scaler is not None:
-        return "cannot follow the gradient scaler of fp16, which decides on the host; choose bf16"
-    if accelerator.state.dynamo_plugin.backend.value != "NO":
-        return "is not combined with the launcher's dynamo backend"
-    return None
-
-
-def should_capture(accelerator: Accelerator, mode: str, accumulation_steps: int) -> bool:
-    """Whether to capture the step of this run, which needs an optimizer built with `capturable`."""
-    return mode != "eager" and reason_not_capturable(accelerator, accumulation_steps) is None
+    names = ", ".join(kind.__name__ for kind in STARTS_AT_ZERO)
+    reasons = {
+        "needs a CUDA GPU": accelerator.device.type != "cuda",
+        "is for one micro-batch a step": accumulation_steps > 1,
+        "cannot follow the gradient scaler of fp16, which decides on the host; choose bf16": accelerator.scaler
+        is not None,
+        "is not combined with the launcher's dynamo backend": accelerator.state.dynamo_plugin.backend.value != "NO",
+        "has not been tried with --sync-bn": any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()),
+        f"is for optimizers whose state starts at zero ({names})": not issubclass(optimizer, STARTS_AT_ZERO),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
 
 
 def choose_step_mode(
     train_step: TrainStep, mode: str, accumulation_steps: int, train_loader: TrainLoader
 ) -> tuple[str, str | None]:
-    """Captures the step unless `mode` is eager or it cannot be captured. Every rank must call this.
+    """Captures the step unless `mode` is eager or it cannot be captured. Every rank must call this; all do the same.
 
     Args:
         train_step: gets a `replay`, or stays as it is.
@@ -59,15 +65,20 @@ def choose_step_mode(
     """
     if mode == "eager":
         return "eager", None
-    reason = reason_not_capturable(train_step.accelerator, accumulation_steps)
+    accelerator, model = train_step.accelerator, train_step.bare_model
+    reason = reason_not_capturable(accelerator, model, type(train_step.optimizer), accumulation_steps)
     if reason is not None:
         return "eager", f"--step-mode captured {reason}: steps are eager" if mode == "captured" else None
     first_and_last = [next(train_loader.steps(step, step + 1))[0] for step in (0, train_loader.epoch_steps - 1)]
+    replay, failure = None, None
     try:
-        train_step.replay = CapturedStep(train_step, first_and_last, record_cuda_graph)
-    except RuntimeError as error:  # a kernel that cannot be captured; ending the capture may raise a second error
-        cause = (str(error.__context__ or error) or type(error).__name__).splitlines()[0]
-        return "eager", f"steps are eager, because capturing failed ({cause})"
+        replay = CapturedStep(train_step, first_and_last, record_cuda_graph)
+    except CaptureError as error:
+        failure = f"steps are eager, because capturing failed on rank {train_step.rank} ({error})"
+    failure = next((text for text in gather_object([failure]) if text is not None), None)
+    if failure is not None:
+        return "eager", failure
+    train_step.replay = replay
     return "captured", None
 
 
@@ -77,61 +88,68 @@ class CapturedStep:
     Args:
         train_step: is not changed, except that its optimizer has state afterwards.
         batches: this rank's micro-batch in global batches of each size; only shapes and rows matter.
-        record: runs some work, records it, and returns what replays it; `record_cuda_graph`, except in tests.
+        record: records some work and returns what replays it; `record_cuda_graph`, except in tests.
+
+    Raises:
+        CaptureError: by `record`. Then, too, all ranks have taken as many steps to warm up.
     """
 
     def __init__(self, train_step: TrainStep, batches: Sequence[MicroBatch], record: Record) -> None:
         self._train_step = train_step
+        self._work = {batch.global_batch_size: _Work(train_step, batch) for batch in batches}
         with restored_afterwards(train_step):
             train_step.set_step(0, 0)
-            self._recordings = {
-                size: Recording(train_step, batch, record)
-                for size, batch in {batch.global_batch_size: batch for batch in batches}.items()
-            }
+            for work in self._work.values():
+                for _ in range(WARMUP_STEPS):
+                    work()
+            for work in self._work.values():  # only now: ranks communicate above, and a recording may fail on one
+                work.replay = record(work)
+                work.grad_norm = train_step.grad_norm
 
     def __call__(self, micro_batches: Sequence[MicroBatch], step: int) -> bool:
         """Takes the step and returns True; returns False where no global batch of this size was recorded."""
-        recording = self._recordings.get(micro_batches[0].global_batch_size)
-        if recording is None or len(micro_batches) != 1:
+        (batch,) = micro_batches
+        work = self._work.get(batch.global_batch_size)
+        if work is None:
             return False
         self._train_step.set_step(step, 0)
-        recording.replay(micro_batches[0])
+        work.indices.copy_(batch.indices)
+        work.replay()
+        self._train_step.grad_norm = work.grad_norm
         return True
 
 
-class Recording:
-    """The device work of a step on one micro-batch, for any images in it."""
+class _Work:
+    """What is recorded: a step on the micro-batch whose images `indices` (B,) names.
 
-    def __init__(self, train_step: TrainStep, batch: MicroBatch, record: Record) -> None:
+    Attributes:
+        replay: does it again on the device.
+        grad_norm: the tensor that `replay` writes to.
+    """
+
+    replay: Replay
+    grad_norm: float | Tensor
+
+    def __init__(self, train_step: TrainStep, batch: MicroBatch) -> None:
         self._train_step = train_step
-        self._indices = torch.zeros_like(batch.indices)
-        batch = replace(batch, indices=self._indices)
+        self.indices = torch.zeros_like(batch.indices)
+        self._batch = replace(batch, indices=self.indices)
 
-        def work() -> None:
-            train_step.forward_backward(batch)
-            train_step.update(measure_grad_norm=True)
-
-        self._replay = record(work)
-        self._grad_norm = train_step.grad_norm  # the tensor that replays write to
-
-    def replay(self, batch: MicroBatch) -> None:
-        """Does the work again, on the images of `batch`."""
-        self._indices.copy_(batch.indices)
-        self._replay()
-        self._train_step.grad_norm = self._grad_norm
+    def __call__(self) -> None:
+        self._train_step.forward_backward(self._batch)
+        self._train_step.update(measure_grad_norm=True)
 
 
 def record_cuda_graph(work: Callable[[], object]) -> Replay:
-    """Runs `work` a few times and records it. The current stream must not be the default one, as in all our processes.
+    """Records `work`, which must have run before; the current stream must not be the default one.
 
-    DDP must have been built on that stream, and keeps its tensors there.
+    DDP must have been built on this stream too, because it keeps work of its own there.
 
     Raises:
-        RuntimeError: some of it cannot be recorded. The generator works as before.
+        CaptureError: some of it cannot be recorded, or the memory is full. The generator works as before.
     """
-    for _ in range(WARMUP_STEPS):
-        work()
     torch.cuda.synchronize()
+    torch.cuda.empty_cache()  # no memory can be given back while recording
     graph = torch.cuda.CUDAGraph()
     try:
         graph.capture_begin(capture_error_mode="thread_local")  # NCCL's watchdog thread may call CUDA meanwhile
@@ -139,11 +157,12 @@ def record_cuda_graph(work: Callable[[], object]) -> Replay:
             work()
         finally:
             graph.capture_end()
-    except BaseException:
+    except RuntimeError as error:
         generator = torch.cuda.default_generators[torch.cuda.current_device()]
         generator.graphsafe_set_state(generator.clone_state())  # before 2.13 a failed capture leaves it in capture mode
         torch.cuda.synchronize()
-        raise
+        cause = error.__context__ or error  # ending a failed recording may raise a second error
+        raise CaptureError((str(cause) or type(cause).__name__).splitlines()[0]) from error
     return graph.replay
 
 

@@ -132,12 +132,14 @@ def _gather_sums(
     """The sums of the last `num_steps` steps over all ranks, and whether any rank wants to stop; equal on every rank.
 
     The one place where the host waits for the device. Ranks decide by what they get here, never by a flag of their own.
+    Sums are exchanged before the wait: NCCL and our watchdog know nothing of the exchanges in replayed steps, and would
+    not find out who is missing there.
     """
-    wait_for_device(train_step.sums.device)  # or the clock would miss the work that is only queued
-    time_s = time.perf_counter() - started
-    own = train_step.sums.new_tensor([train_step.num_samples, stop, time_s])
+    own = train_step.sums.new_tensor([train_step.num_samples, stop])
     rows = train_step.accelerator.gather(torch.cat([train_step.sums, own]))
-    names = (*METRICS, "finite_steps", "num_samples", "stop", "time_s")
+    wait_for_device(train_step.sums.device)  # or the clock would miss the work that is only queued
+    time_s = train_step.accelerator.gather(train_step.sums.new_tensor([time.perf_counter() - started])).max().item()
+    names = (*METRICS, "finite_steps", "num_samples", "stop")
     by_name = dict(zip(names, rows.view(-1, len(names)).T.tolist(), strict=True))  # name -> a number of each rank
     train_step.reset_sums()
     finite_steps = by_name["finite_steps"]
@@ -145,4 +147,4 @@ def _gather_sums(
         rank = finite_steps.index(min(finite_steps))
         raise DivergedError(step - num_steps + int(finite_steps[rank]) + 1, rank)
     totals = {name: sum(by_name[name]) for name in METRICS}
-    return TrainSums(totals, int(sum(by_name["num_samples"])), max(by_name["time_s"])), any(by_name["stop"])
+    return TrainSums(totals, int(sum(by_name["num_samples"])), time_s), any(by_name["stop"])

@@ -6,6 +6,7 @@ from typing import cast
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DynamoBackend
 from torch import nn
 
 from mnist.config import evolve
@@ -21,6 +22,7 @@ def bare_model(num_processes: int, *, sync_bn: bool, communicates: bool = True) 
         process_index=0,
         device=torch.device("cpu"),
         scaler=None,
+        state=SimpleNamespace(dynamo_plugin=SimpleNamespace(backend=DynamoBackend.NO)),
         prepare_model=lambda model, **_: model,
     )
     config = evolve(RECIPES["fast"](), sync_bn=sync_bn)

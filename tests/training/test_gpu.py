@@ -26,6 +26,7 @@ from tests.ranks import free_port
 from tests.training.test_cuda_graph import OPTIMIZERS, network, weights
 from tests.training.test_cuda_graph import train as train_steps
 from tests.training.test_step import DIGITS, make_step
+from train_ddp import train as train_run
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
@@ -104,7 +105,7 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
 def test_a_captured_run_is_the_eager_one(tmp_path: Path, recipe: str, precision: str) -> None:
     """With evaluations between the replays: resizing, flips, elastic distortion, averages, every loss."""
     arguments = ["--recipe", recipe, "--mixed-precision", precision, "--max-steps", "12", "--eval-every", "5"]
-    captured, replayed = run(tmp_path / "captured", *arguments, "--step-mode", "captured")
+    captured, replayed = run(tmp_path / "captured", *arguments)
     eager, expected = run(tmp_path / "eager", *arguments, "--step-mode", "eager")
     assert (captured["step_mode"], eager["step_mode"]) == ("captured", "eager")
     assert captured["test"] == eager["test"]
@@ -121,11 +122,20 @@ def test_a_captured_run_goes_on_as_if_it_had_not_been_interrupted(tmp_path: Path
     assert all(torch.equal(weights[name], value) for name, value in expected.items())
 
 
+def test_the_caller_has_its_stream_back(tmp_path: Path) -> None:
+    before = torch.cuda.current_stream()
+    config = evolve(RECIPES["smoke"](), max_steps=5, min_accuracy=None, pictures=False)
+    for name in ("first", "second"):
+        assert train_run(evolve(config, run_dir=str(tmp_path / name))).record.step_mode == "captured"
+        assert torch.cuda.current_stream() == before
+
+
 @pytest.mark.launch
 @pytest.mark.parametrize("recipe", ["fast", "mycnn"])
 def test_two_ranks_replay_their_eager_steps(tmp_path: Path, recipe: str) -> None:
     """With NCCL, on one GPU: NCCL_HOSTID makes it believe in two machines, which it connects by sockets."""
     arguments = [*FIXED, "--recipe", recipe, "--max-steps", "12", "--eval-every", "5"]
+    arguments += ["--global-batch-size", "6000"]  # the 11th step is the short one of the pass
     command = [str(ROOT / "launch" / "multi_node.sh"), *arguments]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     found = {}
