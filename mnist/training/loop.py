@@ -135,8 +135,8 @@ def _gather_sums(
     Sums are exchanged before the wait: NCCL and our watchdog know nothing of the exchanges in replayed steps, and would
     not find out who is missing there.
     """
-    own = train_step.sums.new_tensor([train_step.num_samples, stop])
-    rows = train_step.accelerator.gather(torch.cat([train_step.sums, own]))
+    own = [train_step.sums.new_full((1,), value) for value in (train_step.num_samples, stop)]  # copying them would wait
+    rows = train_step.accelerator.gather(torch.cat([train_step.sums, *own]))
     wait_for_device(train_step.sums.device)  # or the clock would miss the work that is only queued
     time_s = train_step.accelerator.gather(train_step.sums.new_tensor([time.perf_counter() - started])).max().item()
     names = (*METRICS, "finite_steps", "num_samples", "stop")

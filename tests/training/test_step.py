@@ -18,7 +18,7 @@ from mnist.data.transforms import Augmentation, BatchTransform
 from mnist.models import seed_initial_weights
 from mnist.recipes import RECIPES
 from mnist.runs.records import check_record
-from mnist.system.accelerator import build_accelerator
+from mnist.system.accelerator import build_accelerator, prepare_optimizer
 from mnist.training.build import build_train_step
 from mnist.training.evaluation import evaluate
 from mnist.training.loop import TrainState, train_one_epoch
@@ -50,7 +50,8 @@ def make_step(
     config = OptimConfig(**{"optimizer": "adam", "lr": 1e-3, **optim})
     seed_initial_weights(0)
     bare = (model or mnist_model("tinynet")).to(accelerator.device, dtype)
-    wrapped, optimizer = accelerator.prepare(bare, build_optimizer(bare.parameters(), config, capturable=capturable))
+    optimizer = prepare_optimizer(accelerator, build_optimizer(bare.parameters(), config, capturable=capturable))
+    wrapped = accelerator.prepare_model(bare)
     transform = BatchTransform(ImageConfig())
     step = TrainStep(
         accelerator=accelerator,
