@@ -304,9 +304,9 @@ class OptimConfig:
 class LoopConfig:
     """How long, in which batches, scored how."""
 
-    epochs: int = setting(1, "Passes over the training set (the embedded digits: 42 each).", "noted", "[1, 1e6]")
+    epochs: int = setting(1, "Passes over the training set (each embedded digit: 42 times).", "noted", "[1, 1e6]")
     max_steps: int = setting(
-        0, "Most optimizer steps of the whole run; shortens the schedule too; 0 = no limit.", "noted", "[0, 1e9]"
+        0, "Stop after so many optimizer steps; shortens the schedule too; 0 = no limit.", "noted", "[0, 1e9]"
     )
     global_batch_size: int = setting(256, "Images per optimizer step, over all processes.", "fixed", "[1, 1e6]")
     gradient_accumulation_steps: int = setting(
@@ -369,7 +369,7 @@ class OutputConfig:
     )
     checkpoint_every: int = setting(0, "Steps between checkpoints; 0 = one an epoch.", "free", "[0, 1e9]")
     keep_last: int = setting(2, "Newest checkpoints kept.", "free", "[1, 1e6]")
-    keep_best: int = setting(1, "Best checkpoints kept besides (with --val-size).", "free", "[0, 1e6]")
+    keep_best: int = setting(1, "Best checkpoints also kept (with --val-size).", "free", "[0, 1e6]")
     wandb: WandbMode = setting("auto", "auto = $WANDB_MODE, else online with a key, else offline.", "free")
     wandb_project: str | None = setting(None, "Default: $WANDB_PROJECT, else mnist-ddp.", "free")
     wandb_name: str | None = setting(None, "Default: $WANDB_NAME, else the run directory's name.", "free")

@@ -264,7 +264,10 @@ def summarise(recipe: str, runs: list[dict[str, Any]], *, is_sample: bool = Fals
     device = environment["ranks"][0]["device"]
     accuracies = [] if is_sample else [run["test"]["accuracy"] for run in runs]
     whole, precision = config.loop.epochs, first["precision"]
-    flag = f" --mixed-precision {precision}" if precision in ("bf16", "fp16") else ""
+    flags = f" --mixed-precision {precision}" if precision in ("bf16", "fp16") else ""
+    threads = environment["threads_per_process"]
+    if device == "cpu" and threads != (config.runtime.num_threads or num_usable_cores()):
+        flags += f" --num-threads {threads}"
     has_epochs = bool(accuracies) and config.data.val_size == 0 and whole > 1
     times = [run["train_time_s"] * (whole / run["epochs"] if is_sample else 1) for run in runs]
     _require_one_origin(runs)
@@ -282,10 +285,10 @@ def summarise(recipe: str, runs: list[dict[str, Any]], *, is_sample: bool = Fals
         "train_time_is_extrapolated": is_sample,
         "total_time_s": None if is_sample else statistics.median(run["total_time_s"] for run in runs),
         "hardware": f"{cpu_name()}, {num_usable_cores()} cores" if device == "cpu" else device,
-        "threads": environment["threads_per_process"],
+        "threads": threads,
         "precision": precision,
         "torch": environment["packages"]["torch"],
-        "command": f"python train_ddp.py --recipe {recipe} --seed SEED{flag}",
+        "command": f"python train_ddp.py --recipe {recipe} --seed SEED{flags}",
     }
 
 

@@ -85,6 +85,11 @@ def test_accuracies_of_epochs_are_the_records_of_test_at_whole_epochs(tmp_path: 
     assert reproduce._epoch_accuracies(tmp_path) == [0.7, 0.8]
 
 
+def test_the_command_of_a_row_has_the_threads_that_were_asked_for() -> None:
+    row = summarise("smoke", [made(0, 0.96)])  # which has one by itself
+    assert row["command"] == "python train_ddp.py --recipe smoke --seed SEED --num-threads 2"
+
+
 def test_a_sample_is_for_its_time_alone() -> None:
     row = summarise("accurate", [made(0, 0.97, epochs=0.8, train_time_s=100.0)], is_sample=True)
     assert row["train_time_s"] == pytest.approx(100.0 * 40 / 0.8)
