@@ -8,6 +8,7 @@ random numbers as an eager one.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mnist.data.batches import MicroBatch, TrainLoader
+from mnist.errors import RunError
 from mnist.training.step import TrainStep
 
 WARMUP_STEPS = 11  # what DDP asks for: its own timing of the first ten backward passes cannot be recorded
@@ -62,6 +64,9 @@ def choose_step_mode(
 
     Returns:
         The mode used, eager or captured, and a warning or None.
+
+    Raises:
+        RunError: one of several ranks cannot record; DDP cannot go on after a backward pass that broke off.
     """
     if mode == "eager":
         return "eager", None
@@ -74,10 +79,12 @@ def choose_step_mode(
     try:
         replay = CapturedStep(train_step, first_and_last, record_cuda_graph)
     except CaptureError as error:
-        failure = f"steps are eager, because capturing failed on rank {train_step.rank} ({error})"
+        failure = f"capturing the step failed on rank {train_step.rank} ({error})"
     failure = next((text for text in gather_object([failure]) if text is not None), None)
+    if failure is not None and accelerator.num_processes > 1:
+        raise RunError(f"{failure}; add --step-mode eager")
     if failure is not None:
-        return "eager", failure
+        return "eager", f"{failure}: steps are eager"
     train_step.replay = replay
     return "captured", None
 
@@ -95,7 +102,7 @@ class CapturedStep:
     """
 
     def __init__(self, train_step: TrainStep, batches: Sequence[MicroBatch], record: Record) -> None:
-        self._train_step = train_step
+        self._train_step: TrainStep = weakref.proxy(train_step)  # it holds this object: the graphs go when it goes
         self._work = {batch.global_batch_size: _Work(train_step, batch) for batch in batches}
         with restored_afterwards(train_step):
             train_step.set_step(0, 0)
@@ -131,7 +138,7 @@ class _Work:
     grad_norm: float | Tensor
 
     def __init__(self, train_step: TrainStep, batch: MicroBatch) -> None:
-        self._train_step = train_step
+        self._train_step: TrainStep = weakref.proxy(train_step)
         self.indices = torch.zeros_like(batch.indices)
         self._batch = replace(batch, indices=self.indices)
 
@@ -161,8 +168,9 @@ def record_cuda_graph(work: Callable[[], object]) -> Replay:
         generator = torch.cuda.default_generators[torch.cuda.current_device()]
         generator.graphsafe_set_state(generator.clone_state())  # before 2.13 a failed capture leaves it in capture mode
         torch.cuda.synchronize()
-        cause = error.__context__ or error  # ending a failed recording may raise a second error
-        raise CaptureError((str(cause) or type(cause).__name__).splitlines()[0]) from error
+        # Ending a failed recording may raise a second error. (A name for either would keep this frame and its memory.)
+        message = (str(error.__context__ or error) or type(error).__name__).splitlines()[0]
+        raise CaptureError(message) from error
     return graph.replay
 
 

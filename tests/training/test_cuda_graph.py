@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 
 from mnist.config import OptimConfig
+from mnist.errors import RunError
 from mnist.training import cuda_graph
 from mnist.training.cuda_graph import CapturedStep, CaptureError, choose_step_mode, reason_not_capturable
 from mnist.training.loop import TrainState, train_one_epoch
@@ -158,9 +161,8 @@ def test_where_capturing_fails_steps_are_eager_and_nothing_has_changed(monkeypat
     monkeypatch.setattr(cuda_graph, "reason_not_capturable", lambda *_: None)
     monkeypatch.setattr(cuda_graph, "record_cuda_graph", fails)
     before = weights(step)
-    cause = "on rank 0 (operation not permitted when stream is capturing)"
-    found = choose_step_mode(step, "captured", 1, loader)
-    assert found == ("eager", f"steps are eager, because capturing failed {cause}")
+    cause = "capturing the step failed on rank 0 (operation not permitted when stream is capturing)"
+    assert choose_step_mode(step, "captured", 1, loader) == ("eager", f"{cause}: steps are eager")
     assert torch.equal(weights(step), before)
     assert step.replay is None
 
@@ -175,13 +177,28 @@ def test_both_sizes_of_a_pass_are_captured(monkeypatch: pytest.MonkeyPatch) -> N
     assert [step.replay(batches, number) for number, batches in enumerate(loader.steps(14, 17))] == [True] * 3
 
 
-def _record_fails_on_rank_1() -> tuple[str, str | None, bool]:
+def _record_fails_on_rank_1() -> str:
     step, loader = make_step(batch=100)
     cuda_graph.reason_not_capturable = lambda *_: None
     cuda_graph.record_cuda_graph = fails if step.rank else lambda work: work
-    return (*choose_step_mode(step, "auto", 1, loader), step.replay is None)
+    with pytest.raises(RunError) as caught:
+        choose_step_mode(step, "auto", 1, loader)
+    return str(caught.value)
 
 
-def test_all_ranks_are_eager_where_one_cannot_record() -> None:
-    cause = "steps are eager, because capturing failed on rank 1 (operation not permitted when stream is capturing)"
-    assert run_ranks(_record_fails_on_rank_1, 2) == [("eager", cause, True)] * 2
+def test_all_ranks_end_where_one_cannot_record() -> None:
+    message = "capturing the step failed on rank 1 (operation not permitted when stream is capturing)"
+    assert run_ranks(_record_fails_on_rank_1, 2) == [f"{message}; add --step-mode eager"] * 2
+
+
+def test_a_recording_goes_with_its_step() -> None:
+    """Not later, when garbage is collected: perhaps while another step is recorded."""
+    step, loader = make_step(batch=100)
+    step.replay = CapturedStep(step, [next(loader.steps(0, 1))[0]], lambda work: work)
+    recording = weakref.ref(step.replay)
+    gc.disable()
+    try:
+        del step
+        assert recording() is None
+    finally:
+        gc.enable()
