@@ -8,10 +8,10 @@ random numbers as an eager one.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -102,49 +102,51 @@ class CapturedStep:
     """
 
     def __init__(self, train_step: TrainStep, batches: Sequence[MicroBatch], record: Record) -> None:
-        self._train_step: TrainStep = weakref.proxy(train_step)  # it holds this object: the graphs go when it goes
-        self._work = {batch.global_batch_size: _Work(train_step, batch) for batch in batches}
+        # The step holds this object. So that graphs are freed with it, nothing here holds the step.
+        self._recordings: dict[int, _Recording] = {}
+        by_size = {batch.global_batch_size: batch for batch in batches}
+        batches = [replace(batch, indices=torch.zeros_like(batch.indices)) for batch in by_size.values()]
         with restored_afterwards(train_step):
             train_step.set_step(0, 0)
-            for work in self._work.values():
+            for batch in batches:
                 for _ in range(WARMUP_STEPS):
-                    work()
-            for work in self._work.values():  # only now: ranks communicate above, and a recording may fail on one
-                work.replay = record(work)
-                work.grad_norm = train_step.grad_norm
+                    _take_step(train_step, batch)
+            for batch in batches:  # only now: ranks communicate above, and a recording may fail on one
+                replay = record(partial(_take_step, train_step, batch))
+                self._recordings[batch.global_batch_size] = _Recording(batch.indices, replay, train_step.grad_norm)
 
-    def __call__(self, micro_batches: Sequence[MicroBatch], step: int) -> bool:
+    def __call__(self, train_step: TrainStep, micro_batches: Sequence[MicroBatch], step: int) -> bool:
         """Takes the step and returns True; returns False where no global batch of this size was recorded."""
         (batch,) = micro_batches
-        work = self._work.get(batch.global_batch_size)
-        if work is None:
+        recording = self._recordings.get(batch.global_batch_size)
+        if recording is None:
             return False
-        self._train_step.set_step(step, 0)
-        work.indices.copy_(batch.indices)
-        work.replay()
-        self._train_step.grad_norm = work.grad_norm
+        train_step.set_step(step, 0)
+        recording.indices.copy_(batch.indices)
+        recording.replay()
+        train_step.grad_norm = recording.grad_norm
         return True
 
 
-class _Work:
-    """What is recorded: a step on the micro-batch whose images `indices` (B,) names.
+def _take_step(train_step: TrainStep, batch: MicroBatch) -> None:
+    """What is recorded."""
+    train_step.forward_backward(batch)
+    train_step.update(measure_grad_norm=True)
+
+
+@dataclass(frozen=True)
+class _Recording:
+    """A step that can be replayed.
 
     Attributes:
-        replay: does it again on the device.
+        indices: (B,), which images it trains on; written before each replay.
+        replay: does the work on the device.
         grad_norm: the tensor that `replay` writes to.
     """
 
+    indices: Tensor
     replay: Replay
     grad_norm: float | Tensor
-
-    def __init__(self, train_step: TrainStep, batch: MicroBatch) -> None:
-        self._train_step: TrainStep = weakref.proxy(train_step)
-        self.indices = torch.zeros_like(batch.indices)
-        self._batch = replace(batch, indices=self.indices)
-
-    def __call__(self) -> None:
-        self._train_step.forward_backward(self._batch)
-        self._train_step.update(measure_grad_norm=True)
 
 
 def record_cuda_graph(work: Callable[[], object]) -> Replay:

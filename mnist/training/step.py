@@ -64,7 +64,7 @@ class TrainStep:
 
     def __post_init__(self) -> None:
         self.rank: int = self.accelerator.process_index
-        self.replay: Callable[[Sequence[MicroBatch], int], bool] | None = None
+        self.replay: Callable[[TrainStep, Sequence[MicroBatch], int], bool] | None = None
         self.lr = math.nan
         self.grad_norm: float | Tensor = math.nan
         self.num_samples = 0
@@ -85,7 +85,7 @@ class TrainStep:
     def __call__(self, micro_batches: Sequence[MicroBatch], step: int, measure_grad_norm: bool = False) -> None:
         """Trains on one global batch; `step` counts the steps done before it."""
         self.lr = self.learning_rate.set_step(step)
-        if self.replay is None or not self.replay(micro_batches, step):
+        if self.replay is None or not self.replay(self, micro_batches, step):
             self.compute(micro_batches, step, measure_grad_norm)
         self.num_samples += sum(batch.num_samples for batch in micro_batches)
 

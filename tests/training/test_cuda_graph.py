@@ -174,7 +174,7 @@ def test_both_sizes_of_a_pass_are_captured(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(cuda_graph, "record_cuda_graph", recorder(step))
     assert choose_step_mode(step, "captured", 1, loader) == ("captured", None)
     assert step.replay is not None
-    assert [step.replay(batches, number) for number, batches in enumerate(loader.steps(14, 17))] == [True] * 3
+    assert [step.replay(step, batches, number) for number, batches in enumerate(loader.steps(14, 17))] == [True] * 3
 
 
 def _record_fails_on_rank_1() -> str:
@@ -194,7 +194,7 @@ def test_all_ranks_end_where_one_cannot_record() -> None:
 def test_a_recording_goes_with_its_step() -> None:
     """Not later, when garbage is collected: perhaps while another step is recorded."""
     step, loader = make_step(batch=100)
-    step.replay = CapturedStep(step, [next(loader.steps(0, 1))[0]], lambda work: work)
+    step.replay = CapturedStep(step, [next(loader.steps(0, 1))[0]], lambda _: lambda: None)
     recording = weakref.ref(step.replay)
     gc.disable()
     try:
