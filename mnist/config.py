@@ -79,6 +79,7 @@ Model = Literal[
     "poolnet_deep",
     "ensemble",
     "vggnet",
+    "vggnet_ensemble",
     "tinynet",
     "resnet",
 ]

@@ -250,22 +250,14 @@ def strong() -> TrainConfig:
 
 
 def accurate() -> TrainConfig:
-    """The highest mean accuracy that we know how to get, with one network: `strong` for more than three times as long.
+    """The highest mean accuracy that we know how to get: three networks of `strong` in one, as `thorough` has two.
 
-    Source: own, as `strong`; elastic distortion after Simard, Steinkraus, Platt 2003.
-    Differs: from `strong`: forty epochs, stronger affine maps and elastic distortion, a longer average of the weights.
-    Expect: 99.7 %.
+    Source: own, as `strong`; an ensemble after Ciresan, Meier, Gambardella, Schmidhuber 2011 (arXiv:1102.0183).
+    Differs: from `strong`: three times as many epochs and images in a batch, of which each network gets a third. The
+        accuracy in training is of single networks.
+    Expect: 99.75 %.
     """
-    return evolve(
-        strong(),
-        recipe="accurate",
-        epochs=40,
-        rotation=12.0,
-        translation=0.12,
-        shear=10.0,
-        elastic=1.0,
-        ema=0.999,
-    )
+    return evolve(strong(), recipe="accurate", model="vggnet_ensemble", epochs=36, global_batch_size=1152)
 
 
 def smoke() -> TrainConfig:

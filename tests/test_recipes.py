@@ -122,7 +122,14 @@ def test_the_fast_recipe_is_one_epoch():
 
 
 def test_every_network_of_ours_has_a_recipe():
-    assert {RECIPES[name]().optim.model for name in OURS} >= {*PARAMETERS, "fastnet", "vggnet", "tinynet", "resnet"}
+    assert {RECIPES[name]().optim.model for name in OURS} >= {
+        *PARAMETERS,
+        "fastnet",
+        "vggnet",
+        "vggnet_ensemble",
+        "tinynet",
+        "resnet",
+    }
 
 
 @pytest.mark.parametrize("name", RECIPES)
