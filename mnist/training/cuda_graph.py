@@ -42,8 +42,7 @@ def reason_not_capturable(
     reasons = {
         "needs a CUDA GPU": accelerator.device.type != "cuda",
         "is for one micro-batch a step": accumulation_steps > 1,
-        "cannot follow the gradient scaler of fp16, which decides on the host; choose bf16": accelerator.scaler
-        is not None,
+        "cannot follow fp16's gradient scaler, which decides on the host; choose bf16": accelerator.scaler is not None,
         "is not combined with the launcher's dynamo backend": accelerator.state.dynamo_plugin.backend.value != "NO",
         "has not been tried with --sync-bn": any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()),
         f"is for optimizers whose state starts at zero ({names})": not issubclass(optimizer, STARTS_AT_ZERO),
