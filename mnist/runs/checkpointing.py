@@ -13,6 +13,7 @@ import torch
 
 from mnist.config import to_flat
 from mnist.data.datasets import Dataset
+from mnist.errors import RunError, UserError
 from mnist.runs.checkpoint_files import (
     Checkpoint,
     CheckpointError,
@@ -49,12 +50,16 @@ def resume_run(setup: RunSetup) -> list[str]:
         UserError: the checkpoint is of another run, or the weights of --init-from do not fit.
         CheckpointError: there are checkpoints, and none is valid; or the code of the network has changed since.
     """
-    found = ranks.together(setup.accelerator, lambda: _find(setup))
-    if found is None:
-        begin_with_weights(setup)
-        return []
-    saved, notes = found
-    _restore(saved, setup.train_step)
+    try:
+        found = ranks.together(setup.accelerator, lambda: _find(setup))
+        if found is None:
+            begin_with_weights(setup)
+            return []
+        saved, notes = found
+        _restore(saved, setup.train_step)
+    except (UserError, RunError):
+        setup.directory.remove_if_empty()
+        raise
     setup.state.load(saved.loop)
     if asks_for_more(saved, setup.config, setup.plan):
         setup.state.stop_reason = None

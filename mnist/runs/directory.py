@@ -61,6 +61,14 @@ class RunDirectory:
         write_json(path, content)
         return check_record(path, content, RunRecord)
 
+    def remove_if_empty(self) -> None:
+        """Removes a directory that holds nothing but the lock, because the run has not begun."""
+        if self.lock is not None and [entry.name for entry in self.path.iterdir()] == [".lock"]:
+            with contextlib.suppress(OSError):
+                (self.path / ".lock").unlink()
+                self.lock.release()
+                self.path.rmdir()
+
 
 def open_run_directory(config: TrainConfig, dataset: str, accelerator: Accelerator) -> RunDirectory:
     """The directory of this run, made and locked. Every rank must call this.

@@ -95,6 +95,7 @@ def test_what_cannot_be_taken_is_one_line_and_leaves_no_run(
     error = capfd.readouterr().err
     assert error.count("error:") == 1
     assert f"--init-from {tmp_path}{message}" in error
+    assert not (tmp_path / "new").exists(), "no run has begun there"
     assert not list((tmp_path / "new").glob("*.json"))
 
 
