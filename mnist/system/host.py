@@ -37,8 +37,8 @@ _SETTINGS: tuple[tuple[Any, str], ...] = (
 
 @contextmanager
 def restored_afterwards() -> Iterator[None]:
-    """Afterwards the caller has its threads, random state, settings, hooks, filters of warnings, environment and signal
-    handlers back.
+    """Afterwards the caller has its threads, random state, settings, hooks, filters of warnings, environment, CUDA
+    stream and signal handlers back.
 
     In the block new tensors are float32, whatever the caller's default is, and `signals.interrupts_noted` holds.
     """
